@@ -1,0 +1,325 @@
+"""What surrounds the method in a run: options, evaluation, checkpoints, pictures.
+
+`train_c2i.py` and `train_t2i.py` choose models, prompts and rewards, and call `run` here, which
+
+    evaluates the model -> trains it with `argrpo.train` -> evaluates it again
+
+and leaves in the run's folder: config.json, metrics.jsonl, summary.json, before_after.png,
+curves.png, last.pt (for --resume) and model.pt (the result, in LlamaGen's format).
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import argrpo
+
+
+# ---------------------------------------------------------------------------------------------
+# Options: a dataclass with one comment per field
+# ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Settings(argrpo.GRPOConfig):
+    """The options of both training scripts: the loop's, and these."""
+    preset: str = ""                     # models and settings to start from, see the list below
+    reward: str = ""                     # "name:weight,..." or "my_file.py:function": what to maximise
+    out: str = ""                        # folder of the run; default runs/<script>-<preset>
+    resume: str = ""                     # folder of a run to continue
+    device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
+    from_scratch: bool = False           # toy: pretrain the models first (minutes), instead of taking the ones in weights/
+    eval_images: int = 540               # images of the evaluation before and after; whole prompts
+    save_every: int = 20                 # steps between two checkpoints
+
+
+def field_comments(cls):
+    """{field: the comment behind it}, for a dataclass and those it extends."""
+    comments = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
+    return comments
+
+
+def parse_settings(cls, presets, default_preset, argv, script, description):
+    """The settings from the command line, over those of the preset, over the defaults of `cls`.
+
+    With --resume the run's own config.json takes the preset's place.  Raises ValueError, naming the
+    option and its value, when one is unknown or out of range."""
+    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="presets: " + ", ".join(presets))
+    comments = field_comments(cls)
+    for field in dataclasses.fields(cls):
+        kind = field.type if isinstance(field.type, type) else typing.get_args(field.type)[0]      # float | None -> float
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+        default = "" if field.default in ("", None) else f" (default: {field.default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), **how,
+                            help=(comments[field.name] + default).replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    if "resume" in given:
+        return cls(**(read_config(given["resume"], script) | {"out": given["resume"]} | given))
+    name = given.get("preset") or default_preset
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: there are {', '.join(presets)}")
+    settings = cls(**({"out": f"runs/{script}-{name}"} | presets[name] | given | {"preset": name}))
+    if (Path(settings.out) / "config.json").exists():
+        raise FileExistsError(f"{settings.out} already holds a run: continue it with --resume {settings.out}, "
+                              "or give the new one a folder of its own with --out NAME")
+    return settings
+
+
+def read_config(folder, script):
+    """The settings of an earlier run of the same script."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: there is no {path}")
+    config = json.loads(path.read_text())
+    if config["script"] != script:
+        raise ValueError(f"{folder} holds a run of {config['script']}.py: resume it with that script")
+    return config["settings"]
+
+
+@contextmanager
+def one_line_errors():
+    """What goes wrong while a run is set up is for the user to read: one line, and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(name):
+    """The torch device of that name, or by default the GPU if there is one, else the CPU."""
+    gpu = torch.cuda.is_available()
+    if name.startswith("cuda") and not gpu:
+        raise ValueError(f"--device {name}: torch sees no GPU here; leave the option out to use the CPU")
+    return torch.device(name or ("cuda" if gpu else "cpu"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation: fixed prompts and seeds
+# ---------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, vq, prompts, reward_fn, settings, measures, batch=128):
+    """Draws settings.eval_images images, equally many per prompt, with seeds that training never uses.
+
+    Returns (scores, gallery): scores {"reward", "reward/<name>", "entropy", "diversity", and what
+    `measures`, {name: reward}, say}, each the mean over all images; gallery a list of (prompt,
+    images, rewards) of the first prompts, for the picture."""
+    device = next(model.parameters()).device
+    samples = max(2, settings.eval_images // len(prompts.texts))
+    policy = dict(cfg_scale=settings.cfg_scale, temperature=settings.temperature)
+    sums, gallery = {}, []
+    for chunk in torch.arange(len(prompts.texts)).split(max(1, batch // samples)):
+        texts, cond, mask = prompts.pick(chunk, device)
+        rng = argrpo.rng_for(device, settings.seed, "evaluation", chunk[0].item())
+        with argrpo.autocast(device):
+            tokens, logp = argrpo.generate(model, cond, mask, samples_per_prompt=samples, generator=rng, **policy)
+        images = argrpo.paint(vq, tokens)
+        repeated = [text for text in texts for _ in range(samples)]
+        total, parts = reward_fn(images, repeated)
+        scores = {"reward": total.mean().item()}
+        scores |= {f"reward/{name}": part.mean().item() for name, part in parts.items()}
+        scores |= {name: measure(images, repeated).mean().item() for name, measure in measures.items()}
+        scores["entropy"] = -logp.mean().item()          # -log pi(x) of x ~ pi: its mean is the entropy
+        scores["diversity"] = argrpo.group_diversity(images, samples)
+        for name, value in scores.items():
+            sums[name] = sums.get(name, 0) + value * len(chunk) / len(prompts.texts)
+        for i, text in enumerate(texts):
+            rows = slice(i * samples, i * samples + 6)
+            gallery.append((text, images[rows].cpu(), total[rows].tolist()))
+    return sums, gallery
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """write(file) into a temporary file beside `path`, which it replaces when all of it is on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def version():
+    """This repository's commit, or "unknown" outside a checkout."""
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                            capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def save_checkpoint(path, step, model, optimizer):
+    """Everything that --resume needs: the next step's number, weights, and the optimizer's state."""
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path, model, optimizer):
+    """Restores model and optimizer, and returns the next step's number."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+class StopRequest:
+    """`with StopRequest() as stop`: Ctrl-C and SIGTERM only set stop.signal, so that the current step can finish.
+
+    A second Ctrl-C ends the program at once."""
+    signal = None
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(f"\n{self.signal.name}: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+def figure(*size):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def draw_before_after(path, before, after, rows=8):
+    """Two blocks of pictures, before and after: a row per prompt, the same seeds, each with its reward."""
+    rows = min(rows, len(before))
+    shown = [(before[i], after[i]) for i in torch.linspace(0, len(before) - 1, rows).long().tolist()]
+    columns = len(shown[0][0][1])
+    fig = figure(2 * columns * 0.85 + 1, len(shown) * 1.05 + 0.5)
+    for block, title, which in zip(fig.subfigures(1, 2, wspace=0.02), ("before", "after"), (0, 1)):
+        block.suptitle(title)
+        axes = block.subplots(len(shown), columns, squeeze=False)
+        for row, pair in zip(axes, shown):
+            text, images, rewards = pair[which]
+            row[0].set_title(text, fontsize=7, loc="left", pad=9)
+            for ax, image, reward in zip(row, images, rewards):
+                ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+                ax.set_xlabel(f"{reward:.2f}", fontsize=6, labelpad=1)
+                ax.set_xticks([])
+                ax.set_yticks([])
+    fig.savefig(path, dpi=110)
+
+
+def draw_curves(path, metrics):
+    """Reward by component, KL, entropy and diversity over the steps."""
+    panels = [[name for name in metrics[0] if name.startswith("reward/")] or ["reward"], ["kl"], ["entropy"], ["diversity"]]
+    if len(panels[0]) > 1:
+        panels[0].insert(0, "reward")
+    fig = figure(11, 2.8)
+    for ax, names in zip(fig.subplots(1, len(panels)), panels):
+        for name in names:
+            ax.plot([m["step"] for m in metrics], [m[name] for m in metrics], linewidth=1, label=name.removeprefix("reward/"))
+        ax.set_title("reward" if ax is fig.axes[0] else names[0], fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(labelsize=7)
+    fig.axes[0].legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------
+
+def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, out, stop):
+    """The loop of `argrpo.train`, logged and saved: returns the metrics of all steps done so far.
+
+    Continues from out/last.pt if settings.resume asks for it, and ends early when stop.signal is set."""
+    log, first_step = out / "metrics.jsonl", 0
+    if settings.resume and (out / "last.pt").exists():                   # else nothing was saved yet: start over
+        first_step = load_checkpoint(out / "last.pt", model, optimizer)
+    lines = log.read_text().splitlines()[:first_step] if first_step else []      # later steps were not saved: they run again
+    log.write_text("".join(line + "\n" for line in lines))
+    metrics = [json.loads(line) for line in lines]
+    if stop.signal:
+        return metrics
+    with open(log, "a") as file:
+        for m in argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step):
+            metrics.append(m)
+            print(json.dumps(m), file=file, flush=True)
+            done = m["step"] + 1
+            if done % settings.save_every == 0 or done == settings.steps or stop.signal:
+                save_checkpoint(out / "last.pt", done, model, optimizer)
+            if stop.signal:
+                break
+    return metrics
+
+
+def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measures={}):
+    """Trains `model` on `prompts`, and shows in the folder settings.out what that did to pictures of `eval_prompts`.
+
+    reward_fn is a RewardSet; measures, {name: reward}, are scored but never trained on.  Returns
+    the summary, or exits with status 130 after Ctrl-C (143 after SIGTERM), with everything saved."""
+    started = time.perf_counter()
+    N, B = model.config.block_size, settings.prompts_per_step * settings.group_size
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {N} tokens per image, "
+          f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, "
+          f"{settings.steps} steps, on {next(model.parameters()).device}, into {settings.out}/", flush=True)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    config = {"script": script, "settings": dataclasses.asdict(settings) | {"resume": ""}}
+    write_json(out / "config.json", config | {"torch": torch.__version__, "argrpo": version()})
+
+    reference = argrpo.frozen_copy(model)
+    optimizer = argrpo.make_optimizer(model, settings)
+    with StopRequest() as stop:
+        before, gallery_before = evaluate(model, vq, eval_prompts, reward_fn, settings, measures)
+        print("before: " + describe(before), flush=True)
+        evaluated = time.perf_counter()
+        metrics = train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, out, stop)
+    if stop.signal:
+        print(f"stopped after step {len(metrics)} of {settings.steps}; continue with --resume {out}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    trained = time.perf_counter()
+
+    write_atomically(out / "model.pt", lambda file: torch.save({"model": model.state_dict()}, file))
+    after, gallery_after = evaluate(model, vq, eval_prompts, reward_fn, settings, measures)
+    draw_before_after(out / "before_after.png", gallery_before, gallery_after)
+    draw_curves(out / "curves.png", metrics)
+    seconds = {"evaluation": evaluated - started + time.perf_counter() - trained, "training": trained - evaluated}
+    summary = {"before": before, "after": after, "seconds": seconds}
+    write_json(out / "summary.json", summary)
+    print("before: " + describe(before) + "\nafter:  " + describe(after))
+    print(f"look at {out}/before_after.png and {out}/curves.png")
+    return summary
+
+
+def describe(scores):
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())

@@ -1,0 +1,123 @@
+"""The toy's world: what is rendered is read back, and nothing else passes."""
+
+import random
+
+import pytest
+import torch
+
+import toy
+from argrpo import paint
+
+PROMPTS = toy.CLASSES + toy.PAIRS
+
+
+def scenes(seed, times=2):
+    rng = random.Random(seed)
+    prompts = PROMPTS * times
+    return prompts, [toy.make_scene(prompt, rng) for prompt in prompts]
+
+
+def test_the_verifier_passes_every_rendered_scene():
+    prompts, made = scenes(seed=1)
+    images = toy.render(made)
+    assert images.shape == (len(prompts), 3, 24, 24) and images.min() >= 0 and images.max() <= 1
+    assert toy.verify(images, prompts).mean() == 1
+
+
+def test_the_verifier_reads_what_was_drawn():
+    prompts, made = scenes(seed=2, times=1)
+    for drawn, read in zip(made, toy.read_scenes(toy.render(made))):
+        for a, b in zip(sorted(drawn), sorted(read)):
+            assert (a.colour, a.shape) == (b.colour, b.shape)
+            assert abs(a.x - b.x) < 1 and abs(a.y - b.y) < 1.1 and abs(a.width - b.width) < 1.2
+
+
+def test_the_wrong_prompt_fails():
+    """Every class against the picture of every other class."""
+    rng = random.Random(3)
+    images = toy.render([toy.make_scene(prompt, rng) for prompt in toy.CLASSES])
+    for shift in range(1, 27):
+        assert toy.verify(images, toy.CLASSES[shift:] + toy.CLASSES[:shift]).sum() == 0
+
+
+def test_relations():
+    """A circle at the top left of a square: above it and left of it, and nothing else."""
+    things = [toy.Thing("red", "circle", 5, 5, 8, 8), toy.Thing("blue", "square", 18, 18, 8, 8)]
+    verdict = {relation: toy.verify(toy.render([things]), [f"a red circle {relation} a blue square"]).item()
+               for relation in toy.RELATIONS}
+    assert verdict == {"above": 1, "below": 0, "left of": 1, "right of": 0}
+    beside = [things[0], toy.Thing("blue", "square", 18, 6, 8, 8)]           # a pixel lower is not below
+    assert toy.verify(toy.render([beside]), ["a blue square below a red circle"]).item() == 0
+
+
+def junk():
+    tokens = torch.randint(toy.VQ_CONFIG.codebook_size, (54, 36))
+    solid = torch.tensor([*toy.COLOURS.values(), (1, 1, 1), (0, 0, 0)]).view(-1, 3, 1, 1).expand(-1, -1, 24, 24)
+    blank = toy.GROUND.view(1, 3, 1, 1).expand(27, -1, 24, 24)
+    big = toy.render([[toy.Thing(colour, "square", 12, 12, 20, 20)] for colour in toy.COLOURS])
+    small = toy.render([[toy.Thing(colour, "circle", 12, 12, 4, 4)] for colour in toy.COLOURS])
+    return {"noise": torch.rand(54, 3, 24, 24), "blank": blank, "solid": solid, "too big": big, "too small": small,
+            "random tokens": paint(toy.load("c2i")[1], tokens)}
+
+
+@pytest.mark.parametrize("kind", ["noise", "blank", "solid", "too big", "too small", "random tokens"])
+def test_junk_fails(kind):
+    images = junk()[kind]
+    for prompt in toy.CLASSES:
+        assert toy.verify(images, [prompt] * len(images)).sum() == 0, prompt
+
+
+def test_a_good_scene_with_a_stray_stroke_fails():
+    image = toy.render([[toy.Thing("red", "circle", 6, 6, 8, 8)]])
+    assert toy.verify(image, ["one red circle"]) == 1
+    for colour in ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), (0.9, 0.2, 0.15)):
+        spoilt = image.clone()
+        spoilt[0, :, 20, 4:12] = torch.tensor(colour)[:, None]
+        assert toy.verify(spoilt, ["one red circle"]) == 0
+
+
+def test_the_tokenizer_keeps_scenes_right():
+    prompts, made = scenes(seed=4)
+    _, vq = toy.load("c2i")
+    with torch.no_grad():
+        images = paint(vq, vq.encode(toy.render(made) * 2 - 1))
+    right = toy.verify(images, prompts)
+    assert right[:27].mean() >= 0.9 and right.mean() >= 0.97
+
+
+def test_every_scene_is_complete_and_has_gaps():
+    for prompt, scene in zip(*scenes(seed=5)):
+        assert sorted((t.colour, t.shape) for t in scene) == sorted(toy.parse(prompt).things)
+        for i, a in enumerate(scene):
+            assert 0 <= a.x - a.width / 2 and a.x + a.width / 2 <= 24 and 0 <= a.y - a.height / 2 and a.y + a.height / 2 <= 24
+            assert all(any(toy.holds(r, a, b, gap=2) for r in toy.RELATIONS) for b in scene[:i])
+
+
+def test_unseen_compositions_are_kept_apart():
+    seen, unseen = toy.SEEN_CLASSES + toy.SEEN_PAIRS, toy.UNSEEN_CLASSES + toy.UNSEEN_PAIRS
+    assert len(toy.UNSEEN_CLASSES) == 3 and len(toy.UNSEEN_PAIRS) == 40 and sorted(seen + unseen) == sorted(PROMPTS)
+    pairs = {frozenset(toy.parse(prompt).things) for prompt in toy.UNSEEN_PAIRS}     # in either order, in any relation
+    assert not any(frozenset(toy.parse(prompt).things) in pairs for prompt in toy.SEEN_PAIRS)
+    assert {word for prompt in unseen for word in prompt.split()} <= {word for prompt in seen for word in prompt.split()}
+
+
+@pytest.mark.parametrize("prompt", ["", "four red circles", "a red circle", "one pink circle", "a red circle on a blue square"])
+def test_prompts_outside_the_world(prompt):
+    with pytest.raises(ValueError, match="the toy cannot draw or verify"):
+        toy.parse(prompt)
+
+
+def test_captions_are_padded_on_the_left():
+    features, mask = toy.encode_captions(["two red circles", "a blue triangle left of a green square"])
+    assert features.shape == (2, 8, 8 * len(toy.WORDS))
+    assert mask[0].tolist() == [False] * 5 + [True] * 3 and mask[1].all()
+    assert (features[0, :5] == 0).all() and (features[mask].sum(-1) == 1).all()
+
+
+def test_class_indices_are_the_prompts():
+    assert len(toy.CLASSES) == 27 and toy.CLASSES[0] == "one red circle" and toy.CLASSES[-1] == "three blue triangles"
+
+
+def test_weights_are_small():
+    sizes = [path.stat().st_size for path in toy.WEIGHTS.glob("toy_*.pt")]
+    assert len(sizes) == 3 and sum(sizes) <= 4_000_000

@@ -1,0 +1,390 @@
+"""The toy: a world of shapes, small enough that all of AR-GRPO runs on a laptop's CPU.
+
+Pictures are 24 x 24 pixels: circles, squares and triangles in red, green and blue on a dark grey
+ground.  A prompt says what should be there,
+
+    "two red circles"                            count x colour x shape: the 27 classes of c2i,
+    "a blue triangle above a green square"       and, for t2i, two objects and where they are,
+
+and since the world is procedural, a program can read the objects off a picture's pixels and say
+whether the prompt came true: a miniature GenEval, the reward named "shapes".
+
+The models are `VQModel` and `Transformer`, the very classes that hold LlamaGen, at small size.
+They lie pretrained in `weights/`, in LlamaGen's checkpoint format.  To make them from nothing
+(minutes on two cores):
+
+    python toy.py                     # renders scenes, trains the tokenizer and both transformers
+    python toy.py --out my_weights    # the same, somewhere else
+
+Pretraining stops early on purpose: the models know what scenes look like but get about half of
+them wrong, which leaves reinforcement learning something to do.
+"""
+
+import argparse
+import math
+import random
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from argrpo import GPTConfig, Transformer, load_weights
+from vqgan import VQConfig, VQModel
+
+SIZE = 24                                        # pixels
+GROUND = torch.tensor([0.12, 0.12, 0.12])
+COLOURS = {"red": (0.90, 0.20, 0.15), "green": (0.20, 0.80, 0.25), "blue": (0.20, 0.35, 0.95)}
+SHAPES = ("circle", "square", "triangle")
+COUNTS = ("one", "two", "three")
+RELATIONS = ("above", "below", "left of", "right of")
+WEIGHTS = Path(__file__).parent / "weights"
+
+# ---------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------
+
+def plural(shape, count):
+    return shape if count == 1 else shape + "s"
+
+
+# The 27 classes: class k is CLASSES[k].
+CLASSES = [f"{COUNTS[n - 1]} {colour} {plural(shape, n)}" for n in (1, 2, 3) for colour in COLOURS for shape in SHAPES]
+THINGS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+PAIRS = [f"a {a[0]} {a[1]} {relation} a {b[0]} {b[1]}"
+         for two in combinations(THINGS, 2) for a, b in (two, two[::-1]) for relation in RELATIONS]
+# Compositions that t2i never sees in pretraining, though all of their words are familiar: three classes, and
+# five of the 36 pairs of things, in all eight relations to each other.
+UNSEEN_CLASSES = ["two green circles", "two red triangles", "three blue squares"]
+UNSEEN_PAIRS = [caption for k in range(3, 36, 7) for caption in PAIRS[8 * k:8 * k + 8]]
+SEEN_CLASSES = [caption for caption in CLASSES if caption not in UNSEEN_CLASSES]
+SEEN_PAIRS = [caption for caption in PAIRS if caption not in UNSEEN_PAIRS]
+
+COUNT_PROMPT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?$")
+THING = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+PAIR_PROMPT = re.compile(rf"{THING} ({'|'.join(RELATIONS)}) {THING}$")
+
+
+class Request(NamedTuple):
+    """What a prompt asks for: the things, and the relation of the first to the second, if any."""
+    things: tuple            # of (colour, shape)
+    relation: str | None
+
+
+def parse(prompt):
+    """The prompt as a Request.  Raises ValueError if the toy's world has no such thing."""
+    if match := COUNT_PROMPT.search(prompt):
+        count, colour, shape = match.groups()
+        return Request(((colour, shape),) * (COUNTS.index(count) + 1), None)
+    if match := PAIR_PROMPT.search(prompt):
+        colour_a, shape_a, relation, colour_b, shape_b = match.groups()
+        return Request(((colour_a, shape_a), (colour_b, shape_b)), relation)
+    raise ValueError(f"the toy cannot draw or verify {prompt!r}: ask for one of its classes, such as {CLASSES[9]!r}, "
+                     f"or for a pair, such as {PAIRS[0]!r}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Scenes
+# ---------------------------------------------------------------------------------------------
+
+class Thing(NamedTuple):
+    colour: str
+    shape: str
+    x: float                 # centre, in pixels from the left
+    y: float                 # centre, in pixels from the top
+    width: float
+    height: float
+
+
+def holds(relation, a, b, gap=0.0):
+    """Whether thing a stands in the relation to b: clear of it by `gap` pixels in that direction."""
+    dx = abs(a.x - b.x) - (a.width + b.width) / 2
+    dy = abs(a.y - b.y) - (a.height + b.height) / 2
+    return {"above": a.y < b.y and dy >= gap, "below": a.y > b.y and dy >= gap,
+            "left of": a.x < b.x and dx >= gap, "right of": a.x > b.x and dx >= gap}[relation]
+
+
+def make_scene(prompt, rng):
+    """A random scene that fulfils the prompt: a list of Things, at least two pixels apart.
+
+    Boxes are 8 or 10 pixels wide (8 when there are three) and lie on a grid of two pixels."""
+    request = parse(prompt)
+    while True:                                  # start over until everything fits: no scene is ever half right
+        things = []
+        for colour, shape in request.things:
+            size = 8 if len(request.things) == 3 else rng.choice((8, 10))
+            left, top = (2 * rng.randint(0, (SIZE - size) // 2) for _ in range(2))
+            thing = Thing(colour, shape, left + size / 2, top + size / 2, size, size)
+            if all(any(holds(relation, thing, other, gap=2) for relation in RELATIONS) for other in things):
+                things.append(thing)
+        if len(things) == len(request.things) and (request.relation is None or holds(request.relation, *things, gap=2)):
+            return things
+
+
+def stencils(boxes, supersample=4):
+    """How much of each pixel a circle, a square and a triangle in each box would cover.
+
+    boxes (K, 4): centre x, centre y, width, height, in pixels.  Returns (K, 3, SIZE, SIZE) in [0, 1]."""
+    steps = (torch.arange(SIZE * supersample, device=boxes.device) + 0.5) / supersample
+    x, y, width, height = (column[:, None, None] for column in boxes.unbind(-1))
+    u = (steps[None, None, :] - x) / (width / 2)                     # (K, 1, S) -1 .. 1 within the box
+    v = (steps[None, :, None] - y) / (height / 2)                    # (K, S, 1)
+    circle = u * u + v * v <= 1
+    square = (u.abs() <= 1) & (v.abs() <= 1)
+    triangle = (v.abs() <= 1) & (u.abs() <= (v + 1) / 2)             # tip up
+    return F.avg_pool2d(torch.stack([circle, square, triangle], dim=1).float(), supersample)
+
+
+def render(scenes):
+    """Pictures of the scenes: (B, 3, SIZE, SIZE) in [0, 1]."""
+    images = GROUND.view(1, 3, 1, 1).repeat(len(scenes), 1, SIZE, SIZE)
+    for layer in range(max(len(scene) for scene in scenes)):             # the first thing of each scene, the second, ..
+        for rows in torch.tensor([i for i, scene in enumerate(scenes) if len(scene) > layer]).split(500):
+            things = [scenes[i][layer] for i in rows.tolist()]
+            masks = stencils(torch.tensor([thing[2:] for thing in things]))                  # (b, 3, SIZE, SIZE)
+            alpha = masks[range(len(things)), [SHAPES.index(thing.shape) for thing in things]][:, None]
+            colour = torch.tensor([COLOURS[thing.colour] for thing in things])[:, :, None, None]
+            images[rows] = images[rows] * (1 - alpha) + colour * alpha
+    return images
+
+
+# ---------------------------------------------------------------------------------------------
+# The verifier: from pixels back to things
+# ---------------------------------------------------------------------------------------------
+
+MIN_OVERLAP = 0.85                               # soft intersection over union with the perfect shape
+ASPECT = (0.75, 1.34)                            # width / height
+RADIUS = (3.0, 6.5)                              # pixels
+MAX_STRAY = 0.25                                 # how far the ground may be from its colour, per channel
+
+
+def connected_components(mask):
+    """mask (B, H, W) bool -> labels (B, H, W): 0 outside, and one number for all pixels that hang together."""
+    labels = torch.arange(1, mask[0].numel() + 1, device=mask.device).float().view(1, *mask.shape[1:]) * mask
+    while True:                                  # the largest number floods its component
+        flooded = F.max_pool2d(labels, 3, stride=1, padding=1) * mask
+        if torch.equal(flooded, labels):
+            return labels
+        labels = flooded
+
+
+def read_scenes(images):
+    """Reads the things off pictures: images (B, 3, SIZE, SIZE) in [0, 1] -> B lists of Things.
+
+    A picture that contains anything else, be it one misshapen blob or a stray stroke, gives None.
+    """
+    if images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"the toy's verifier reads images (B, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}")
+    images = images.float()
+    # Unmix: every pixel is the ground plus alpha_c (colour_c - ground), three equations for three alphas.
+    ground = GROUND.to(images.device).view(3, 1, 1)
+    basis = torch.tensor(list(COLOURS.values()), device=images.device) - GROUND.to(images.device)        # (colours, rgb)
+    alpha = torch.einsum("brhw,rc->bchw", images - ground, torch.linalg.inv(basis)).clamp(0, 1)          # (B, 3, H, W)
+    planes = alpha.flatten(0, 1)                                                                         # (B * 3, H, W)
+    labels = connected_components(planes > 0.5)
+    plane, label = torch.unique(torch.stack([torch.arange(len(planes), device=images.device).float().view(-1, 1, 1)
+                                             .expand_as(labels)[labels > 0], labels[labels > 0]]), dim=1).long()
+    # One soft mask per component (K of them): its pixels and the half-covered ones around it.
+    blob = (labels[plane] == label.view(-1, 1, 1)).float()
+    grown = F.max_pool2d(blob[:, None], 3, stride=1, padding=1)[:, 0]                                    # (K, H, W)
+    soft = planes[plane] * grown
+    centre = torch.arange(SIZE, device=images.device) + 0.5
+    columns, rows = soft.amax(dim=1), soft.amax(dim=2)                                                   # (K, W), (K, H)
+    width, height = columns.sum(-1), rows.sum(-1)
+    boxes = torch.stack([(columns * centre).sum(-1) / width, (rows * centre).sum(-1) / height, width, height], dim=-1)
+    # Its shape is the one that overlaps best when drawn into the same box.  (A triangle's tip and
+    # corners are too thin to show in the measured box: it is drawn that much larger.)
+    perfect = stencils(boxes)                                                                            # (K, 3, H, W)
+    perfect[:, 2] = stencils(boxes + boxes.new_tensor([0.0, -0.5, 0.6, 1.0]))[:, 2]
+    overlap = (torch.minimum(perfect, soft[:, None]).sum((2, 3)) / torch.maximum(perfect, soft[:, None]).sum((2, 3)))
+    overlap, shape = overlap.max(dim=1)
+    aspect, radius = width / height, (width + height) / 4
+    good = ((overlap >= MIN_OVERLAP) & (aspect >= ASPECT[0]) & (aspect <= ASPECT[1])
+            & (radius >= RADIUS[0]) & (radius <= RADIUS[1]))
+    # Whatever is not part of a thing must look like the ground.
+    covered = torch.zeros(len(images), SIZE, SIZE, device=images.device).index_add(0, plane // 3, grown) > 0
+    stray = ((images - ground).abs().amax(dim=1) * ~covered).amax(dim=(1, 2))
+    scenes = [[] if clean else None for clean in (stray <= MAX_STRAY).tolist()]
+    colours = list(COLOURS)
+    for p, s, box, fine in zip(plane.tolist(), shape.tolist(), boxes.tolist(), good.tolist()):
+        if not fine:
+            scenes[p // 3] = None
+        elif scenes[p // 3] is not None:
+            scenes[p // 3].append(Thing(colours[p % 3], SHAPES[s], *box))
+    return scenes
+
+
+def fulfils(scene, prompt):
+    """Whether a scene, as read off a picture, is exactly what the prompt asks for."""
+    request = parse(prompt)
+    if scene is None or sorted((t.colour, t.shape) for t in scene) != sorted(request.things):
+        return False
+    if request.relation is None:
+        return True
+    a, b = sorted(scene, key=lambda thing: (thing.colour, thing.shape) != request.things[0])     # a comes first
+    return holds(request.relation, a, b)
+
+
+def verify(images, prompts):
+    """The reward "shapes": 1 where a picture shows exactly what its prompt asks for, else 0.
+
+    images (B, 3, SIZE, SIZE) in [0, 1], prompts B strings -> (B,) float."""
+    right = [fulfils(scene, prompt) for scene, prompt in zip(read_scenes(images), prompts, strict=True)]
+    return torch.tensor(right, dtype=torch.float32, device=images.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Captions as features: what Flan-T5 does for LlamaGen
+# ---------------------------------------------------------------------------------------------
+
+WORDS = ["a", *COUNTS, *COLOURS, *SHAPES, *(s + "s" for s in SHAPES), "above", "below", "left", "right", "of"]
+CAPTION_LENGTH = 8
+
+
+def encode_captions(captions):
+    """Features (B, 8, 8 * words) and mask (B, 8) of captions, padded on the left as LlamaGen's are.
+
+    A word's feature is one-hot in the word and its place together.  The place has to be in it, for the
+    transformer cannot tell: without rotation, all condition tokens are alike to its attention."""
+    features = torch.zeros(len(captions), CAPTION_LENGTH, CAPTION_LENGTH * len(WORDS))
+    mask = torch.zeros(len(captions), CAPTION_LENGTH, dtype=torch.bool)
+    for b, caption in enumerate(captions):
+        parse(caption)                           # an error here says more than an unknown word would
+        words = caption.split()
+        for place, word in enumerate(words):
+            slot = CAPTION_LENGTH - len(words) + place
+            features[b, slot, place * len(WORDS) + WORDS.index(word)] = 1
+            mask[b, slot] = True
+    return features, mask
+
+
+# ---------------------------------------------------------------------------------------------
+# The models
+# ---------------------------------------------------------------------------------------------
+
+VQ_CONFIG = VQConfig(ch=16, ch_mult=(1, 2, 2), z_channels=32, codebook_size=128, codebook_embed_dim=8)
+GPT = dict(dim=128, n_layer=3, n_head=4, vocab_size=128, block_size=36, multiple_of=8)
+CONFIGS = {
+    "c2i": GPTConfig(**GPT, num_classes=len(CLASSES)),
+    "t2i": GPTConfig(**GPT, model_type="t2i", cls_token_num=CAPTION_LENGTH, caption_dim=CAPTION_LENGTH * len(WORDS)),
+}
+
+
+def load(task, folder=WEIGHTS):
+    """The pretrained toy: (Transformer, VQModel) for the task "c2i" or "t2i"."""
+    gpt = load_weights(Transformer(CONFIGS[task]), Path(folder) / f"toy_{task}.pt")
+    return gpt, load_weights(VQModel(VQ_CONFIG), Path(folder) / "toy_vq.pt")
+
+
+# ---------------------------------------------------------------------------------------------
+# Pretraining, from nothing
+# ---------------------------------------------------------------------------------------------
+
+def batches(n, batch_size, steps, rng):
+    """Indices of `steps` random batches out of n examples."""
+    for _ in range(steps):
+        yield torch.tensor(rng.sample(range(n), batch_size))
+
+
+def cosine(step, steps, warmup=20):
+    """Learning-rate factor: a short linear warm-up, then half a cosine down to zero."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def pretrain(loss_of, model, steps, lr, weight_decay, data_size, batch_size, rng, name, after_step=None):
+    """AdamW on loss_of(indices) with a cosine schedule.  The loop of all three pretrainings."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    bar = tqdm(batches(data_size, batch_size, steps, rng), total=steps, desc=name)
+    for step, index in enumerate(bar):
+        optimizer.param_groups[0]["lr"] = lr * cosine(step, steps)
+        loss = loss_of(index)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if after_step is not None:
+            after_step(step)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model
+
+
+@torch.no_grad()
+def restart_dead_codes(vq, images):
+    """Moves the codes that training has not used lately onto features of the given pictures."""
+    alive = torch.bincount(vq.quantize.codebook_used.long(), minlength=vq.config.codebook_size) > 0
+    dead = (~alive).nonzero()[:, 0]
+    features = vq.features(images).flatten(0, 1)                     # (M, D)
+    vq.quantize.embedding.weight[dead] = features[torch.randint(len(features), (len(dead),))]
+
+
+def pretrain_vq(images, rng, steps=2400):
+    """A tokenizer for the pictures (M, 3, SIZE, SIZE) in [0, 1]."""
+    vq = VQModel(VQ_CONFIG)
+    images = images * 2 - 1
+
+    def loss_of(index):
+        reconstruction, vq_loss = vq(images[index])
+        # A large weight on vq_loss freezes the codes before they are good, and the verifier sees it.
+        return F.mse_loss(reconstruction, images[index]) + 0.3 * F.l1_loss(reconstruction, images[index]) + 0.1 * vq_loss
+
+    def after_step(step):
+        if step % 25 == 24 and step < 0.7 * steps:
+            restart_dead_codes(vq, images[rng.sample(range(len(images)), 32)])
+
+    return pretrain(loss_of, vq, steps, 5e-3, 0.0, len(images), 8, rng, "tokenizer", after_step)
+
+
+def pretrain_gpt(task, tokens, cond, cond_mask, rng, steps=1800):
+    """A transformer that writes the tokens (M, N) under their conditions, by maximum likelihood."""
+    gpt = Transformer(CONFIGS[task])
+    if task == "t2i":                            # one-hot features are small: the usual init would all but mute them
+        for layer in (gpt.cls_embedding.cap_proj.fc1, gpt.cls_embedding.cap_proj.fc2):
+            torch.nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
+
+    def loss_of(index):
+        c = cond[index]
+        drop = torch.rand(len(index)) < 0.1      # sometimes no condition, so that guidance has a null branch
+        c = torch.where(drop.view(-1, *[1] * (c.ndim - 1)), gpt.null_cond(c), c)
+        logits = gpt(tokens[index], c, None if cond_mask is None else cond_mask[index])
+        return F.cross_entropy(logits.flatten(0, 1), tokens[index].flatten())
+
+    return pretrain(loss_of, gpt, steps, 3e-3, 0.05, len(tokens), 32, rng, task)
+
+
+def save(model, path):
+    """LlamaGen's checkpoint format, in half precision."""
+    torch.save({"model": {name: w.half() for name, w in model.state_dict().items()}}, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Pretrains the toy's tokenizer and transformers from nothing.")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the three checkpoints (default: weights)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=16000, help="pictures per task (default: 16000)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+
+    prompts = {"c2i": [CLASSES[i % len(CLASSES)] for i in range(args.scenes)],
+               "t2i": [rng.choice(SEEN_CLASSES if i % 2 else SEEN_PAIRS) for i in range(args.scenes)]}
+    images = {task: render([make_scene(prompt, rng) for prompt in texts]) for task, texts in prompts.items()}
+    vq = pretrain_vq(torch.cat(list(images.values())), rng)
+    for parameter in vq.parameters():
+        parameter.requires_grad_(False)
+    save(vq, args.out / "toy_vq.pt")
+    for task, texts in prompts.items():
+        tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images[task].split(256)])
+        right = verify((torch.cat([vq.decode(chunk) for chunk in tokens.split(256)]) + 1) / 2, texts).mean()
+        print(f"{task}: the verifier finds {right:.1%} of the tokenizer's reconstructions right")
+        conditions = ((torch.tensor([CLASSES.index(text) for text in texts]), None) if task == "c2i"
+                      else encode_captions(texts))
+        save(pretrain_gpt(task, tokens, *conditions, rng), args.out / f"toy_{task}.pt")
+    print(f"wrote {', '.join(str(path) for path in sorted(args.out.glob('toy_*.pt')))}")
+
+
+if __name__ == "__main__":
+    main()
