@@ -35,7 +35,6 @@ Read on from top to bottom: nothing is used before it is defined.
 import argparse
 import copy
 import hashlib
-import json
 import time
 import warnings
 from contextlib import nullcontext
@@ -303,30 +302,42 @@ class Transformer(nn.Module):
 # 2. Weights
 # =============================================================================================
 
-def read_weights(path):
-    """All tensors by name of a checkpoint: a .pt / .pth / .bin file, a .safetensors file, or a
-    Hugging Face folder of them (one file or shards).  Only tensors and plain data are unpickled;
-    a file that asks for more could run code, and is refused with a ValueError."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        if not files:
-            raise FileNotFoundError(f"no *.safetensors or *.bin in the folder {path}")
-        return {name: tensor for file in files for name, tensor in read_weights(file).items()}
-    if not path.exists():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
+def read_file(path):
+    """What one checkpoint file holds by name.  Only tensors and plain data are unpickled: a file that asks
+    for more could run code, and is refused with a ValueError."""
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):         # LlamaGen stores its options
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                       # torch raises many kinds, this is one: unreadable
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain data: {error}") from error
+    except Exception as error:                   # many kinds with one meaning; torch's own text would advise to trust the file
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain data, which could run code "
+                         f"({type(error).__name__})") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} holds no weights by name")
     for key in ("model", "module", "state_dict"):                    # DDP; DeepSpeed; Lightning; FSDP has none
         if isinstance(state.get(key), dict):
             return state[key]
     return state
+
+
+def read_weights(path, prefix=""):
+    """All tensors by name of a checkpoint: a .pt, .pth, .bin or .safetensors file, or a Hugging Face folder,
+    in one file or in shards.  Where names carry the prefix, as in AR-GRPO's folders, which hold the
+    transformer as gpt_model. and the tokenizer as vq_model., only those count, without it."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        if not files:
+            raise FileNotFoundError(f"no *.safetensors or pytorch_model*.bin in the folder {path}")
+    weights = {name: tensor for file in files for name, tensor in read_file(file).items()}
+    if any(name.startswith(prefix) for name in weights):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor) and name != "freqs_cis"}
 
 
 def load_weights(module, path):
@@ -334,12 +345,7 @@ def load_weights(module, path):
 
     Half-precision weights are widened to the module's own type.  Strict: raises ValueError naming
     the first few parameters that are missing, unexpected or of another shape."""
-    weights, wanted = read_weights(path), module.state_dict()
-    for prefix in ("gpt_model.", "vq_model."):                       # AR-GRPO's folders hold both models
-        own = {name[len(prefix):]: w for name, w in weights.items() if name.startswith(prefix)}
-        if own.keys() & wanted.keys():
-            weights = own
-    weights = {name: w for name, w in weights.items() if isinstance(w, torch.Tensor) and name != "freqs_cis"}
+    weights, wanted = read_weights(path, "gpt_model." if isinstance(module, Transformer) else "vq_model."), module.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in weights]
     problems += [f"{name} is unexpected" for name in weights if name not in wanted]
     problems += [f"{name} has shape {tuple(weights[name].shape)}, not {tuple(w.shape)}"
@@ -509,8 +515,9 @@ class GRPOConfig:
     group_size: int = 16                 # G, images per prompt: a larger group knows its own mean better
     micro_batch: int = 64                # images per forward and backward pass: changes memory, never the result
     inner_epochs: int = 1                # optimizer steps per rollout; above 1 the clip starts to matter
-    lr: float = 3e-4                     # AdamW's learning rate after the warm-up
+    lr: float = 8e-4                     # AdamW's learning rate after the warm-up
     warmup_steps: int = 5                # steps over which the learning rate rises linearly
+    lr_end: float = 0.0                  # share of the learning rate that is left at the end, after a linear decay; 1 is none
     weight_decay: float = 0.0            # AdamW's weight decay
     max_grad_norm: float = 1.0           # the gradient is scaled down to this norm where it is longer
     clip_eps: float = 0.2                # the ratio's trust region is [1 - clip_eps, 1 + clip_eps]
@@ -528,7 +535,7 @@ class GRPOConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, for a group is compared with itself, not {self.group_size}")
-        for name in ("lr", "weight_decay", "max_grad_norm", "clip_eps", "clip_eps_high", "kl_beta", "cfg_scale"):
+        for name in ("lr", "lr_end", "weight_decay", "max_grad_norm", "clip_eps", "clip_eps_high", "kl_beta", "cfg_scale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):          # NaN fails this, too
                 raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
@@ -601,6 +608,11 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
 
 
+def learning_rate(config, step):
+    """Linear warm-up, then a linear decay to lr_end * lr."""
+    return config.lr * min(1.0, (step + 1) / config.warmup_steps) * (1 - (1 - config.lr_end) * step / config.steps)
+
+
 def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_step=0):
     """AR-GRPO.  A generator: improves `model` in place, and yields a dict of metrics after every step.
 
@@ -640,7 +652,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         old_logp, ref_logp = torch.empty_like(sampler_logp), torch.empty_like(sampler_logp)
         history = []
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (step + 1) / config.warmup_steps)
+            group["lr"] = learning_rate(config, step)
         for epoch in range(config.inner_epochs):
             for rows in torch.arange(B, device=device).split(config.micro_batch):
                 given = tokens[rows], cond[rows], None if cond_mask is None else cond_mask[rows]

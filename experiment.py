@@ -10,6 +10,7 @@ curves.png, last.pt (for --resume) and model.pt (the result, in LlamaGen's forma
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import json
 import os
@@ -26,6 +27,8 @@ from pathlib import Path
 import torch
 
 import argrpo
+import pretrained
+import toy
 
 
 # ---------------------------------------------------------------------------------------------
@@ -40,6 +43,8 @@ class Settings(argrpo.GRPOConfig):
     out: str = ""                        # folder of the run; default runs/<script>-<preset>
     resume: str = ""                     # folder of a run to continue
     device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
+    gpt_ckpt: str = ""                   # transformer weights instead of the preset's: file, folder, Hugging Face repo or repo:file
+    vq_ckpt: str = ""                    # tokenizer weights, likewise
     from_scratch: bool = False           # toy: pretrain the models first (minutes), instead of taking the ones in weights/
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
     save_every: int = 20                 # steps between two checkpoints
@@ -54,14 +59,10 @@ def field_comments(cls):
     return comments
 
 
-def parse_settings(cls, presets, default_preset, argv, script, description):
-    """The settings from the command line, over those of the preset, over the defaults of `cls`.
-
-    With --resume the run's own config.json takes the preset's place.  Raises ValueError, naming the
-    option and its value, when one is unknown or out of range."""
-    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="presets: " + ", ".join(presets))
+def read_options(cls, argv, prog, description, epilog=""):
+    """The options given on the command line, {field: value}, for the fields of the dataclass `cls`."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
         kind = field.type if isinstance(field.type, type) else typing.get_args(field.type)[0]      # float | None -> float
@@ -69,7 +70,15 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
         default = "" if field.default in ("", None) else f" (default: {field.default})"
         parser.add_argument("--" + field.name.replace("_", "-"), **how,
                             help=(comments[field.name] + default).replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv))
+
+
+def parse_settings(cls, presets, default_preset, argv, script, description):
+    """The settings from the command line, over those of the preset, over the defaults of `cls`.
+
+    With --resume the run's own config.json takes the preset's place.  Raises ValueError, naming the
+    option and its value, when one is unknown or out of range."""
+    given = read_options(cls, argv, f"{script}.py", description, epilog="presets: " + ", ".join(presets))
     if "resume" in given:
         return cls(**(read_config(given["resume"], script) | {"out": given["resume"]} | given))
     name = given.get("preset") or default_preset
@@ -111,24 +120,68 @@ def pick_device(name):
     return torch.device(name or ("cuda" if gpu else "cpu"))
 
 
+def choose_classes(text, names):
+    """Class indices from "all", numbers or names, separated by commas.  Raises ValueError for what is no class."""
+    if text == "all":
+        return list(range(len(names)))
+    index = {name.lower(): k for k, name in reversed(list(enumerate(names)))}        # of two equal names the first counts
+    chosen = []
+    for item in (item.strip() for item in text.split(",")):
+        if re.fullmatch(r"-?[0-9]+", item):
+            if not 0 <= int(item) < len(names):
+                raise ValueError(f"class {item} does not exist: they are numbered from 0 to {len(names) - 1}")
+            chosen.append(int(item))
+        elif item.lower() in index:
+            chosen.append(index[item.lower()])
+        else:
+            close = difflib.get_close_matches(item.lower(), index, n=3)
+            raise ValueError(f"no class is named {item!r}" + (f": did you mean {' or '.join(map(repr, close))}?" if close else ""))
+    return chosen
+
+
+def load_models(preset, task, gpt_ckpt="", vq_ckpt="", toy_folder=toy.WEIGHTS):
+    """The transformer and the tokenizer of a preset for the task "c2i" or "t2i", on the CPU."""
+    if preset == "toy":
+        return toy.load(task, toy_folder, gpt_ckpt, vq_ckpt)
+    if preset not in pretrained.MODELS or pretrained.MODELS[preset].task != task:
+        fitting = [name for name, model in pretrained.MODELS.items() if model.task == task]
+        raise ValueError(f"unknown preset {preset!r}: there are toy, {', '.join(fitting)}")
+    return pretrained.load_gpt(preset, gpt_ckpt), pretrained.load_vq(preset, vq_ckpt)
+
+
+def toy_folder(settings, task):
+    """Where the toy's weights are: with --from-scratch in the run's folder, pretrained now unless they are there already."""
+    if not settings.from_scratch:
+        return toy.WEIGHTS
+    if settings.preset != "toy":
+        raise ValueError("--from-scratch is for the toy: a published model is not pretrained in minutes")
+    folder = Path(settings.out) / "weights"
+    if not (folder / f"toy_{task}.pt").exists():
+        toy.main(["--out", str(folder), "--seed", str(settings.seed)])
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------
 # Evaluation: fixed prompts and seeds
 # ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, vq, prompts, reward_fn, settings, measures, batch=128):
-    """Draws settings.eval_images images, equally many per prompt, with seeds that training never uses.
+    """Draws about settings.eval_images images, equally many per prompt and at least four, with seeds and
+    in an order of prompts that training never uses.
 
     Returns (scores, gallery): scores {"reward", "reward/<name>", "entropy", "diversity", and what
     `measures`, {name: reward}, say}, each the mean over all images; gallery a list of (prompt,
     images, rewards) of the first prompts, for the picture."""
     device = next(model.parameters()).device
-    samples = max(2, settings.eval_images // len(prompts.texts))
+    n = max(1, min(len(prompts.texts), settings.eval_images // 4))
+    samples = max(2, settings.eval_images // n)
+    index = torch.linspace(len(prompts.texts) - 1, 0, n).long()          # from the last prompt to the first, evenly
     policy = dict(cfg_scale=settings.cfg_scale, temperature=settings.temperature)
     sums, gallery = {}, []
-    for chunk in torch.arange(len(prompts.texts)).split(max(1, batch // samples)):
+    for chunk in index.split(max(1, batch // samples)):
         texts, cond, mask = prompts.pick(chunk, device)
-        rng = argrpo.rng_for(device, settings.seed, "evaluation", chunk[0].item())
+        rng = argrpo.rng_for(device, settings.seed, "evaluation", len(gallery))
         with argrpo.autocast(device):
             tokens, logp = argrpo.generate(model, cond, mask, samples_per_prompt=samples, generator=rng, **policy)
         images = argrpo.paint(vq, tokens)
@@ -140,7 +193,7 @@ def evaluate(model, vq, prompts, reward_fn, settings, measures, batch=128):
         scores["entropy"] = -logp.mean().item()          # -log pi(x) of x ~ pi: its mean is the entropy
         scores["diversity"] = argrpo.group_diversity(images, samples)
         for name, value in scores.items():
-            sums[name] = sums.get(name, 0) + value * len(chunk) / len(prompts.texts)
+            sums[name] = sums.get(name, 0) + value * len(chunk) / n
         for i, text in enumerate(texts):
             rows = slice(i * samples, i * samples + 6)
             gallery.append((text, images[rows].cpu(), total[rows].tolist()))
@@ -255,6 +308,43 @@ def draw_curves(path, metrics):
 
 
 # ---------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------
+
+def memory_estimate(model, vq, settings):
+    """Bytes that training will need, by part.  The rollout's cache and the update's activations never meet."""
+    c, half = model.config, 2 if next(model.parameters()).is_cuda else 4
+    P = sum(p.numel() for p in model.parameters())
+    length = c.cls_token_num + c.block_size - 1
+    rollout = settings.prompts_per_step * settings.group_size * (1 if settings.cfg_scale == 1 else 2)
+    update = settings.micro_batch * (1 if settings.cfg_scale == 1 or settings.logprob_cfg == "none" else 2)
+    # Saved for the backward pass, counted on this code in float32: 100 bytes per layer, token and channel, of
+    # which autocast halves about four fifths.  Per logit, float32: itself, log-softmax, softmax, and their gradients.
+    activations = length * (c.n_layer * c.dim * (60 if half == 2 else 100) + c.vocab_size * 24)
+    return {
+        "weights": 4 * P, "gradients": 4 * P, "optimizer": 8 * P, "reference": 4 * P,
+        "tokenizer": 4 * sum(p.numel() for p in vq.parameters()),
+        f"KV cache, {rollout} rows": rollout * length * 2 * c.n_layer * c.dim * half,
+        f"activations, {update} rows": update * activations,
+    }
+
+
+def print_memory(parts):
+    print("memory, estimated: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items()) + " GiB", flush=True)
+
+
+@contextmanager
+def out_of_memory_advice(settings):
+    """Turns the GPU's out-of-memory error into one that says which setting to lower."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; the result "
+                         f"stays the same); if it is the rollout that does not fit, lower --prompts-per-step or --group-size "
+                         f"(now {settings.prompts_per_step} and {settings.group_size})") from error
+
+
+# ---------------------------------------------------------------------------------------------
 # A run
 # ---------------------------------------------------------------------------------------------
 
@@ -292,6 +382,7 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measures=
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {N} tokens per image, "
           f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, "
           f"{settings.steps} steps, on {next(model.parameters()).device}, into {settings.out}/", flush=True)
+    print_memory(memory_estimate(model, vq, settings))
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     config = {"script": script, "settings": dataclasses.asdict(settings) | {"resume": ""}}
@@ -299,7 +390,7 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measures=
 
     reference = argrpo.frozen_copy(model)
     optimizer = argrpo.make_optimizer(model, settings)
-    with StopRequest() as stop:
+    with StopRequest() as stop, out_of_memory_advice(settings):
         before, gallery_before = evaluate(model, vq, eval_prompts, reward_fn, settings, measures)
         print("before: " + describe(before), flush=True)
         evaluated = time.perf_counter()

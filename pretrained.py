@@ -1,35 +1,109 @@
 """The published models: where they are, what they look like, and how to get them.
 
-    fetch("c2i_B_256.pt")                                a local file or folder
-    fetch("CSshihao/AR-GRPO_C2I_B_256")                  a whole repository on Hugging Face
-    fetch("FoundationVision/LlamaGen:c2i_B_256.pt")      one file of it
+A checkpoint is named by a local file or folder, by a Hugging Face repository, or by `repo:file`:
 
-Downloading and caching is `huggingface_hub`'s job.  Loading is `argrpo.load_weights`, strictly.
+    c2i_B_256.pt    CSshihao/AR-GRPO_C2I_B_256    FoundationVision/LlamaGen:c2i_B_256.pt
+
+Downloading and caching is `huggingface_hub`'s job; loading is `argrpo.load_weights`'s, and strict.
 """
 
-import json
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from argrpo import GPT_SIZES, GPTConfig, Transformer, load_weights, read_weights
+from argrpo import GPT_SIZES, GPTConfig, Transformer, load_weights, read_weights, rope_table
 from vqgan import VQConfig, VQModel
 
 C2I, T2I = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i"
+VQ_C2I, VQ_T2I = f"{C2I}:vq_ds16_c2i.pt", f"{T2I}:vq_ds16_t2i.pt"
 
-TOKENIZERS = {                                   # name -> (configuration, where its weights are)
-    "VQ-16": (VQConfig(), f"{C2I}:vq_ds16_c2i.pt"),
-    "VQ-8": (VQConfig(ch_mult=(1, 2, 2, 4)), f"{C2I}:vq_ds8_c2i.pt"),
-    "VQ-16-t2i": (VQConfig(), f"{T2I}:vq_ds16_t2i.pt"),
+class Published(NamedTuple):
+    size: str                # key of GPT_SIZES
+    pixels: int              # side of its images
+    task: str                # "c2i" or "t2i"
+    weights: str             # where they are
+    tokenizer: str           # where its VQ-16's weights are
+
+
+MODELS = {
+    "B-256": Published("GPT-B", 256, "c2i", f"{C2I}:c2i_B_256.pt", VQ_C2I),
+    "L-256": Published("GPT-L", 256, "c2i", f"{C2I}:c2i_L_256.pt", VQ_C2I),
+    "B-384": Published("GPT-B", 384, "c2i", f"{C2I}:c2i_B_384.pt", VQ_C2I),
+    "L-384": Published("GPT-L", 384, "c2i", f"{C2I}:c2i_L_384.pt", VQ_C2I),
+    "XL-384": Published("GPT-XL", 384, "c2i", f"{C2I}:c2i_XL_384.pt", VQ_C2I),
+    "XXL-384": Published("GPT-XXL", 384, "c2i", f"{C2I}:c2i_XXL_384.pt", VQ_C2I),
+    "3B-384": Published("GPT-3B", 384, "c2i", f"{C2I}:c2i_3B_384.pt", VQ_C2I),
+    "t2i-XL-256": Published("GPT-XL", 256, "t2i", f"{T2I}:t2i_XL_stage1_256.pt", VQ_T2I),
+    "t2i-XL-512": Published("GPT-XL", 512, "t2i", f"{T2I}:t2i_XL_stage2_512.pt", VQ_T2I),
 }
-MODELS = {                                       # preset -> (size, pixels, task, where its weights are)
-    "B-256": ("GPT-B", 256, "c2i", f"{C2I}:c2i_B_256.pt"),
-    "L-256": ("GPT-L", 256, "c2i", f"{C2I}:c2i_L_256.pt"),
-    "B-384": ("GPT-B", 384, "c2i", f"{C2I}:c2i_B_384.pt"),
-    "L-384": ("GPT-L", 384, "c2i", f"{C2I}:c2i_L_384.pt"),
-    "XL-384": ("GPT-XL", 384, "c2i", f"{C2I}:c2i_XL_384.pt"),
-    "XXL-384": ("GPT-XXL", 384, "c2i", f"{C2I}:c2i_XXL_384.pt"),
-    "3B-384": ("GPT-3B", 384, "c2i", f"{C2I}:c2i_3B_384.pt"),
-    "t2i-XL-256": ("GPT-XL", 256, "t2i", f"{T2I}:t2i_XL_stage1_256.pt"),
-    "t2i-XL-512": ("GPT-XL", 512, "t2i", f"{T2I}:t2i_XL_stage2_512.pt"),
-}
+
+
+def fetch(spec, option):
+    """The local path of a checkpoint, downloaded if need be.
+
+    Raises FileNotFoundError, within seconds, that says what was looked for where, and that `option`
+    takes a local path."""
+    if Path(spec).exists():
+        return Path(spec)
+    repo, _, name = spec.partition(":")
+    hint = f"pass a local file or folder with {option} PATH"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise FileNotFoundError(f"{spec}: no such file or folder in {Path.cwd()}, nor a Hugging Face repo or repo:file; {hint}")
+    from huggingface_hub import snapshot_download
+    try:                     # unlike hf_hub_download, this does not retry for half a minute without a network
+        folder = Path(snapshot_download(repo, allow_patterns=name or ["*.safetensors", "pytorch_model*.bin", "*.json"]))
+    except Exception as error:                   # the hub's errors have many types and one meaning
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"cannot get {name or 'the model'} from https://huggingface.co/{repo} ({reason}), and there is "
+                                f"no local {spec} in {Path.cwd()}; {hint}") from error
+    if not (folder / name).exists():
+        raise FileNotFoundError(f"there is no {name} in https://huggingface.co/{repo} or its local copy {folder}; {hint}")
+    return folder / name
+
+
+def without_memory(make):
+    """make() on the meta device: a module with names and shapes, but no numbers."""
+    with torch.device("meta"):
+        return make()
+
+
+def gpt_config(preset):
+    """The GPTConfig of a published model: one token per 16 x 16 pixels."""
+    model = MODELS[preset]
+    t2i = dict(model_type="t2i", cls_token_num=120) if model.task == "t2i" else {}
+    return GPTConfig(**GPT_SIZES[model.size], block_size=(model.pixels // 16) ** 2, **t2i)
+
+
+def presets_that_fit(path):
+    """Names of the published models whose parameters have just the names and shapes of this checkpoint."""
+    shapes = {name: w.shape for name, w in read_weights(path, "gpt_model.").items()}
+    return [preset for preset in MODELS if shapes == {
+        name: w.shape for name, w in without_memory(lambda: Transformer(gpt_config(preset))).state_dict().items()}]
+
+
+def load_gpt(preset, spec=""):
+    """The transformer of a preset, in float32 on the CPU, with its published weights or those at `spec`.
+
+    Raises ValueError, naming the preset that would fit, if the checkpoint is another model's."""
+    path, config = fetch(spec or MODELS[preset].weights, "--gpt-ckpt"), gpt_config(preset)
+    model = without_memory(lambda: Transformer(config)).to_empty(device="cpu")     # every weight comes from the file,
+    model.rope.copy_(rope_table(config))                                           # and only this table does not
+    try:
+        return load_weights(model, path)
+    except ValueError as error:
+        fitting = presets_that_fit(path)
+        raise ValueError(f"{error}; it fits --preset {' or '.join(fitting)}" if fitting else str(error)) from None
+
+
+def load_vq(preset, spec=""):
+    """The tokenizer of a preset, frozen, with its published weights or those at `spec`."""
+    path = fetch(spec or MODELS[preset].tokenizer, "--vq-ckpt")
+    return load_weights(without_memory(lambda: VQModel(VQConfig())).to_empty(device="cpu"), path).requires_grad_(False)
+
+
+def imagenet_classes():
+    """The names of ImageNet's 1000 classes, in LlamaGen's order, which is ImageNet's."""
+    from open_clip import IMAGENET_CLASSNAMES
+    return list(IMAGENET_CLASSNAMES)

@@ -146,6 +146,9 @@ def build_rewards(spec, device):
     Comma-separated items `name[:weight]` or `file.py:function[:weight]`, weight 1 unless given.  A
     class instead of a function is called with the device, once, and its instance with the images.
     Raises ValueError for anything that cannot be understood or found."""
+    if not spec.strip():
+        raise ValueError(f"no reward given: choose with --reward from {', '.join(sorted(REGISTRY))}, "
+                         "or your own as file.py:function")
     rewards = {}
     for item in spec.split(","):
         match = re.fullmatch(r"\s*(?:(?P<file>[^:]+\.py):)?(?P<name>\w+)(?::(?P<weight>[^:]+))?\s*", item)

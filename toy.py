@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from argrpo import GPTConfig, Transformer, load_weights
+from argrpo import GPTConfig, Transformer, load_weights, paint
 from vqgan import VQConfig, VQModel
 
 SIZE = 24                                        # pixels
@@ -185,8 +185,11 @@ def read_scenes(images):
     alpha = torch.einsum("brhw,rc->bchw", images - ground, torch.linalg.inv(basis)).clamp(0, 1)          # (B, 3, H, W)
     planes = alpha.flatten(0, 1)                                                                         # (B * 3, H, W)
     labels = connected_components(planes > 0.5)
-    plane, label = torch.unique(torch.stack([torch.arange(len(planes), device=images.device).float().view(-1, 1, 1)
-                                             .expand_as(labels)[labels > 0], labels[labels > 0]]), dim=1).long()
+    # Number the components of all planes together: (plane, label) as one integer.
+    pixels = SIZE * SIZE + 1
+    offsets = pixels * torch.arange(len(planes), device=images.device).view(-1, 1, 1)
+    components = torch.unique((labels.long() + offsets)[labels > 0])                                     # (K,)
+    plane, label = components // pixels, components % pixels
     # One soft mask per component (K of them): its pixels and the half-covered ones around it.
     blob = (labels[plane] == label.view(-1, 1, 1)).float()
     grown = F.max_pool2d(blob[:, None], 3, stride=1, padding=1)[:, 0]                                    # (K, H, W)
@@ -273,10 +276,10 @@ CONFIGS = {
 }
 
 
-def load(task, folder=WEIGHTS):
-    """The pretrained toy: (Transformer, VQModel) for the task "c2i" or "t2i"."""
-    gpt = load_weights(Transformer(CONFIGS[task]), Path(folder) / f"toy_{task}.pt")
-    return gpt, load_weights(VQModel(VQ_CONFIG), Path(folder) / "toy_vq.pt")
+def load(task, folder=WEIGHTS, gpt_path="", vq_path=""):
+    """The pretrained toy, (Transformer, VQModel), for the task "c2i" or "t2i": from a folder, or from files of your own."""
+    gpt = load_weights(Transformer(CONFIGS[task]), gpt_path or Path(folder) / f"toy_{task}.pt")
+    return gpt, load_weights(VQModel(VQ_CONFIG), vq_path or Path(folder) / "toy_vq.pt").requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,7 +340,7 @@ def pretrain_vq(images, rng, steps=2400):
     return pretrain(loss_of, vq, steps, 5e-3, 0.0, len(images), 8, rng, "tokenizer", after_step)
 
 
-def pretrain_gpt(task, tokens, cond, cond_mask, rng, steps=1800):
+def pretrain_gpt(task, tokens, cond, cond_mask, rng, steps=2400):
     """A transformer that writes the tokens (M, N) under their conditions, by maximum likelihood."""
     gpt = Transformer(CONFIGS[task])
     if task == "t2i":                            # one-hot features are small: the usual init would all but mute them
@@ -364,25 +367,33 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the three checkpoints (default: weights)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=16000, help="pictures per task (default: 16000)")
+    parser.add_argument("--only", choices=("vq", "c2i", "t2i"), help="remake this one; the others read the tokenizer in --out")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(args.seed)
-    torch.manual_seed(args.seed)
 
-    prompts = {"c2i": [CLASSES[i % len(CLASSES)] for i in range(args.scenes)],
-               "t2i": [rng.choice(SEEN_CLASSES if i % 2 else SEEN_PAIRS) for i in range(args.scenes)]}
-    images = {task: render([make_scene(prompt, rng) for prompt in texts]) for task, texts in prompts.items()}
-    vq = pretrain_vq(torch.cat(list(images.values())), rng)
-    for parameter in vq.parameters():
-        parameter.requires_grad_(False)
-    save(vq, args.out / "toy_vq.pt")
+    def rng(*purpose):                           # every purpose has a stream of its own, so that one can change alone
+        torch.manual_seed(args.seed)
+        return random.Random(f"{args.seed} {purpose}")
+
+    pick = rng("t2i prompts").choice
+    prompts = {"c2i": [CLASSES[k % len(CLASSES)] for k in range(args.scenes)],
+               "t2i": [pick(SEEN_CLASSES if k % 2 else SEEN_PAIRS) for k in range(args.scenes)]}
+    images = {}
     for task, texts in prompts.items():
-        tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images[task].split(256)])
-        right = verify((torch.cat([vq.decode(chunk) for chunk in tokens.split(256)]) + 1) / 2, texts).mean()
-        print(f"{task}: the verifier finds {right:.1%} of the tokenizer's reconstructions right")
-        conditions = ((torch.tensor([CLASSES.index(text) for text in texts]), None) if task == "c2i"
-                      else encode_captions(texts))
-        save(pretrain_gpt(task, tokens, *conditions, rng), args.out / f"toy_{task}.pt")
+        stream = rng(task, "scenes")
+        images[task] = render([make_scene(text, stream) for text in texts])
+    if args.only in (None, "vq"):
+        save(pretrain_vq(torch.cat(list(images.values())), rng("tokenizer")), args.out / "toy_vq.pt")
+    vq = load_weights(VQModel(VQ_CONFIG), args.out / "toy_vq.pt")        # in half precision, as everybody will have it
+    for task, texts in prompts.items():
+        if args.only in (None, task):
+            with torch.no_grad():
+                tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images[task].split(256)])
+            right = verify(paint(vq, tokens), texts).mean()
+            print(f"{task}: the verifier finds {right:.1%} of the tokenizer's reconstructions right")
+            conditions = ((torch.tensor([CLASSES.index(text) for text in texts]), None) if task == "c2i"
+                          else encode_captions(texts))
+            save(pretrain_gpt(task, tokens, *conditions, rng(task)), args.out / f"toy_{task}.pt")
     print(f"wrote {', '.join(str(path) for path in sorted(args.out.glob('toy_*.pt')))}")
 
 

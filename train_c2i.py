@@ -1,44 +1,58 @@
 """Improves a class-conditional image generator with AR-GRPO.
 
-    python train_c2i.py                                  # the toy on a CPU: minutes, no download
-    python train_c2i.py --reward my_rewards.py:redness   # your own reward
-    python train_c2i.py --resume runs/train_c2i-toy      # continue after Ctrl-C
-    python train_c2i.py --help                           # all options
+    python train_c2i.py                                      # the toy on a CPU: minutes, no download
+    python train_c2i.py --reward my_rewards.py:redness       # your own reward
+    python train_c2i.py --resume runs/train_c2i-toy          # continue after Ctrl-C
+    python train_c2i.py --preset B-256 --reward jpeg         # LlamaGen's GPT-B at 256 pixels, on a GPU
+    python train_c2i.py --preset L-384 --classes "otter,golden retriever" --reward my_rewards.py:redness
+    python train_c2i.py --help                               # all options
 """
 
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 import argrpo
 import experiment
+import pretrained
 import reward
 import toy
 
+# What the paper uses, with one GPU in the place of its four, so P = 4 prompts: https://arxiv.org/abs/2508.06924
+PAPER = dict(steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=0.1, cfg_scale=2.0,
+             eval_images=64, save_every=25)
 PRESETS = {
-    # The toy's own learning rate, KL weight and sizes are the defaults of argrpo.GRPOConfig.
-    "toy": dict(reward="shapes"),
+    "toy": dict(reward="shapes"),                # everything else as in argrpo.GRPOConfig
+    "B-256": PAPER | dict(micro_batch=8),        # micro-batches for a GPU of 24 GB
+    "L-256": PAPER | dict(micro_batch=4),
+    "B-384": PAPER | dict(micro_batch=4),
+    "L-384": PAPER | dict(micro_batch=2),
+    "XL-384": PAPER | dict(micro_batch=1),
+    "XXL-384": PAPER | dict(micro_batch=1),      # these two need more than 24 GB
+    "3B-384": PAPER | dict(micro_batch=1),
 }
+
+
+@dataclass
+class Settings(experiment.Settings):
+    classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names such as otter,pizza
 
 
 def main(argv=None):
     with experiment.one_line_errors():
         default_preset = "B-256" if torch.cuda.is_available() else "toy"
-        settings = experiment.parse_settings(experiment.Settings, PRESETS, default_preset, argv, "train_c2i", __doc__)
+        settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_c2i", __doc__)
         device = experiment.pick_device(settings.device)
         reward_fn = reward.build_rewards(settings.reward, device)
-        folder = toy.WEIGHTS
-        if settings.from_scratch:
-            folder = Path(settings.out) / "weights"
-            if not (folder / "toy_c2i.pt").exists():             # it does when a run is resumed
-                toy.main(["--out", str(folder), "--seed", str(settings.seed)])
-        model, vq = (module.to(device) for module in toy.load("c2i", folder))
+        names, template, measures = pretrained.imagenet_classes(), "a photo of {}", {}
+        if settings.preset == "toy":
+            names, template, measures = toy.CLASSES, "{}", {"verified": toy.verify}
+        classes = experiment.choose_classes(settings.classes, names)
+        model, vq = experiment.load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt,
+                                           experiment.toy_folder(settings, "c2i"))
 
-    classes = torch.arange(len(toy.CLASSES))
-    prompts = argrpo.Prompts(toy.CLASSES, classes)
-    backwards = argrpo.Prompts(toy.CLASSES[::-1], classes.flip(0))       # an order that training never uses
-    return experiment.run(model, vq, prompts, backwards, reward_fn, settings, "train_c2i",
-                          measures={"verified": toy.verify})
+    prompts = argrpo.Prompts([template.format(names[k]) for k in classes], torch.tensor(classes))
+    return experiment.run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, "train_c2i", measures)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Words:
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("", "cannot read ''"),
+    ("", "no reward given: choose with --reward from brightness"),
     ("brightness,", "cannot read ''"),
     ("nonsense", "unknown reward 'nonsense': there are brightness"),
     ("brightness:heavy", "weight of reward 'brightness' must be a finite number, not 'heavy'"),

@@ -82,7 +82,10 @@ def test_draws_follow_the_distribution():
 
 def test_top_k_and_top_p_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = lambda **how: torch.isfinite(filter_logits(logits, **how))[0].tolist()
+
+    def kept(**how):
+        return torch.isfinite(filter_logits(logits, **how))[0].tolist()
+
     assert kept(top_k=2) == [True, True, False, False]
     assert kept(top_p=0.4) == [True, False, False, False]        # the first always stays
     assert kept(top_p=0.7) == [True, True, False, False]         # 0.5 does not reach 0.7, so the second belongs to it

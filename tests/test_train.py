@@ -29,7 +29,7 @@ def tiny_run(model_type="c2i", model=None, reward_fn=brightness, first_step=0, o
     torch.manual_seed(0)
     model = tiny_model(model_type) if model is None else model
     cond, mask = tiny_condition(model_type, rows=5)
-    settings = dict(steps=2, prompts_per_step=2, group_size=4, micro_batch=8, lr=1e-2, kl_beta=0.05) | changes
+    settings = dict(steps=2, prompts_per_step=2, group_size=4, micro_batch=8, lr=1e-2, lr_end=1.0, kl_beta=0.05) | changes
     config = GRPOConfig(**settings)
     optimizer = optimizer or argrpo.make_optimizer(model, config)
     reference = reference or argrpo.frozen_copy(model)
@@ -105,16 +105,19 @@ def test_continuing_equals_never_stopping():
         assert {k: v for k, v in a.items() if "seconds" not in k} == {k: v for k, v in b.items() if "seconds" not in k}
 
 
-def test_learning_rate_warms_up():
-    rates = []
-    optimizer = torch.optim.AdamW
-    model = tiny_model()
-    config = GRPOConfig(steps=4, prompts_per_step=1, group_size=2, lr=0.1, warmup_steps=3)
-    optimizer = argrpo.make_optimizer(model, config)
-    prompts = Prompts(["a"], torch.zeros(1, dtype=torch.long))
-    for _ in argrpo.train(model, argrpo.frozen_copy(model), Blocks(), prompts, brightness, config, optimizer):
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
+def test_learning_rate_warms_up_and_decays():
+    def rates(**settings):
+        config = GRPOConfig(steps=4, lr=0.1, **settings)
+        return [argrpo.learning_rate(config, step) for step in range(4)]
+
+    assert rates(warmup_steps=3, lr_end=1.0) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
+    assert rates(warmup_steps=1, lr_end=0.0) == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert rates(warmup_steps=1, lr_end=0.6) == pytest.approx([0.1, 0.09, 0.08, 0.07])
+
+
+def test_the_optimizer_gets_the_steps_learning_rate():
+    _, _, optimizer = tiny_run(steps=2, warmup_steps=4, lr=0.1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
 def test_prompts_come_in_endless_shuffled_passes():

@@ -1,0 +1,101 @@
+"""LlamaGen at full size with random weights: on the meta device in no time, and for real on the CPU (slow)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import argrpo
+import experiment
+import pretrained
+import sample
+import train_c2i
+from vqgan import VQConfig, VQModel
+
+
+@pytest.mark.parametrize("preset", pretrained.MODELS)
+def test_every_published_model_runs_forward(preset):
+    config = pretrained.gpt_config(preset)
+    model = pretrained.without_memory(lambda: argrpo.Transformer(config))
+    tokens = torch.zeros(2, config.block_size, dtype=torch.long, device="meta")
+    cond, mask = torch.zeros(2, dtype=torch.long, device="meta"), None
+    if config.model_type == "t2i":
+        cond, mask = torch.zeros(2, 120, 2048, device="meta"), torch.ones(2, 120, dtype=torch.bool, device="meta")
+    logp, entropy = argrpo.token_logp(model, tokens, cond, mask, cfg_scale=2.0)
+    assert logp.shape == entropy.shape == (2, config.block_size)
+
+
+@pytest.mark.parametrize("preset, millions", [("B-256", 111), ("L-384", 343), ("XL-384", 775), ("XXL-384", 1400), ("3B-384", 3100)])
+def test_sizes_are_the_published_ones(preset, millions):
+    model = pretrained.without_memory(lambda: argrpo.Transformer(pretrained.gpt_config(preset)))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_every_c2i_model_has_a_preset_with_the_papers_settings():
+    assert set(train_c2i.PRESETS) - {"toy"} == {name for name, model in pretrained.MODELS.items() if model.task == "c2i"}
+    for name in set(train_c2i.PRESETS) - {"toy"}:
+        settings = train_c2i.Settings(**train_c2i.PRESETS[name])
+        assert (settings.group_size, settings.cfg_scale, settings.kl_beta, settings.lr, settings.steps) == (8, 2.0, 0.1, 1e-5, 400)
+
+
+def test_the_memory_estimate_by_hand():
+    """GPT-B: 111M parameters, each 4 bytes of weight, 4 of gradient, 8 of AdamW and 4 of reference."""
+    with torch.device("meta"):
+        model, vq = argrpo.Transformer(pretrained.gpt_config("B-256")), VQModel(VQConfig())
+    parts = experiment.memory_estimate(model, vq, train_c2i.Settings(**train_c2i.PRESETS["B-256"]))
+    P = sum(p.numel() for p in model.parameters())
+    assert parts["weights"] + parts["gradients"] + parts["optimizer"] + parts["reference"] == 20 * P
+    # 4 prompts x 8 samples x 2 branches, 256 positions, keys and values, 12 layers, 768 channels, float32 on this device.
+    assert parts["KV cache, 64 rows"] == 64 * 256 * 2 * 12 * 768 * 4
+
+
+def test_running_out_of_gpu_memory_says_what_to_lower():
+    with pytest.raises(SystemExit, match=r"lower --micro-batch \(now 3"):
+        with experiment.out_of_memory_advice(train_c2i.Settings(micro_batch=3)):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+def test_sample_draws_a_grid_and_an_npz(tmp_path, capsys):
+    sample.main(["--classes", "one red circle,26", "--samples", "3", "--out", str(tmp_path / "grid.png")])
+    assert "one red circle, three blue triangles" in capsys.readouterr().out and (tmp_path / "grid.png").stat().st_size > 0
+    for name in "ab":
+        sample.main(["--npz", str(tmp_path / f"{name}.npz"), "--images", "40", "--cfg-scale", "2", "--top-k", "50"])
+    a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
+    assert a.shape == (40, 24, 24, 3) and a.dtype == np.uint8 and (a == b).all() and a.std() > 0
+
+
+def test_large_pictures_are_resized_to_256():
+    assert sample.as_uint8(torch.rand(2, 3, 384, 384), 256).shape == (2, 256, 256, 3)
+    white = sample.as_uint8(torch.ones(1, 3, 256, 256), 256)
+    assert white.min() == 255
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--preset", "t2i-XL-256"], "unknown preset 't2i-XL-256': there are toy, B-256"),
+    (["--classes", "unicorn"], "no class is named 'unicorn'"),
+    (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
+    (["--fid-reference", "nowhere"], "--fid-reference needs --npz"),
+])
+def test_sample_explains_bad_options(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(options)
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_gpt_b_256_at_full_size(tmp_path, capsys):
+    """The whole way of a published model: load, sample 8 images with guidance, one GRPO step, export, load again."""
+    gpt, vq = argrpo.Transformer(pretrained.gpt_config("B-256")), VQModel(VQConfig())
+    torch.nn.init.normal_(gpt.output.weight, std=0.02)
+    torch.save({"model": gpt.half().state_dict(), "steps": 1}, tmp_path / "gpt.pt")
+    torch.save({"model": vq.half().state_dict()}, tmp_path / "vq.pt")
+    train_c2i.main(["--preset", "B-256", "--device", "cpu", "--gpt-ckpt", str(tmp_path / "gpt.pt"), "--vq-ckpt", str(tmp_path / "vq.pt"),
+                    "--classes", "207", "--reward", "jpeg", "--steps", "1", "--prompts-per-step", "1", "--micro-batch", "4",
+                    "--warmup-steps", "1", "--eval-images", "2", "--out", str(tmp_path / "run")])
+    assert "111.1M parameters, 256 tokens per image, 1 prompts x 8 samples = 8 images" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert metrics["ratio_max"] == 1 and metrics["mismatch"] < 1e-3 and metrics["grad_norm"] > 0
+    trained = pretrained.load_gpt("B-256", str(tmp_path / "run" / "model.pt"))
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), gpt.float().parameters()))
