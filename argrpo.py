@@ -39,7 +39,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import isqrt
+from math import isfinite, isqrt
 from pathlib import Path
 
 import torch
@@ -311,7 +311,7 @@ def read_file(path):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):         # LlamaGen stores its options
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                   # many kinds with one meaning; torch's own text would advise to trust the file
+    except Exception as error:               # many kinds, one meaning; torch's own text would advise to trust the file
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain data, which could run code "
                          f"({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -345,7 +345,8 @@ def load_weights(module, path):
 
     Half-precision weights are widened to the module's own type.  Strict: raises ValueError naming
     the first few parameters that are missing, unexpected or of another shape."""
-    weights, wanted = read_weights(path, "gpt_model." if isinstance(module, Transformer) else "vq_model."), module.state_dict()
+    weights = read_weights(path, "gpt_model." if isinstance(module, Transformer) else "vq_model.")
+    wanted = module.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in weights]
     problems += [f"{name} is unexpected" for name in weights if name not in wanted]
     problems += [f"{name} has shape {tuple(weights[name].shape)}, not {tuple(w.shape)}"
@@ -410,8 +411,8 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
     neighbours and share its prefill.  greedy takes the likeliest code, and gives that code's logp.
     Raises ValueError for settings out of range."""
     if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0 or samples_per_prompt < 1:
-        raise ValueError("generate needs temperature > 0 (for the likeliest codes use greedy), 0 < top_p <= 1, top_k >= 0 and "
-                         f"samples_per_prompt >= 1, not {temperature}, {top_p}, {top_k} and {samples_per_prompt}")
+        raise ValueError("generate needs temperature > 0 (for the likeliest codes use greedy), 0 < top_p <= 1, top_k >= 0 "
+                         f"and samples_per_prompt >= 1, not {temperature}, {top_p}, {top_k} and {samples_per_prompt}")
     N = model.config.block_size
     branches = 1 if cfg_scale == 1 else 2
     cond, cond_mask = both_branches(model, cond, cond_mask, cfg_scale)              # (R, ...), R = P or 2 P
@@ -513,11 +514,11 @@ class GRPOConfig:
     steps: int = 180                     # rollouts, and with inner_epochs 1 also optimizer steps
     prompts_per_step: int = 8            # P, prompts per step
     group_size: int = 16                 # G, images per prompt: a larger group knows its own mean better
-    micro_batch: int = 64                # images per forward and backward pass: changes memory, never the result
+    micro_batch: int = 64                # images per pass of the update and of painting: changes memory, never the result
     inner_epochs: int = 1                # optimizer steps per rollout; above 1 the clip starts to matter
     lr: float = 8e-4                     # AdamW's learning rate after the warm-up
     warmup_steps: int = 5                # steps over which the learning rate rises linearly
-    lr_end: float = 0.0                  # share of the learning rate that is left at the end, after a linear decay; 1 is none
+    lr_end: float = 0.0                  # share of lr that is left at the end of its linear decay; 1 is no decay
     weight_decay: float = 0.0            # AdamW's weight decay
     max_grad_norm: float = 1.0           # the gradient is scaled down to this norm where it is longer
     clip_eps: float = 0.2                # the ratio's trust region is [1 - clip_eps, 1 + clip_eps]
@@ -587,7 +588,7 @@ def clock(device):
 
 
 @torch.no_grad()
-def paint(vq, tokens, micro_batch=64):
+def paint(vq, tokens, micro_batch=16):
     """tokens (B, N) -> images (B, 3, H, W) in [0, 1], as rewards want them."""
     return torch.cat([(vq.decode(rows) + 1) / 2 for rows in tokens.split(micro_batch)]).clamp(0, 1)
 
@@ -639,7 +640,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         rolled_out = clock(device)
 
         # 3. Reward.
-        images = paint(vq, tokens)                                                                 # (B, 3, H, W)
+        images = paint(vq, tokens, config.micro_batch)                                             # (B, 3, H, W)
         rewards, parts = reward_fn(images, [text for text in texts for _ in range(G)])             # (B,), {name: (B,)}
         rewarded = clock(device)
 
@@ -669,7 +670,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
                 (loss * len(rows) / B).backward()
                 history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy.mean().item())))
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-            if not torch.isfinite(torch.tensor(grad_norm)):
+            if not isfinite(grad_norm):
                 raise FloatingPointError(f"the gradient's norm is {grad_norm} in step {step}, with rewards from "
                                          f"{rewards.min():g} to {rewards.max():g}; the weights are as they were before it")
             optimizer.step()
@@ -682,13 +683,13 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             warnings.warn(f"the ratio should be 1 on the first pass over a rollout, but sampler and learner differ by "
                           f"{mismatch.mean():.4f} nats a token on average (largest {mismatch.max():.4f})")
 
-        spread = rearrange(rewards, "(p g) -> p g", g=G).std(dim=1)                                # (P,)
+        groups = rearrange(rewards, "(p g) -> p g", g=G)
         metrics = {
             "step": step,
             "reward": rewards.mean().item(),
             **{f"reward/{name}": part.mean().item() for name, part in parts.items()},
-            "reward_std": spread.mean().item(),
-            "flat_groups": (spread == 0).float().mean().item(),      # share of groups that teach nothing
+            "reward_std": groups.std(dim=1).mean().item(),
+            "flat_groups": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item(),   # they teach nothing
             **{name: sum(weight * stats[name] for weight, stats in history) for name in history[0][1]},
             "ratio_max": max(stats["ratio_max"] for _, stats in history),
             "mismatch": mismatch.max().item(),

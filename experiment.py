@@ -43,9 +43,9 @@ class Settings(argrpo.GRPOConfig):
     out: str = ""                        # folder of the run; default runs/<script>-<preset>
     resume: str = ""                     # folder of a run to continue
     device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
-    gpt_ckpt: str = ""                   # transformer weights instead of the preset's: file, folder, Hugging Face repo or repo:file
+    gpt_ckpt: str = ""                   # transformer weights of your own: a file, a folder, or a Hugging Face repo or repo:file
     vq_ckpt: str = ""                    # tokenizer weights, likewise
-    from_scratch: bool = False           # toy: pretrain the models first (minutes), instead of taking the ones in weights/
+    from_scratch: bool = False           # toy: pretrain the models first (minutes) instead of using weights/
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
     save_every: int = 20                 # steps between two checkpoints
 
@@ -135,7 +135,8 @@ def choose_classes(text, names):
             chosen.append(index[item.lower()])
         else:
             close = difflib.get_close_matches(item.lower(), index, n=3)
-            raise ValueError(f"no class is named {item!r}" + (f": did you mean {' or '.join(map(repr, close))}?" if close else ""))
+            hint = f": did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ValueError(f"no class is named {item!r}{hint}")
     return chosen
 
 
@@ -150,7 +151,7 @@ def load_models(preset, task, gpt_ckpt="", vq_ckpt="", toy_folder=toy.WEIGHTS):
 
 
 def toy_folder(settings, task):
-    """Where the toy's weights are: with --from-scratch in the run's folder, pretrained now unless they are there already."""
+    """Where the toy's weights are: with --from-scratch in the run's folder, pretrained now if they are not there."""
     if not settings.from_scratch:
         return toy.WEIGHTS
     if settings.preset != "toy":
@@ -184,7 +185,7 @@ def evaluate(model, vq, prompts, reward_fn, settings, measures, batch=128):
         rng = argrpo.rng_for(device, settings.seed, "evaluation", len(gallery))
         with argrpo.autocast(device):
             tokens, logp = argrpo.generate(model, cond, mask, samples_per_prompt=samples, generator=rng, **policy)
-        images = argrpo.paint(vq, tokens)
+        images = argrpo.paint(vq, tokens, settings.micro_batch)
         repeated = [text for text in texts for _ in range(samples)]
         total, parts = reward_fn(images, repeated)
         scores = {"reward": total.mean().item()}
@@ -293,13 +294,13 @@ def draw_before_after(path, before, after, rows=8):
 
 def draw_curves(path, metrics):
     """Reward by component, KL, entropy and diversity over the steps."""
-    panels = [[name for name in metrics[0] if name.startswith("reward/")] or ["reward"], ["kl"], ["entropy"], ["diversity"]]
-    if len(panels[0]) > 1:
-        panels[0].insert(0, "reward")
+    rewards = [name for name in metrics[0] if name.startswith("reward/")]
+    panels = [rewards if len(rewards) == 1 else ["reward", *rewards], ["kl"], ["entropy"], ["diversity"]]
     fig = figure(11, 2.8)
     for ax, names in zip(fig.subplots(1, len(panels)), panels):
         for name in names:
-            ax.plot([m["step"] for m in metrics], [m[name] for m in metrics], linewidth=1, label=name.removeprefix("reward/"))
+            label = name.removeprefix("reward/")
+            ax.plot([m["step"] for m in metrics], [m[name] for m in metrics], linewidth=1, label=label)
         ax.set_title("reward" if ax is fig.axes[0] else names[0], fontsize=9)
         ax.set_xlabel("step", fontsize=8)
         ax.tick_params(labelsize=7)
@@ -330,7 +331,8 @@ def memory_estimate(model, vq, settings):
 
 
 def print_memory(parts):
-    print("memory, estimated: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items()) + " GiB", flush=True)
+    text = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    print(f"memory, estimated in GiB: {text}", flush=True)
 
 
 @contextmanager
@@ -339,9 +341,9 @@ def out_of_memory_advice(settings):
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; the result "
-                         f"stays the same); if it is the rollout that does not fit, lower --prompts-per-step or --group-size "
-                         f"(now {settings.prompts_per_step} and {settings.group_size})") from error
+        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; "
+                         "the result stays the same); if it is the rollout that does not fit, lower --prompts-per-step or "
+                         f"--group-size (now {settings.prompts_per_step} and {settings.group_size})") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer
     log, first_step = out / "metrics.jsonl", 0
     if settings.resume and (out / "last.pt").exists():                   # else nothing was saved yet: start over
         first_step = load_checkpoint(out / "last.pt", model, optimizer)
-    lines = log.read_text().splitlines()[:first_step] if first_step else []      # later steps were not saved: they run again
+    lines = log.read_text().splitlines()[:first_step] if first_step else []      # steps not saved run again
     log.write_text("".join(line + "\n" for line in lines))
     metrics = [json.loads(line) for line in lines]
     if stop.signal:

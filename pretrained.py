@@ -50,14 +50,15 @@ def fetch(spec, option):
     repo, _, name = spec.partition(":")
     hint = f"pass a local file or folder with {option} PATH"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise FileNotFoundError(f"{spec}: no such file or folder in {Path.cwd()}, nor a Hugging Face repo or repo:file; {hint}")
+        raise FileNotFoundError(f"{spec}: no such file or folder in {Path.cwd()}, nor a Hugging Face repo or repo:file; "
+                                f"{hint}")
     from huggingface_hub import snapshot_download
     try:                     # unlike hf_hub_download, this does not retry for half a minute without a network
         folder = Path(snapshot_download(repo, allow_patterns=name or ["*.safetensors", "pytorch_model*.bin", "*.json"]))
     except Exception as error:                   # the hub's errors have many types and one meaning
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"cannot get {name or 'the model'} from https://huggingface.co/{repo} ({reason}), and there is "
-                                f"no local {spec} in {Path.cwd()}; {hint}") from error
+        raise FileNotFoundError(f"cannot get {name or 'the model'} from https://huggingface.co/{repo} ({reason}), "
+                                f"and there is no local {spec} in {Path.cwd()}; {hint}") from error
     if not (folder / name).exists():
         raise FileNotFoundError(f"there is no {name} in https://huggingface.co/{repo} or its local copy {folder}; {hint}")
     return folder / name

@@ -118,7 +118,8 @@ def checked(name, scores, prompts):
     """The scores as float32, if they are (B,) finite numbers."""
     if not isinstance(scores, torch.Tensor) or scores.shape != (len(prompts),):
         got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise ValueError(f"reward {name!r} must return a tensor of shape ({len(prompts)},), one score per image, not {got}")
+        raise ValueError(f"reward {name!r} must return a tensor of shape ({len(prompts)},), one score per image, "
+                         f"not {got}")
     scores = scores.float()
     bad = (~torch.isfinite(scores)).nonzero()[:, 0].tolist()
     if bad:
@@ -135,7 +136,7 @@ def load_function(path, name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
-        mine = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == spec.name]
+        mine = [n for n, value in vars(module).items() if getattr(value, "__module__", "") == spec.name]
         raise ValueError(f"{path} has no function {name!r}; it has {', '.join(mine) or 'none'}")
     return getattr(module, name)
 
@@ -153,7 +154,8 @@ def build_rewards(spec, device):
     for item in spec.split(","):
         match = re.fullmatch(r"\s*(?:(?P<file>[^:]+\.py):)?(?P<name>\w+)(?::(?P<weight>[^:]+))?\s*", item)
         if match is None:
-            raise ValueError(f"cannot read {item!r} in the reward {spec!r}: write name[:weight] or file.py:function[:weight]")
+            raise ValueError(f"cannot read {item!r} in the reward {spec!r}: write name[:weight] or "
+                             "file.py:function[:weight]")
         file, name = match["file"], match["name"]
         try:
             weight = float(match["weight"] or 1)

@@ -27,7 +27,7 @@ import toy
 @dataclass
 class Settings:
     preset: str = "toy"                  # toy, B-256, L-256, B-384, L-384, XL-384, XXL-384 or 3B-384
-    gpt_ckpt: str = ""                   # transformer weights instead of the preset's: file, folder, Hugging Face repo or repo:file
+    gpt_ckpt: str = ""                   # transformer weights of your own: a file, a folder, or a Hugging Face repo or repo:file
     vq_ckpt: str = ""                    # tokenizer weights, likewise
     classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names such as otter,pizza
     samples: int = 8                     # images per class in the grid
@@ -41,7 +41,7 @@ class Settings:
     out: str = "samples.png"             # the grid
     npz: str = ""                        # write --images pictures into this .npz instead of a grid
     images: int = 50000                  # how many, for --npz
-    fid_reference: str = ""              # folder of images or .npz to compare the .npz with: prints FID and IS (needs torch-fidelity)
+    fid_reference: str = ""              # folder or .npz of real images: prints FID and IS (needs torch-fidelity)
 
 
 @torch.no_grad()
@@ -49,8 +49,8 @@ def draw(model, vq, labels, settings, device, batch=32):
     """Pictures of the labels (M,): yields (b, 3, H, W) in [0, 1] on the CPU, the same for the same seed."""
     for i, chunk in enumerate(tqdm(labels.split(batch), desc="sampling", unit="batch")):
         with argrpo.autocast(device):
-            tokens, _ = argrpo.generate(model, chunk.to(device), cfg_scale=settings.cfg_scale, temperature=settings.temperature,
-                                        top_k=settings.top_k, top_p=settings.top_p,
+            tokens, _ = argrpo.generate(model, chunk.to(device), cfg_scale=settings.cfg_scale,
+                                        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
                                         generator=argrpo.rng_for(device, settings.seed, "sample", i))
         yield argrpo.paint(vq, tokens).cpu()
 
@@ -105,7 +105,8 @@ def main(argv=None):
             return
         rows = classes[torch.linspace(0, len(classes) - 1, min(settings.rows, len(classes))).long()]
         images = torch.cat(list(draw(model, vq, rows.repeat_interleave(settings.samples), settings, device)))
-        save_image(F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1])), settings.out, nrow=settings.samples)
+        images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))      # the toy's pixels, visibly
+        save_image(images, settings.out, nrow=settings.samples)
         print(f"wrote {settings.out}: a row each of {', '.join(names[k] for k in rows)}")
 
 

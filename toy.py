@@ -277,7 +277,7 @@ CONFIGS = {
 
 
 def load(task, folder=WEIGHTS, gpt_path="", vq_path=""):
-    """The pretrained toy, (Transformer, VQModel), for the task "c2i" or "t2i": from a folder, or from files of your own."""
+    """The pretrained toy, (Transformer, VQModel), for the task "c2i" or "t2i"; the paths name files of your own."""
     gpt = load_weights(Transformer(CONFIGS[task]), gpt_path or Path(folder) / f"toy_{task}.pt")
     return gpt, load_weights(VQModel(VQ_CONFIG), vq_path or Path(folder) / "toy_vq.pt").requires_grad_(False)
 
@@ -367,7 +367,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the three checkpoints (default: weights)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=16000, help="pictures per task (default: 16000)")
-    parser.add_argument("--only", choices=("vq", "c2i", "t2i"), help="remake this one; the others read the tokenizer in --out")
+    parser.add_argument("--only", choices=("vq", "c2i", "t2i"), help="remake this one, with the tokenizer in --out")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 

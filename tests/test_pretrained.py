@@ -208,7 +208,7 @@ def test_a_text_file_is_named(name, tmp_path):
 
 def test_a_list_is_no_checkpoint(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=f"{tmp_path}/model.pt holds a list"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/model.pt holds no weights by name"):
         load_weights(tiny_model(), tmp_path / "model.pt")
 
 

@@ -77,12 +77,13 @@ def test_a_good_scene_with_a_stray_stroke_fails():
 
 
 def test_the_tokenizer_keeps_scenes_right():
-    prompts, made = scenes(seed=4)
+    """On fresh scenes: nearly all of the classes, and most of the pairs, some of which it has never seen."""
+    prompts, made = scenes(seed=4, times=4)
     _, vq = toy.load("c2i")
-    with torch.no_grad():
-        images = paint(vq, vq.encode(toy.render(made) * 2 - 1))
+    images = paint(vq, vq.encode(toy.render(made) * 2 - 1))
     right = toy.verify(images, prompts)
-    assert right[:27].mean() >= 0.9 and right.mean() >= 0.97
+    is_class = torch.tensor([prompt in toy.CLASSES for prompt in prompts])
+    assert right[is_class].mean() >= 0.98 and right[~is_class].mean() >= 0.9
 
 
 def test_every_scene_is_complete_and_has_gaps():
