@@ -14,14 +14,16 @@ LlamaGen, better at whatever a reward function measures.  One step of it:
            rho_{i,t} = pi_theta(x_{i,t} | x_{i,<t}) / pi_old(x_{i,t} | x_{i,<t}),
        where KL keeps pi_theta close to the pretrained pi_ref.  Take one AdamW step.  Repeat.
 
-Notation, here and at the end of the lines: P prompts, G samples each, B = P * G images, N tokens
-per image, V codes, T condition positions in front of the image, D channels, H heads.
+Notation, here and at the end of the lines: P prompts, G samples each, B = P * G images, b of them in
+a micro-batch, N tokens per image, V codes, T condition positions in front of the image, L positions
+in a pass, R rows (twice the images with guidance), D channels, H heads; rho is the ratio, c is
+clip_eps, beta is kl_beta.
 
 Where this file departs from the paper's official code, and why:
 
  1. The policy that is trained is the policy that is sampled.  The official code draws pictures
     with classifier-free guidance but takes the log-probabilities without it, so it reinforces
-    choices of another distribution.  Here both come from `policy_logits`.
+    choices of another distribution.  Here both use the guided logits, `guide`.
     `GRPOConfig(logprob_cfg="none")` gives the official behaviour.
  2. A group whose rewards are all equal gets advantages of exactly zero, not amplified rounding.
  3. Weights are float32 masters, with bfloat16 autocast on a GPU.  The official t2i policy lives
@@ -37,6 +39,7 @@ import copy
 import hashlib
 import time
 import warnings
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite, isqrt
@@ -95,7 +98,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        h = x.float()                                                # squares overflow and drown in half precision
+        h = x.float()                                                # in half precision squares overflow or underflow
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return h.type_as(x) * self.weight
 
@@ -138,7 +141,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask=None, kv=None):
         """All positions at once: x (B, L, D) -> (B, L, D).
 
-        mask (B, 1, L, L) bool says who sees whom; without it everyone sees the past.
+        mask (B, 1, L, L) bool says who sees whom; without it everyone sees itself and the past.
         The list kv, where there is one, receives the keys and values."""
         q, k, v = self.qkv(x, rope)
         if kv is not None:
@@ -211,12 +214,16 @@ class CaptionEmbedder(nn.Module):
         super().__init__()
         self.uncond_embedding = nn.Parameter(torch.randn(config.cls_token_num, config.caption_dim)
                                              / config.caption_dim ** 0.5)
-        self.cap_proj = nn.Module()
-        self.cap_proj.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
-        self.cap_proj.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+        self.cap_proj = nn.Sequential(OrderedDict(fc1=nn.Linear(config.caption_dim, config.dim, bias=False),
+                                                  act=nn.GELU(approximate="tanh"),
+                                                  fc2=nn.Linear(config.dim, config.dim, bias=False)))
 
     def forward(self, features):
-        return self.cap_proj.fc2(F.gelu(self.cap_proj.fc1(features), approximate="tanh"))   # (B, T, D)
+        if features.shape[1:] != self.uncond_embedding.shape:
+            raise ValueError(f"captions must be (B, {', '.join(map(str, self.uncond_embedding.shape))}), "
+                             f"not {tuple(features.shape)}")
+        h = self.cap_proj(features.type_as(self.uncond_embedding))   # (B, T, D)
+        return h.type_as(self.uncond_embedding)                      # autocast would leave the residual stream in bfloat16
 
     def null(self, features):
         return self.uncond_embedding.to(features.dtype).expand_as(features)
@@ -305,12 +312,14 @@ class Transformer(nn.Module):
 def read_file(path):
     """What one checkpoint file holds by name.  Only tensors and plain data are unpickled: a file that asks
     for more could run code, and is refused with a ValueError."""
+    from safetensors.torch import load_file
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):         # LlamaGen stores its options
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:               # many kinds, one meaning; torch's own text would advise to trust the file
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain data, which could run code "
                          f"({type(error).__name__})") from error
@@ -431,7 +440,7 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
 
 
 def policy_logits(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
-    """Logits (B, N, V) whose softmax is the very distribution that `generate` draws from."""
+    """Logits (B, N, V) whose softmax is the distribution that `generate` draws from, top-k and top-p aside."""
     branches = 1 if cfg_scale == 1 else 2
     logits = model(tokens.repeat(branches, 1), *both_branches(model, cond, cond_mask, cfg_scale))
     return guide(logits, cfg_scale) / temperature
@@ -536,12 +545,13 @@ class GRPOConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, for a group is compared with itself, not {self.group_size}")
-        for name in ("lr", "lr_end", "weight_decay", "max_grad_norm", "clip_eps", "clip_eps_high", "kl_beta", "cfg_scale"):
+        for name in ("lr", "lr_end", "weight_decay", "clip_eps", "clip_eps_high", "kl_beta", "cfg_scale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):          # NaN fails this, too
                 raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        for name in ("temperature", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number above 0, not {getattr(self, name)}")
         if self.logprob_cfg not in ("guided", "none"):
             raise ValueError(f"logprob_cfg must be 'guided' or 'none', not {self.logprob_cfg!r}")
 
@@ -601,7 +611,7 @@ def group_diversity(images, group_size):
 
 
 def frozen_copy(model):
-    """The reference model pi_ref: where training started, for ever."""
+    """The reference model pi_ref: the weights at the start of training, never updated."""
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -610,7 +620,7 @@ def make_optimizer(model, config):
 
 
 def learning_rate(config, step):
-    """Linear warm-up, then a linear decay to lr_end * lr."""
+    """A linear decay from lr to lr_end * lr over all steps, times a linear warm-up over the first few."""
     return config.lr * min(1.0, (step + 1) / config.warmup_steps) * (1 - (1 - config.lr_end) * step / config.steps)
 
 
@@ -619,12 +629,13 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
 
     reward_fn(images (B, 3, H, W) in [0, 1], texts) returns (total (B,), {name: (B,)}).  All that
     changes from step to step is the model, the optimizer and the step's number: whoever saves those
-    three can continue with first_step.  Raises FloatingPointError, before the weights are touched,
-    if the loss or the gradient is not finite."""
+    three can continue with first_step.  Raises FloatingPointError, before the update touches the
+    weights, if the gradient is not finite."""
     device = next(model.parameters()).device
     G, B = config.group_size, config.prompts_per_step * config.group_size
     rollout = dict(cfg_scale=config.cfg_scale, temperature=config.temperature)
     learner = rollout if config.logprob_cfg == "guided" else dict(rollout, cfg_scale=1.0)
+    optimizer.zero_grad()
     bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, desc="GRPO", unit="step")
     for step in bar:
         start = clock(device)
@@ -651,30 +662,31 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         cond = cond.repeat_interleave(G, dim=0)                                                    # (B, ...)
         cond_mask = None if cond_mask is None else cond_mask.repeat_interleave(G, dim=0)
         old_logp, ref_logp = torch.empty_like(sampler_logp), torch.empty_like(sampler_logp)
-        history = []
+        history = []                                             # (share of the step, stats), one per micro-batch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         for epoch in range(config.inner_epochs):
             for rows in torch.arange(B, device=device).split(config.micro_batch):
                 given = tokens[rows], cond[rows], None if cond_mask is None else cond_mask[rows]
-                with autocast(device):
+                with autocast(device):       # a block of its own: autocast keeps its bfloat16 weights until the block ends
                     logp, entropy = token_logp(model, *given, **learner)                           # (b, N) each
+                    entropy = entropy.mean().item()              # only watched: this lets go of its graph
                     if epoch == 0:
                         # The weights are still those that drew the images, so this pass is pi_old as well.  (The
-                        # sampler's own log-probs differ from it by rounding: in bfloat16 that would be a ratio off 1.)
+                        # sampler's own log-probs differ from it by rounding: in bfloat16 the ratio would not start at 1.)
                         old_logp[rows] = logp.detach()
                         with torch.no_grad():
                             ref_logp[rows] = token_logp(reference, *given, **learner)[0]
                 loss, stats = grpo_loss(logp, old_logp[rows], ref_logp[rows], advantages[rows], clip_eps=config.clip_eps,
                                         clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta)
                 (loss * len(rows) / B).backward()
-                history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy.mean().item())))
+                history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy)))
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if not isfinite(grad_norm):
-                raise FloatingPointError(f"the gradient's norm is {grad_norm} in step {step}, with rewards from "
-                                         f"{rewards.min():g} to {rewards.max():g}; the weights are as they were before it")
+                raise FloatingPointError(f"the gradient's norm is {grad_norm} in step {step}, inner epoch {epoch}, with rewards "
+                                         f"from {rewards.min():g} to {rewards.max():g}; this update was not applied")
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad()                                # now, so that the next rollout has the gradients' memory
         updated = clock(device)
 
         # On policy, sampler and learner must agree: if they don't, one of them computes another distribution.
@@ -690,10 +702,10 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             **{f"reward/{name}": part.mean().item() for name, part in parts.items()},
             "reward_std": groups.std(dim=1).mean().item(),
             "flat_groups": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item(),   # they teach nothing
-            **{name: sum(weight * stats[name] for weight, stats in history) for name in history[0][1]},
-            "ratio_max": max(stats["ratio_max"] for _, stats in history),
+            **{name: sum(share * stats[name] for share, stats in history) for name in history[0][1]},      # means
+            "ratio_max": max(stats["ratio_max"] for _, stats in history),                          # but of this the largest
             "mismatch": mismatch.max().item(),
-            "grad_norm": grad_norm,                                  # before it was clipped
+            "grad_norm": grad_norm,                                  # of the last inner epoch, before it was clipped
             "diversity": group_diversity(images, G),
             "seconds": updated - start,
             "seconds_rollout": rolled_out - start,

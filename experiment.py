@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,12 @@ class Settings(argrpo.GRPOConfig):
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
     save_every: int = 20                 # steps between two checkpoints
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.save_every < 1 or self.eval_images < 4:
+            raise ValueError(f"save_every must be at least 1 and eval_images at least 4, "
+                             f"not {self.save_every} and {self.eval_images}")
+
 
 def field_comments(cls):
     """{field: the comment behind it}, for a dataclass and those it extends."""
@@ -80,7 +87,13 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
     option and its value, when one is unknown or out of range."""
     given = read_options(cls, argv, f"{script}.py", description, epilog="presets: " + ", ".join(presets))
     if "resume" in given:
-        return cls(**(read_config(given["resume"], script) | {"out": given["resume"]} | given))
+        config = read_config(given["resume"], script)
+        other = [name for name, value in given.items() if value != config[name]
+                 and name not in ("resume", "steps", "save_every", "micro_batch", "device")]
+        if other:
+            raise ValueError(f"--resume continues a run as it was configured: {other[0]} was {config[other[0]]!r} and cannot "
+                             f"become {given[other[0]]!r}")
+        return cls(**(config | {"out": given["resume"]} | given))
     name = given.get("preset") or default_preset
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: there are {', '.join(presets)}")
@@ -117,7 +130,10 @@ def pick_device(name):
     gpu = torch.cuda.is_available()
     if name.startswith("cuda") and not gpu:
         raise ValueError(f"--device {name}: torch sees no GPU here; leave the option out to use the CPU")
-    return torch.device(name or ("cuda" if gpu else "cpu"))
+    try:
+        return torch.device(name or ("cuda" if gpu else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; cpu and cuda are the usual ones") from None
 
 
 def choose_classes(text, names):
@@ -167,16 +183,17 @@ def toy_folder(settings, task):
 # ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, vq, prompts, reward_fn, settings, measures, batch=128):
+def evaluate(model, vq, prompts, reward_fn, settings, measures):
     """Draws about settings.eval_images images, equally many per prompt and at least four, with seeds and
-    in an order of prompts that training never uses.
+    in random streams that training never uses, as many at a time as a rollout has.
 
     Returns (scores, gallery): scores {"reward", "reward/<name>", "entropy", "diversity", and what
     `measures`, {name: reward}, say}, each the mean over all images; gallery a list of (prompt,
     images, rewards) of the first prompts, for the picture."""
     device = next(model.parameters()).device
-    n = max(1, min(len(prompts.texts), settings.eval_images // 4))
-    samples = max(2, settings.eval_images // n)
+    n = min(len(prompts.texts), settings.eval_images // 4)
+    samples = settings.eval_images // n
+    batch = settings.prompts_per_step * settings.group_size
     index = torch.linspace(len(prompts.texts) - 1, 0, n).long()          # from the last prompt to the first, evenly
     policy = dict(cfg_scale=settings.cfg_scale, temperature=settings.temperature)
     sums, gallery = {}, []
@@ -221,6 +238,8 @@ def write_json(path, value):
 
 def version():
     """This repository's commit, or "unknown" outside a checkout."""
+    if shutil.which("git") is None:
+        return "unknown"
     answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
                             capture_output=True, text=True)
     return answer.stdout.strip() or "unknown"
@@ -241,19 +260,19 @@ def load_checkpoint(path, model, optimizer):
 
 
 class StopRequest:
-    """`with StopRequest() as stop`: Ctrl-C and SIGTERM only set stop.signal, so that the current step can finish.
+    """`with StopRequest() as stop`: Ctrl-C and SIGTERM only set stop.received, so that the current step can finish.
 
     A second Ctrl-C ends the program at once."""
-    signal = None
+    received = None
 
     def __enter__(self):
         self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        self.signal = signal.Signals(number)
+        self.received = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"\n{self.signal.name}: finishing this step, then saving", file=sys.stderr, flush=True)
+        print(f"\n{self.received.name}: finishing what is under way, then saving", file=sys.stderr, flush=True)
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
@@ -325,6 +344,7 @@ def memory_estimate(model, vq, settings):
     return {
         "weights": 4 * P, "gradients": 4 * P, "optimizer": 8 * P, "reference": 4 * P,
         "tokenizer": 4 * sum(p.numel() for p in vq.parameters()),
+        "bfloat16 copies": 2 * P if half == 2 else 0,
         f"KV cache, {rollout} rows": rollout * length * 2 * c.n_layer * c.dim * half,
         f"activations, {update} rows": update * activations,
     }
@@ -353,23 +373,23 @@ def out_of_memory_advice(settings):
 def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, out, stop):
     """The loop of `argrpo.train`, logged and saved: returns the metrics of all steps done so far.
 
-    Continues from out/last.pt if settings.resume asks for it, and ends early when stop.signal is set."""
+    Continues from out/last.pt if settings.resume asks for it, and ends early when stop.received is set."""
     log, first_step = out / "metrics.jsonl", 0
     if settings.resume and (out / "last.pt").exists():                   # else nothing was saved yet: start over
         first_step = load_checkpoint(out / "last.pt", model, optimizer)
     lines = log.read_text().splitlines()[:first_step] if first_step else []      # steps not saved run again
-    log.write_text("".join(line + "\n" for line in lines))
+    write_atomically(log, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
     metrics = [json.loads(line) for line in lines]
-    if stop.signal:
+    if stop.received:
         return metrics
     with open(log, "a") as file:
         for m in argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step):
             metrics.append(m)
             print(json.dumps(m), file=file, flush=True)
             done = m["step"] + 1
-            if done % settings.save_every == 0 or done == settings.steps or stop.signal:
+            if done % settings.save_every == 0 or done == settings.steps or stop.received:
                 save_checkpoint(out / "last.pt", done, model, optimizer)
-            if stop.signal:
+            if stop.received:
                 break
     return metrics
 
@@ -397,16 +417,17 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measures=
         print("before: " + describe(before), flush=True)
         evaluated = time.perf_counter()
         metrics = train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, out, stop)
-    if stop.signal:
+    if stop.received:
         print(f"stopped after step {len(metrics)} of {settings.steps}; continue with --resume {out}", file=sys.stderr)
-        sys.exit(128 + stop.signal)
+        sys.exit(128 + stop.received)
     trained = time.perf_counter()
 
     write_atomically(out / "model.pt", lambda file: torch.save({"model": model.state_dict()}, file))
-    after, gallery_after = evaluate(model, vq, eval_prompts, reward_fn, settings, measures)
+    with out_of_memory_advice(settings):
+        after, gallery_after = evaluate(model, vq, eval_prompts, reward_fn, settings, measures)
     draw_before_after(out / "before_after.png", gallery_before, gallery_after)
     draw_curves(out / "curves.png", metrics)
-    seconds = {"evaluation": evaluated - started + time.perf_counter() - trained, "training": trained - evaluated}
+    seconds = {"evaluation": evaluated - started + time.perf_counter() - trained, "training": sum(m["seconds"] for m in metrics)}
     summary = {"before": before, "after": after, "seconds": seconds}
     write_json(out / "summary.json", summary)
     print("before: " + describe(before) + "\nafter:  " + describe(after))

@@ -109,18 +109,18 @@ class RewardSet:
         """images (B, 3, H, W) in [0, 1], prompts B strings -> (total (B,), {name: (B,)}), the parts unweighted.
 
         Raises ValueError, with the reward's name and the prompt, for a score that is not one finite number per image."""
-        parts = {name: checked(name, reward(images, prompts), prompts) for name, (reward, _) in self.rewards.items()}
+        parts = {name: checked(name, reward(images, prompts), images, prompts) for name, (reward, _) in self.rewards.items()}
         total = sum(weight * parts[name] for name, (_, weight) in self.rewards.items())
         return total, parts
 
 
-def checked(name, scores, prompts):
-    """The scores as float32, if they are (B,) finite numbers."""
+def checked(name, scores, images, prompts):
+    """The scores as float32 on the images' device, if they are (B,) finite numbers."""
     if not isinstance(scores, torch.Tensor) or scores.shape != (len(prompts),):
         got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise ValueError(f"reward {name!r} must return a tensor of shape ({len(prompts)},), one score per image, "
                          f"not {got}")
-    scores = scores.float()
+    scores = scores.to(images.device, torch.float32)
     bad = (~torch.isfinite(scores)).nonzero()[:, 0].tolist()
     if bad:
         raise ValueError(f"reward {name!r} gave {scores[bad[0]].item()} to image {bad[0]}, prompt {prompts[bad[0]]!r}"

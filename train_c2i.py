@@ -18,7 +18,8 @@ import pretrained
 import reward
 import toy
 
-# What the paper uses, with one GPU in the place of its four, so P = 4 prompts: https://arxiv.org/abs/2508.06924
+# The paper's c2i settings (arXiv 2508.06924), but for log-probs with guidance, the reward, and one GPU in the place of
+# four: the same 32 images a step are 4 prompts of 8.
 PAPER = dict(steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=0.1, cfg_scale=2.0,
              eval_images=64, save_every=25)
 PRESETS = {
@@ -43,10 +44,14 @@ def main(argv=None):
         default_preset = "B-256" if torch.cuda.is_available() else "toy"
         settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_c2i", __doc__)
         device = experiment.pick_device(settings.device)
+        if not settings.reward:
+            raise ValueError(f"preset {settings.preset} has no reward of its own yet, for CLIP and the paper's others are to come: "
+                             "name one with --reward, or run the toy with --preset toy")
         reward_fn = reward.build_rewards(settings.reward, device)
-        names, template, measures = pretrained.imagenet_classes(), "a photo of {}", {}
         if settings.preset == "toy":
             names, template, measures = toy.CLASSES, "{}", {"verified": toy.verify}
+        else:
+            names, template, measures = pretrained.imagenet_classes(), "a photo of {}", {}
         classes = experiment.choose_classes(settings.classes, names)
         model, vq = experiment.load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt,
                                            experiment.toy_folder(settings, "c2i"))

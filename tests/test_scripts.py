@@ -110,12 +110,22 @@ def test_an_earlier_run_is_never_overwritten(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_resuming_with_another_setting_is_refused(tmp_path, capsys):
+    train_c2i.main(QUICK + ["--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        train_c2i.main(["--resume", str(tmp_path), "--group-size", "8"])
+    assert stop.value.code == 2 and "group_size was 4 and cannot become 8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options, message", [
     (["--preset", "toyy"], "unknown preset 'toyy': there are toy, B-256"),
     (["--preset", "toy", "--group-size", "1"], "group_size must be at least 2"),
     (["--preset", "toy", "--lr", "nan"], "lr must be a finite number of at least 0, not nan"),
     (["--preset", "toy", "--reward", "beauty"], "unknown reward 'beauty'"),
     (["--preset", "toy", "--reward", "mine.py:f"], "no such reward file: mine.py"),
+    (["--preset", "B-256"], "preset B-256 has no reward of its own yet"),
+    (["--preset", "B-256", "--reward", "jpeg", "--gpt-ckpt", "nowhere.pt"], "nowhere.pt: no such file or folder in"),
+    (["--preset", "toy", "--classes", "one pink circle"], "no class is named 'one pink circle': did you mean"),
     (["--resume", "nowhere"], "nothing to resume: there is no nowhere"),
     (["--stepps", "3"], "unrecognized arguments: --stepps 3"),
 ])

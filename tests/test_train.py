@@ -154,7 +154,7 @@ def test_reward_rises_on_the_tiny_model():
     (dict(steps=0), "steps must be at least 1, not 0"),
     (dict(lr=math.nan), "lr must be a finite number"),
     (dict(kl_beta=-1.0), "kl_beta must be a finite number of at least 0, not -1"),
-    (dict(temperature=0.0), "temperature must be above 0"),
+    (dict(temperature=0.0), "temperature must be a finite number above 0"),
     (dict(logprob_cfg="both"), "logprob_cfg must be"),
 ])
 def test_settings_are_checked(bad, message):
