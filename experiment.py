@@ -1,6 +1,6 @@
 """What surrounds the method in a run: options, evaluation, checkpoints, pictures.
 
-`train_c2i.py` and `train_t2i.py` choose models, prompts and rewards, and call `run` here, which
+A training script chooses models, prompts and rewards, and calls `run` here, which
 
     evaluates the model -> trains it with `argrpo.train` -> evaluates it again
 
@@ -38,7 +38,7 @@ import toy
 
 @dataclass
 class Settings(argrpo.GRPOConfig):
-    """The options of both training scripts: the loop's, and these."""
+    """The options of a training script: the loop's, and these."""
     preset: str = ""                     # models and settings to start from, see the list below
     reward: str = ""                     # "name:weight,..." or "my_file.py:function": what to maximise
     out: str = ""                        # folder of the run; default runs/<script>-<preset>
@@ -68,7 +68,7 @@ def field_comments(cls):
 
 def read_options(cls, argv, prog, description, epilog=""):
     """The options given on the command line, {field: value}, for the fields of the dataclass `cls`."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
@@ -352,7 +352,7 @@ def memory_estimate(model, vq, settings):
 
 def print_memory(parts):
     text = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    print(f"memory, estimated in GiB: {text}", flush=True)
+    print(f"memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB ({text})", flush=True)
 
 
 @contextmanager
@@ -405,20 +405,21 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measures=
           f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, "
           f"{settings.steps} steps, on {next(model.parameters()).device}, into {settings.out}/", flush=True)
     print_memory(memory_estimate(model, vq, settings))
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    config = {"script": script, "settings": dataclasses.asdict(settings) | {"resume": ""}}
-    write_json(out / "config.json", config | {"torch": torch.__version__, "argrpo": version()})
-
     reference = argrpo.frozen_copy(model)
     optimizer = argrpo.make_optimizer(model, settings)
     with StopRequest() as stop, out_of_memory_advice(settings):
         before, gallery_before = evaluate(model, vq, eval_prompts, reward_fn, settings, measures)
         print("before: " + describe(before), flush=True)
         evaluated = time.perf_counter()
+        # Only now, when model and rewards have shown that they work, the folder becomes a run's.
+        out = Path(settings.out)
+        out.mkdir(parents=True, exist_ok=True)
+        config = {"script": script, "settings": dataclasses.asdict(settings) | {"resume": ""}}
+        write_json(out / "config.json", config | {"torch": torch.__version__, "argrpo": version()})
         metrics = train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, out, stop)
     if stop.received:
-        print(f"stopped after step {len(metrics)} of {settings.steps}; continue with --resume {out}", file=sys.stderr)
+        print(f"stopped after step {len(metrics)} of {settings.steps}; continue with: python {script}.py --resume {out}",
+              file=sys.stderr)
         sys.exit(128 + stop.received)
     trained = time.perf_counter()
 

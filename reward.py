@@ -15,7 +15,7 @@ Yours takes five lines, in any file:
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return red - (green + blue) / 2
 
-and one option: `--reward my_rewards.py:redness`.  Several rewards are added up with weights:
+and one option: `--reward my_rewards.py:redness --out runs/red`.  Several rewards are added up with weights:
 `--reward "shapes:1,jpeg:0.2,my_rewards.py:redness:0.5"`.
 
 A reward that needs a model or a device is made by a factory, `(device) -> reward`, which
@@ -142,7 +142,7 @@ def load_function(path, name):
 
 
 def build_rewards(spec, device):
-    """Builds a RewardSet from a text such as "clip:1,hpsv2:0.5", "jpeg" or "my_rewards.py:redness:2".
+    """Builds a RewardSet from a text such as "shapes:1,jpeg:0.5", "jpeg" or "my_rewards.py:redness:2".
 
     Comma-separated items `name[:weight]` or `file.py:function[:weight]`, weight 1 unless given.  A
     class instead of a function is called with the device, once, and its instance with the images.

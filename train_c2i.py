@@ -1,7 +1,7 @@
 """Improves a class-conditional image generator with AR-GRPO.
 
     python train_c2i.py                                      # the toy on a CPU: minutes, no download
-    python train_c2i.py --reward my_rewards.py:redness       # your own reward
+    python train_c2i.py --reward my_rewards.py:redness --out runs/red    # your own reward
     python train_c2i.py --resume runs/train_c2i-toy          # continue after Ctrl-C
     python train_c2i.py --preset B-256 --reward jpeg         # LlamaGen's GPT-B at 256 pixels, on a GPU
     python train_c2i.py --preset L-384 --classes "otter,golden retriever" --reward my_rewards.py:redness

@@ -93,7 +93,7 @@ def test_gpt_b_256_at_full_size(tmp_path, capsys):
     torch.save({"model": vq.half().state_dict()}, tmp_path / "vq.pt")
     train_c2i.main(["--preset", "B-256", "--device", "cpu", "--gpt-ckpt", str(tmp_path / "gpt.pt"), "--vq-ckpt", str(tmp_path / "vq.pt"),
                     "--classes", "207", "--reward", "jpeg", "--steps", "1", "--prompts-per-step", "1", "--micro-batch", "4",
-                    "--warmup-steps", "1", "--eval-images", "2", "--out", str(tmp_path / "run")])
+                    "--warmup-steps", "1", "--eval-images", "4", "--out", str(tmp_path / "run")])
     assert "110.9M parameters, 256 tokens per image, 1 prompts x 8 samples = 8 images" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert metrics["ratio_max"] == 1 and metrics["mismatch"] < 1e-3 and metrics["grad_norm"] > 0

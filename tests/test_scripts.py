@@ -79,7 +79,7 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT and f"continue with --resume {stopped}" in errors
+    assert process.returncode == 128 + signal.SIGINT and f"continue with: python train_c2i.py --resume {stopped}" in errors
     assert 0 < len(read_metrics(stopped)) < 30
     train_c2i.main(["--resume", str(stopped)])
     assert without_times(read_metrics(stopped)) == without_times(read_metrics(whole))
@@ -128,6 +128,7 @@ def test_resuming_with_another_setting_is_refused(tmp_path, capsys):
     (["--preset", "toy", "--classes", "one pink circle"], "no class is named 'one pink circle': did you mean"),
     (["--resume", "nowhere"], "nothing to resume: there is no nowhere"),
     (["--stepps", "3"], "unrecognized arguments: --stepps 3"),
+    (["--step", "3"], "unrecognized arguments: --step 3"),
 ])
 def test_bad_options_end_with_one_line_and_leave_nothing(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
