@@ -25,7 +25,8 @@ Where this file departs from the paper's official code, and why:
     with classifier-free guidance but takes the log-probabilities without it, so it reinforces
     choices of another distribution.  Here both use the guided logits, `guide`.
     `GRPOConfig(logprob_cfg="none")` gives the official behaviour.
- 2. A group whose rewards are all equal gets advantages of exactly zero, not amplified rounding.
+ 2. A group whose rewards are all equal gets advantages of exactly zero, not amplified rounding.  A
+    reward that fails to judge an image leaves it out of its group; officially it becomes a reward of 0.
  3. Weights are float32 masters, with bfloat16 autocast on a GPU.  The official t2i policy lives
     in bfloat16, where a learning rate of 1e-5 is below the rounding step of most weights.
  4. Captions are padded on the left, as LlamaGen was trained; the official code pads on the right.
@@ -46,6 +47,7 @@ from math import isfinite, isqrt
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -241,9 +243,9 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(config), persistent=False)
-        for module in self.modules():
+        for module in self.modules():                                # at every width, each layer keeps its input's size
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5 if isinstance(module, nn.Linear) else 1.0)
         nn.init.zeros_(self.output.weight)                           # an untrained model finds all codes equally likely
 
     def null_cond(self, cond):
@@ -457,21 +459,34 @@ def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperatur
 # 4. GRPO, as maths
 # =============================================================================================
 
-def group_advantages(rewards, group_size, eps=1e-4, scale=True):
-    """How much better each sample did than its group: rewards (P*G,) -> advantages (P*G,).
+def group_statistics(rewards, group_size):
+    """Mean, unbiased standard deviation and flatness of every group: rewards (P*G,) -> three (P, 1).
 
-    A = (r - mean) / (std + eps) with the unbiased std (DeepSeekMath, arXiv 2402.03300, section 4.1);
-    scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783).  Raises ValueError for groups
-    of one, which have nothing to compare with, and for rewards that do not fill whole groups."""
+    A NaN is a reward that is missing, and does not count.  A group is flat if its known rewards are all
+    equal, as are one or none.  Raises ValueError for groups of one, which have nothing to compare with,
+    and for rewards that do not fill whole groups."""
     if group_size < 2 or rewards.ndim != 1 or len(rewards) % group_size:
         raise ValueError("rewards must be (P * G,) with group_size G >= 2, "
                          f"not {tuple(rewards.shape)} with group_size {group_size}")
     r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
-    advantages = r - r.mean(dim=1, keepdim=True)
-    if scale:
-        advantages = advantages / (r.std(dim=1, keepdim=True) + eps)
-    equal = r.amax(dim=1, keepdim=True) == r.amin(dim=1, keepdim=True)              # nothing to learn from this group,
-    return rearrange(advantages.masked_fill(equal, 0.0), "p g -> (p g)")            # not even its rounding errors
+    known = (~r.isnan()).sum(dim=1, keepdim=True)
+    mean = r.nanmean(dim=1, keepdim=True)
+    std = ((r - mean).square().nansum(dim=1, keepdim=True) / (known - 1).clamp(min=1)).sqrt()
+    largest, smallest = r.nan_to_num(-torch.inf).amax(dim=1, keepdim=True), r.nan_to_num(torch.inf).amin(dim=1, keepdim=True)
+    return mean, std, largest <= smallest
+
+
+def group_advantages(rewards, group_size, eps=1e-4, scale=True):
+    """How much better each sample did than its group: rewards (P*G,) -> advantages (P*G,).
+
+    A = (r - mean) / (std + eps) with the unbiased std (DeepSeekMath, arXiv 2402.03300, section 4.1);
+    scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783).  A sample whose reward is missing
+    (NaN) gets 0 and is left out of its group's mean and std.  Errors as in `group_statistics`."""
+    mean, std, flat = group_statistics(rewards, group_size)
+    r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
+    advantages = (r - mean) / (std + eps) if scale else r - mean
+    # Nothing is to be learned from a flat group, not even its rounding errors, nor from a missing reward.
+    return rearrange(advantages.masked_fill(flat | r.isnan(), 0.0), "p g -> (p g)")
 
 
 def kl_k3(logp, ref_logp):
@@ -524,6 +539,7 @@ class GRPOConfig:
     prompts_per_step: int = 8            # P, prompts per step
     group_size: int = 16                 # G, images per prompt: a larger group knows its own mean better
     micro_batch: int = 64                # images per pass of the update and of painting: changes memory, never the result
+    rollout_prompts: int = 0             # prompts per pass of the sampler, to save memory; 0 is all of them
     inner_epochs: int = 1                # optimizer steps per rollout; above 1 the clip starts to matter
     lr: float = 8e-4                     # AdamW's learning rate after the warm-up
     warmup_steps: int = 5                # steps over which the learning rate rises linearly
@@ -543,6 +559,8 @@ class GRPOConfig:
         for name in ("steps", "prompts_per_step", "micro_batch", "inner_epochs", "warmup_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.rollout_prompts < 0:
+            raise ValueError(f"rollout_prompts must be at least 1, or 0 for all at once, not {self.rollout_prompts}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, for a group is compared with itself, not {self.group_size}")
         for name in ("lr", "lr_end", "weight_decay", "clip_eps", "clip_eps_high", "kl_beta", "cfg_scale"):
@@ -604,15 +622,49 @@ def paint(vq, tokens, micro_batch=16):
 
 
 def group_diversity(images, group_size):
-    """Mean L1 distance per pixel and channel between two images of the same group: a float in [0, 1]."""
+    """Mean L1 distance per pixel and channel between two images of a group: (P*G, 3, H, W) in [0, 1] -> (P,) in [0, 1]."""
     x = rearrange(images.float(), "(p g) c h w -> p g (c h w)", g=group_size)
     pairs = group_size * (group_size - 1)
-    return (torch.cdist(x, x, p=1).sum((1, 2)) / pairs / x.shape[-1]).mean().item()
+    return torch.cdist(x, x, p=1).sum((1, 2)) / pairs / x.shape[-1]
 
 
 def frozen_copy(model):
     """The reference model pi_ref: the weights at the start of training, never updated."""
     return copy.deepcopy(model).requires_grad_(False)
+
+
+def rank_and_size():
+    """This process's number and how many there are: (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average_over_processes(values, maximum=()):
+    """Means over all processes of {name: number}, but the largest of the names in `maximum`."""
+    if rank_and_size()[1] == 1:
+        return values
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, values)
+    return {name: max(a[name] for a in answers) if name in maximum else sum(a[name] for a in answers) / len(answers)
+            for name in values}
+
+
+def average_gradients(model):
+    """Every process has looked at prompts of its own: the step follows the mean of their gradients."""
+    size = rank_and_size()[1]
+    for p in model.parameters() if size > 1 else ():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= size
+
+
+def check_finite(step, texts, **parts):
+    """Raises FloatingPointError, with the step, the part and the prompts, if a part (b, ...) has a NaN or an infinity."""
+    for name, values in parts.items():
+        bad = ~torch.isfinite(values.detach()).view(len(texts), -1).all(dim=1)
+        if bad.any():
+            prompts = sorted({texts[i] for i in bad.nonzero()[:, 0].tolist()})
+            raise FloatingPointError(f"step {step}: {name.replace('_', ' ')} not finite for {int(bad.sum())} of {len(bad)} images, "
+                                     f"of the prompts {', '.join(map(repr, prompts[:3]))}{', ...' if len(prompts) > 3 else ''}")
 
 
 def make_optimizer(model, config):
@@ -630,29 +682,41 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
     reward_fn(images (B, 3, H, W) in [0, 1], texts) returns (total (B,), {name: (B,)}).  All that
     changes from step to step is the model, the optimizer and the step's number: whoever saves those
     three can continue with first_step.  Raises FloatingPointError, before the update touches the
-    weights, if the gradient is not finite."""
+    weights, if a reward, a log-probability or the gradient is not finite.
+
+    Under torchrun each process takes an equal share of the step's prompts, whole groups always."""
     device = next(model.parameters()).device
-    G, B = config.group_size, config.prompts_per_step * config.group_size
+    rank, size = rank_and_size()
+    if config.prompts_per_step % size:
+        raise ValueError(f"prompts_per_step {config.prompts_per_step} cannot be shared equally by {size} processes")
+    P, G = config.prompts_per_step // size, config.group_size        # P of this process
+    B = P * G
     rollout = dict(cfg_scale=config.cfg_scale, temperature=config.temperature)
     learner = rollout if config.logprob_cfg == "guided" else dict(rollout, cfg_scale=1.0)
     optimizer.zero_grad()
-    bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, desc="GRPO", unit="step")
+    bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, desc="GRPO", unit="step",
+               **({"disable": True} if rank > 0 else {}))
     for step in bar:
         start = clock(device)
 
         # 1. Prompts.
         index = pick_prompts(len(prompts.texts), step, config.prompts_per_step, config.seed)
-        texts, cond, cond_mask = prompts.pick(index, device)
+        texts, cond, cond_mask = prompts.pick(index[rank * P:(rank + 1) * P], device)
 
         # 2. Rollout: G images per prompt from the current policy, which is also pi_old.
-        with autocast(device):
-            tokens, sampler_logp = generate(model, cond, cond_mask, samples_per_prompt=G, **rollout,
-                                            generator=rng_for(device, config.seed, "rollout", step))      # (B, N) each
+        drawn, passes = [], torch.arange(P, device=device).split(config.rollout_prompts or P)
+        for k, some in enumerate(passes, start=rank * len(passes)):
+            with autocast(device):
+                drawn.append(generate(model, cond[some], None if cond_mask is None else cond_mask[some], samples_per_prompt=G,
+                                      **rollout, generator=rng_for(device, config.seed, "rollout", step, k)))
+        tokens, sampler_logp = (torch.cat(column) for column in zip(*drawn))                       # (B, N) each
         rolled_out = clock(device)
 
         # 3. Reward.
         images = paint(vq, tokens, config.micro_batch)                                             # (B, 3, H, W)
-        rewards, parts = reward_fn(images, [text for text in texts for _ in range(G)])             # (B,), {name: (B,)}
+        texts = [text for text in texts for _ in range(G)]                                         # one per image
+        rewards, parts = reward_fn(images, texts)                                                  # (B,), {name: (B,)}
+        check_finite(step, texts, reward=rewards.nan_to_num(0.0, torch.inf, -torch.inf))           # NaN is no judgement, not an error
         rewarded = clock(device)
 
         # 4. Advantages: every image against its own group.
@@ -677,14 +741,16 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
                         old_logp[rows] = logp.detach()
                         with torch.no_grad():
                             ref_logp[rows] = token_logp(reference, *given, **learner)[0]
+                check_finite(step, [texts[i] for i in rows.tolist()], log_probabilities=logp, reference=ref_logp[rows])
                 loss, stats = grpo_loss(logp, old_logp[rows], ref_logp[rows], advantages[rows], clip_eps=config.clip_eps,
                                         clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta)
                 (loss * len(rows) / B).backward()
                 history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy)))
+            average_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if not isfinite(grad_norm):
-                raise FloatingPointError(f"the gradient's norm is {grad_norm} in step {step}, inner epoch {epoch}, with rewards "
-                                         f"from {rewards.min():g} to {rewards.max():g}; this update was not applied")
+                raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm}, with rewards from {rewards.min():g} to "
+                                         f"{rewards.max():g}, of the prompts {', '.join(map(repr, sorted(set(texts))[:3]))}, ...")
             optimizer.step()
             optimizer.zero_grad()                                # now, so that the next rollout has the gradients' memory
         updated = clock(device)
@@ -695,22 +761,24 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             warnings.warn(f"the ratio should be 1 on the first pass over a rollout, but sampler and learner differ by "
                           f"{mismatch.mean():.4f} nats a token on average (largest {mismatch.max():.4f})")
 
-        groups = rearrange(rewards, "(p g) -> p g", g=G)
+        _, std, flat = group_statistics(rewards, G)
         metrics = {
             "step": step,
-            "reward": rewards.mean().item(),
-            **{f"reward/{name}": part.mean().item() for name, part in parts.items()},
-            "reward_std": groups.std(dim=1).mean().item(),
-            "flat_groups": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item(),   # they teach nothing
+            "reward": rewards.nanmean().item(),
+            **{f"reward/{name}": part.nanmean().item() for name, part in parts.items()},
+            "reward_std": std.mean().item(),
+            "flat_groups": flat.float().mean().item(),               # they teach nothing
+            "missing": rewards.isnan().float().mean().item(),        # images that a reward could not judge
             **{name: sum(share * stats[name] for share, stats in history) for name in history[0][1]},      # means
             "ratio_max": max(stats["ratio_max"] for _, stats in history),                          # but of this the largest
             "mismatch": mismatch.max().item(),
             "grad_norm": grad_norm,                                  # of the last inner epoch, before it was clipped
-            "diversity": group_diversity(images, G),
+            "diversity": group_diversity(images, G).mean().item(),
             "seconds": updated - start,
             "seconds_rollout": rolled_out - start,
             "seconds_reward": rewarded - rolled_out,                 # painting included
             "seconds_update": updated - rewarded,
         }
+        metrics = average_over_processes(metrics, maximum=("ratio_max", "mismatch"))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.4f}", entropy=f"{metrics['entropy']:.3f}")
         yield metrics

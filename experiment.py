@@ -23,12 +23,15 @@ import time
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 import argrpo
+import captions
 import pretrained
+import reward
 import toy
 
 
@@ -48,6 +51,7 @@ class Settings(argrpo.GRPOConfig):
     vq_ckpt: str = ""                    # tokenizer weights, likewise
     from_scratch: bool = False           # toy: pretrain the models first (minutes) instead of using weights/
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
+    eval_cfg_scales: str = ""            # guidance scales, such as 1,7.5, to evaluate at besides the rollout's
     save_every: int = 20                 # steps between two checkpoints
 
     def __post_init__(self):
@@ -55,6 +59,17 @@ class Settings(argrpo.GRPOConfig):
         if self.save_every < 1 or self.eval_images < 4:
             raise ValueError(f"save_every must be at least 1 and eval_images at least 4, "
                              f"not {self.save_every} and {self.eval_images}")
+        self.other_cfg_scales()
+
+    def other_cfg_scales(self):
+        """The guidance scales of eval_cfg_scales but the rollout's.  Raises ValueError for what is no number of at least 0."""
+        try:
+            scales = [float(text) for text in self.eval_cfg_scales.split(",") if text.strip()]
+        except ValueError:
+            scales = [-1.0]
+        if not all(0 <= scale < float("inf") for scale in scales):
+            raise ValueError(f"eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not {self.eval_cfg_scales!r}")
+        return [scale for scale in scales if scale != self.cfg_scale]
 
 
 def field_comments(cls):
@@ -93,15 +108,35 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
         if other:
             raise ValueError(f"--resume continues a run as it was configured: {other[0]} was {config[other[0]]!r} and cannot "
                              f"become {given[other[0]]!r}")
-        return cls(**(config | {"out": given["resume"]} | given))
+        settings = cls(**(config | {"out": given["resume"]} | given))
+        check_processes(settings)
+        check_writable(Path(settings.out))
+        return settings
     name = given.get("preset") or default_preset
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: there are {', '.join(presets)}")
     settings = cls(**({"out": f"runs/{script}-{name}"} | presets[name] | given | {"preset": name}))
+    check_processes(settings)
+    check_writable(Path(settings.out))
     if (Path(settings.out) / "config.json").exists():
         raise FileExistsError(f"{settings.out} already holds a run: continue it with --resume {settings.out}, "
                               "or give the new one a folder of its own with --out NAME")
     return settings
+
+
+def check_processes(settings):
+    """Raises ValueError if torchrun's processes cannot share the prompts of a step equally."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.prompts_per_step % size:
+        raise ValueError(f"prompts_per_step {settings.prompts_per_step} cannot be shared equally by {size} processes: "
+                         f"choose a multiple of {size}")
+
+
+def check_writable(folder):
+    """Raises PermissionError if a run cannot leave its files in the folder, which need not exist yet."""
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write into {existing}: choose another folder with --out NAME")
 
 
 def read_config(folder, script):
@@ -126,14 +161,22 @@ def one_line_errors():
 
 
 def pick_device(name):
-    """The torch device of that name, or by default the GPU if there is one, else the CPU."""
+    """The torch device of that name, or by default the GPU if there is one, else the CPU.
+
+    Under torchrun it also joins the other processes, and gives each of them a GPU of its own."""
     gpu = torch.cuda.is_available()
     if name.startswith("cuda") and not gpu:
         raise ValueError(f"--device {name}: torch sees no GPU here; leave the option out to use the CPU")
     try:
-        return torch.device(name or ("cuda" if gpu else "cpu"))
+        device = torch.device(name or ("cuda" if gpu else "cpu"))
     except RuntimeError:
         raise ValueError(f"--device {name}: no such device; cpu and cuda are the usual ones") from None
+    if "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return device
 
 
 def choose_classes(text, names):
@@ -160,10 +203,16 @@ def load_models(preset, task, gpt_ckpt="", vq_ckpt="", toy_folder=toy.WEIGHTS):
     """The transformer and the tokenizer of a preset for the task "c2i" or "t2i", on the CPU."""
     if preset == "toy":
         return toy.load(task, toy_folder, gpt_ckpt, vq_ckpt)
-    if preset not in pretrained.MODELS or pretrained.MODELS[preset].task != task:
-        fitting = [name for name, model in pretrained.MODELS.items() if model.task == task]
-        raise ValueError(f"unknown preset {preset!r}: there are toy, {', '.join(fitting)}")
-    return pretrained.load_gpt(preset, gpt_ckpt), pretrained.load_vq(preset, vq_ckpt)
+    if preset not in pretrained.MODELS:
+        raise ValueError(f"unknown preset {preset!r}: there are toy, {', '.join(pretrained.MODELS)}")
+    return pretrained.load(preset, gpt_ckpt, vq_ckpt)
+
+
+def caption_encoder(preset, t5, device):
+    """What turns captions into Prompts for the preset: the toy's own features, or Flan-T5's.  Let go of it to unload T5."""
+    if preset == "toy":
+        return lambda texts: argrpo.Prompts(texts, *toy.encode_captions(texts))
+    return captions.T5Captions(t5, device)
 
 
 def toy_folder(settings, task):
@@ -183,21 +232,24 @@ def toy_folder(settings, task):
 # ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, vq, prompts, reward_fn, settings, measures):
+def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=None, stop=None):
     """Draws about settings.eval_images images, equally many per prompt and at least four, with seeds and
-    in random streams that training never uses, as many at a time as a rollout has.
+    in random streams that training never uses, as many at a time as a rollout has, with the rollout's guidance
+    unless cfg_scale says another.
 
     Returns (scores, gallery): scores {"reward", "reward/<name>", "entropy", "diversity", and what
-    `measures`, {name: reward}, say}, each the mean over all images; gallery a list of (prompt,
-    images, rewards) of the first prompts, for the picture."""
+    measure(images, texts) -> {name: (B,)} says}, each the mean over all images but those with NaN,
+    where it does not apply; gallery a list of (prompt, images, rewards) of the first prompts, for the picture."""
     device = next(model.parameters()).device
     n = min(len(prompts.texts), settings.eval_images // 4)
     samples = settings.eval_images // n
-    batch = settings.prompts_per_step * settings.group_size
+    batch = (settings.rollout_prompts or settings.prompts_per_step) * settings.group_size
     index = torch.linspace(len(prompts.texts) - 1, 0, n).long()          # from the last prompt to the first, evenly
-    policy = dict(cfg_scale=settings.cfg_scale, temperature=settings.temperature)
-    sums, gallery = {}, []
+    policy = dict(cfg_scale=settings.cfg_scale if cfg_scale is None else cfg_scale, temperature=settings.temperature)
+    columns, gallery = {}, []                            # columns: name -> scores (b,), batch by batch
     for chunk in index.split(max(1, batch // samples)):
+        if stop is not None and stop.received:
+            raise Interrupted
         texts, cond, mask = prompts.pick(chunk, device)
         rng = argrpo.rng_for(device, settings.seed, "evaluation", len(gallery))
         with argrpo.autocast(device):
@@ -205,17 +257,23 @@ def evaluate(model, vq, prompts, reward_fn, settings, measures):
         images = argrpo.paint(vq, tokens, settings.micro_batch)
         repeated = [text for text in texts for _ in range(samples)]
         total, parts = reward_fn(images, repeated)
-        scores = {"reward": total.mean().item()}
-        scores |= {f"reward/{name}": part.mean().item() for name, part in parts.items()}
-        scores |= {name: measure(images, repeated).mean().item() for name, measure in measures.items()}
-        scores["entropy"] = -logp.mean().item()          # -log pi(x) of x ~ pi: its mean is the entropy
-        scores["diversity"] = argrpo.group_diversity(images, samples)
-        for name, value in scores.items():
-            sums[name] = sums.get(name, 0) + value * len(chunk) / n
+        scores = {"reward": total} | {f"reward/{name}": part for name, part in parts.items()}
+        scores |= measure(images, repeated) if measure else {}
+        scores["entropy"] = -logp.mean(dim=1)            # -log pi(x) of x ~ pi: its mean is the entropy
+        scores["diversity"] = argrpo.group_diversity(images, samples).repeat_interleave(samples)
+        for name, score in scores.items():
+            columns.setdefault(name, []).append(score.cpu())
         for i, text in enumerate(texts):
             rows = slice(i * samples, i * samples + 6)
             gallery.append((text, images[rows].cpu(), total[rows].tolist()))
-    return sums, gallery
+    return {name: torch.cat(column).nanmean().item() for name, column in columns.items()}, gallery
+
+
+def evaluate_all(model, vq, prompts, reward_fn, settings, measure, stop):
+    """`evaluate` with the rollout's guidance, and in scores["guidance"] what the other scales give."""
+    scores, gallery = evaluate(model, vq, prompts, reward_fn, settings, measure, stop=stop)
+    others = {f"{w:g}": evaluate(model, vq, prompts, reward_fn, settings, measure, w, stop)[0] for w in settings.other_cfg_scales()}
+    return scores | ({"guidance": others} if others else {}), gallery
 
 
 # ---------------------------------------------------------------------------------------------
@@ -223,13 +281,20 @@ def evaluate(model, vq, prompts, reward_fn, settings, measures):
 # ---------------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
-    """write(file) into a temporary file beside `path`, which it replaces when all of it is on the disk."""
+    """write(file) into a temporary file beside `path`, which it replaces when all of it is on the disk.
+
+    Raises OSError, with what `path` held before still there, if that fails, as on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:         # torch.save has errors of its own for a full disk
+        temporary.unlink(missing_ok=True)
+        before = "what it held before is still there" if path.exists() else "and there was none before"
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); {before}") from error
 
 
 def write_json(path, value):
@@ -246,17 +311,37 @@ def version():
 
 
 def save_checkpoint(path, step, model, optimizer):
-    """Everything that --resume needs: the next step's number, weights, and the optimizer's state."""
+    """Everything that --resume needs: the next step's number, weights, and the optimizer's state.
+
+    The checkpoint before this one stays beside it, as previous.pt."""
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    write_atomically(path, lambda file: torch.save(state, file))
+    new = path.with_name("new.pt")
+    write_atomically(new, lambda file: torch.save(state, file))
+    if path.exists():
+        os.replace(path, path.with_name("previous.pt"))
+    os.replace(new, path)
 
 
 def load_checkpoint(path, model, optimizer):
-    """Restores model and optimizer, and returns the next step's number."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    """Restores model and optimizer, and returns the next step's number.
+
+    Raises OSError, naming the last good checkpoint, for a file that is damaged or another model's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    except PermissionError:
+        raise
+    except Exception as error:                       # a damaged file can fail anywhere, and in many ways
+        previous = path.with_name("previous.pt")
+        good = (f"the one before it is {previous}: rename it to {path.name}, and resume again" if previous.exists()
+                else "and there is no earlier one: start again without --resume, in another folder")
+        raise OSError(f"the checkpoint {path} is damaged or not this run's ({type(error).__name__}); {good}") from error
+
+
+class Interrupted(Exception):
+    """A signal asked for the end, and what was under way could be left."""
 
 
 class StopRequest:
@@ -273,6 +358,14 @@ class StopRequest:
         self.received = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print(f"\n{self.received.name}: finishing what is under way, then saving", file=sys.stderr, flush=True)
+
+    def everywhere(self):
+        """Whether any process was asked to stop: all of them must agree on the last step."""
+        if argrpo.rank_and_size()[1] == 1:
+            return self.received is not None
+        number = argrpo.average_over_processes({"signal": int(self.received or 0)}, maximum=("signal",))["signal"]
+        self.received = signal.Signals(number) if number else None
+        return number > 0
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
@@ -336,7 +429,8 @@ def memory_estimate(model, vq, settings):
     c, half = model.config, 2 if next(model.parameters()).is_cuda else 4
     P = sum(p.numel() for p in model.parameters())
     length = c.cls_token_num + c.block_size - 1
-    rollout = settings.prompts_per_step * settings.group_size * (1 if settings.cfg_scale == 1 else 2)
+    prompts = settings.rollout_prompts or settings.prompts_per_step
+    rollout = prompts * settings.group_size * (1 if settings.cfg_scale == 1 else 2)
     update = settings.micro_batch * (1 if settings.cfg_scale == 1 or settings.logprob_cfg == "none" else 2)
     # Saved for the backward pass, counted on this code in float32: 100 bytes per layer, token and channel, of
     # which autocast halves about four fifths.  Per logit, float32: itself, log-softmax, softmax, and their gradients.
@@ -362,70 +456,121 @@ def out_of_memory_advice(settings):
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; "
-                         "the result stays the same); if it is the rollout that does not fit, lower --prompts-per-step or "
-                         f"--group-size (now {settings.prompts_per_step} and {settings.group_size})") from error
+                         "the result stays the same); if it is the rollout that does not fit, lower --rollout-prompts (now "
+                         f"{settings.rollout_prompts or settings.prompts_per_step}), then --group-size (now {settings.group_size})") from error
 
 
 # ---------------------------------------------------------------------------------------------
 # A run
 # ---------------------------------------------------------------------------------------------
 
-def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, out, stop):
+def checkpoint_of(settings):
+    """The file to continue from, or None to start at the first step.
+
+    Between two renames of `save_checkpoint` there is a moment with no last.pt: new.pt, which is whole, is then the one."""
+    out = Path(settings.out)
+    found = [path for path in (out / "last.pt", out / "new.pt") if settings.resume and path.exists()]
+    return found[0] if found else None
+
+
+def write_count(model, optimizer):
+    """A number that grows whenever weights or optimizer state are written to: torch counts writes to a tensor."""
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor._version for tensor in [*model.parameters(), *states])
+
+
+def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, script, stop):
     """The loop of `argrpo.train`, logged and saved: returns the metrics of all steps done so far.
 
-    Continues from out/last.pt if settings.resume asks for it, and ends early when stop.received is set."""
-    log, first_step = out / "metrics.jsonl", 0
-    if settings.resume and (out / "last.pt").exists():                   # else nothing was saved yet: start over
-        first_step = load_checkpoint(out / "last.pt", model, optimizer)
-    lines = log.read_text().splitlines()[:first_step] if first_step else []      # steps not saved run again
-    write_atomically(log, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
-    metrics = [json.loads(line) for line in lines]
-    if stop.received:
-        return metrics
-    with open(log, "a") as file:
-        for m in argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step):
+    Continues from the last checkpoint if settings.resume asks for it, and ends early when a signal asks for that.
+    An error in a step is raised after the steps before it are saved."""
+    out = Path(settings.out)
+    log, writer = out / "metrics.jsonl", argrpo.rank_and_size()[0] == 0
+    start = checkpoint_of(settings)
+    first_step = load_checkpoint(start, model, optimizer) if start else 0
+    metrics = [json.loads(line) for line in log.read_text().splitlines()[:first_step]] if first_step else []
+    if writer:                                                           # steps not saved run again
+        write_atomically(log, lambda file: file.write("".join(json.dumps(m) + "\n" for m in metrics).encode()))
+    done, saved, written = first_step, first_step, write_count(model, optimizer)
+    steps = argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step)
+    try:
+        while not stop.everywhere() and (m := next(steps, None)) is not None:
             metrics.append(m)
-            print(json.dumps(m), file=file, flush=True)
-            done = m["step"] + 1
-            if done % settings.save_every == 0 or done == settings.steps or stop.received:
-                save_checkpoint(out / "last.pt", done, model, optimizer)
-            if stop.received:
-                break
+            done, written = m["step"] + 1, write_count(model, optimizer)
+            if writer:
+                with open(log, "a") as file:
+                    file.write(json.dumps(m) + "\n")
+                if done % settings.save_every == 0 or done == settings.steps:
+                    save_checkpoint(out / "last.pt", done, model, optimizer)
+                    saved = done
+    finally:
+        steps.close()
+        # Stopped, or failed: a step that failed before its update has changed nothing, and what it had can be saved.
+        if writer and done > saved and write_count(model, optimizer) == written:
+            save_checkpoint(out / "last.pt", done, model, optimizer)
+            saved = done
+        if writer and done < settings.steps:
+            again = f"continue with: python {script}.py --resume {out}" if saved else "nothing is saved yet"
+            print(f"stopped in step {done} of {settings.steps}, saved up to there; {again}" if saved == done else
+                  f"stopped in step {done} of {settings.steps}, saved up to step {saved}; {again}", file=sys.stderr, flush=True)
     return metrics
 
 
-def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measures={}):
+def check_models(model, vq):
+    """Raises ValueError if the transformer writes tokens that the tokenizer cannot paint."""
+    if model.config.vocab_size != vq.config.codebook_size:
+        raise ValueError(f"transformer and tokenizer do not go together: {model.config.vocab_size} codes in one, "
+                         f"{vq.config.codebook_size} in the other")
+
+
+def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=None):
     """Trains `model` on `prompts`, and shows in the folder settings.out what that did to pictures of `eval_prompts`.
 
-    reward_fn is a RewardSet; measures, {name: reward}, are scored but never trained on.  Returns
-    the summary, or exits with status 130 after Ctrl-C (143 after SIGTERM), with everything saved."""
+    reward_fn is a RewardSet; what measure(images, texts) gives is reported but never trained on.  Returns
+    the summary.  After Ctrl-C it exits with status 130 (143 after SIGTERM), after a bad reward, a number
+    that is not finite or a full disk with status 1: with everything saved, and a line that says how to go on."""
+    with StopRequest() as stop, out_of_memory_advice(settings):
+        try:
+            return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure, stop)
+        except Interrupted:
+            sys.exit(128 + stop.received)
+        except (reward.BadReward, FloatingPointError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure, stop):
+    """What `run` does, without its answers to errors."""
     started = time.perf_counter()
+    rank, size = argrpo.rank_and_size()
     N, B = model.config.block_size, settings.prompts_per_step * settings.group_size
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {N} tokens per image, "
-          f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, "
-          f"{settings.steps} steps, on {next(model.parameters()).device}, into {settings.out}/", flush=True)
-    print_memory(memory_estimate(model, vq, settings))
+    if rank == 0:
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {N} tokens per image, "
+              f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, {settings.steps} steps, "
+              f"on {next(model.parameters()).device}{f' and {size - 1} more' if size > 1 else ''}, into {settings.out}/", flush=True)
+        print_memory(memory_estimate(model, vq, settings))
+    check_models(model, vq)
     reference = argrpo.frozen_copy(model)
     optimizer = argrpo.make_optimizer(model, settings)
-    with StopRequest() as stop, out_of_memory_advice(settings):
-        before, gallery_before = evaluate(model, vq, eval_prompts, reward_fn, settings, measures)
+    out = Path(settings.out)
+    before = gallery_before = None
+    if rank == 0:                                # one process evaluates and writes, the others wait for it
+        before, gallery_before = evaluate_all(model, vq, eval_prompts, reward_fn, settings, measure, stop)
         print("before: " + describe(before), flush=True)
-        evaluated = time.perf_counter()
         # Only now, when model and rewards have shown that they work, the folder becomes a run's.
-        out = Path(settings.out)
         out.mkdir(parents=True, exist_ok=True)
         config = {"script": script, "settings": dataclasses.asdict(settings) | {"resume": ""}}
         write_json(out / "config.json", config | {"torch": torch.__version__, "argrpo": version()})
-        metrics = train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, out, stop)
-    if stop.received:
-        print(f"stopped after step {len(metrics)} of {settings.steps}; continue with: python {script}.py --resume {out}",
-              file=sys.stderr)
-        sys.exit(128 + stop.received)
+    wait_for_all()
+    evaluated = time.perf_counter()
+    metrics = train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, script, stop)
+    if stop.everywhere():
+        raise Interrupted
     trained = time.perf_counter()
-
+    if rank > 0:
+        return None
     write_atomically(out / "model.pt", lambda file: torch.save({"model": model.state_dict()}, file))
-    with out_of_memory_advice(settings):
-        after, gallery_after = evaluate(model, vq, eval_prompts, reward_fn, settings, measures)
+    after, gallery_after = evaluate_all(model, vq, eval_prompts, reward_fn, settings, measure, stop)
     draw_before_after(out / "before_after.png", gallery_before, gallery_after)
     draw_curves(out / "curves.png", metrics)
     seconds = {"evaluation": evaluated - started + time.perf_counter() - trained, "training": sum(m["seconds"] for m in metrics)}
@@ -436,5 +581,11 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measures=
     return summary
 
 
+def wait_for_all():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def describe(scores):
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    lines = [", ".join(f"{name} {value:.3f}" for name, value in scores.items() if name != "guidance")]
+    return "\n".join(lines + [f"    with guidance {w}: {describe(other)}" for w, other in scores.get("guidance", {}).items()])

@@ -18,13 +18,15 @@ from vqgan import VQConfig, VQModel
 
 C2I, T2I = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i"
 VQ_C2I, VQ_T2I = f"{C2I}:vq_ds16_c2i.pt", f"{T2I}:vq_ds16_t2i.pt"
+GPT_HINT, VQ_HINT = (f"pass a local file or folder with --{kind}-ckpt PATH" for kind in ("gpt", "vq"))
+
 
 class Published(NamedTuple):
     size: str                # key of GPT_SIZES
     pixels: int              # side of its images
     task: str                # "c2i" or "t2i"
     weights: str             # where they are
-    tokenizer: str           # where its VQ-16's weights are
+    tokenizer: str           # where its VQ-16's weights are (a VQ-8 is published, too: vq_ds8_c2i.pt)
 
 
 MODELS = {
@@ -40,21 +42,22 @@ MODELS = {
 }
 
 
-def fetch(spec, option):
-    """The local path of a checkpoint, downloaded if need be.
+FOLDER = ["*.safetensors", "pytorch_model*.bin", "*.json", "*.txt", "*.jinja", "*.model"]        # what a model's folder may need
 
-    Raises FileNotFoundError, within seconds, that says what was looked for where, and that `option`
-    takes a local path."""
+
+def fetch(spec, hint, patterns=FOLDER):
+    """The local path of a checkpoint, downloaded if need be: a file, or a folder with the files of these patterns.
+
+    Raises FileNotFoundError, within seconds, that says what was looked for and where, and ends with the hint."""
     if Path(spec).exists():
         return Path(spec)
-    repo, _, name = spec.partition(":")
-    hint = f"pass a local file or folder with {option} PATH"
+    repo, _, name = str(spec).partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise FileNotFoundError(f"{spec}: no such file or folder in {Path.cwd()}, nor a Hugging Face repo or repo:file; "
                                 f"{hint}")
     from huggingface_hub import snapshot_download
     try:                     # unlike hf_hub_download, this does not retry for half a minute without a network
-        folder = Path(snapshot_download(repo, allow_patterns=name or ["*.safetensors", "pytorch_model*.bin", "*.json"]))
+        folder = Path(snapshot_download(repo, allow_patterns=name or patterns))
     except Exception as error:                   # the hub's errors have many types and one meaning
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(f"cannot get {name or 'the model'} from https://huggingface.co/{repo} ({reason}), "
@@ -70,11 +73,11 @@ def without_memory(make):
         return make()
 
 
-def gpt_config(preset):
-    """The GPTConfig of a published model: one token per 16 x 16 pixels."""
+def gpt_config(preset, patch=16):
+    """The GPTConfig of a published model: one token per patch x patch pixels, 16 for VQ-16 and 8 for VQ-8."""
     model = MODELS[preset]
     t2i = dict(model_type="t2i", cls_token_num=120) if model.task == "t2i" else {}
-    return GPTConfig(**GPT_SIZES[model.size], block_size=(model.pixels // 16) ** 2, **t2i)
+    return GPTConfig(**GPT_SIZES[model.size], block_size=(model.pixels // patch) ** 2, **t2i)
 
 
 def presets_that_fit(path):
@@ -84,11 +87,11 @@ def presets_that_fit(path):
         name: w.shape for name, w in without_memory(lambda: Transformer(gpt_config(preset))).state_dict().items()}]
 
 
-def load_gpt(preset, spec=""):
+def load_gpt(preset, spec="", patch=16):
     """The transformer of a preset, in float32 on the CPU, with its published weights or those at `spec`.
 
     Raises ValueError, naming the preset that would fit, if the checkpoint is another model's."""
-    path, config = fetch(spec or MODELS[preset].weights, "--gpt-ckpt"), gpt_config(preset)
+    path, config = fetch(spec or MODELS[preset].weights, GPT_HINT), gpt_config(preset, patch)
     model = without_memory(lambda: Transformer(config)).to_empty(device="cpu")     # every weight comes from the file,
     model.rope.copy_(rope_table(config))                                           # and only this table does not
     try:
@@ -98,10 +101,27 @@ def load_gpt(preset, spec=""):
         raise ValueError(f"{error}; it fits --preset {' or '.join(fitting)}" if fitting else str(error)) from None
 
 
+VQ_CONFIGS = {"VQ-16": VQConfig(), "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4))}
+
+
 def load_vq(preset, spec=""):
-    """The tokenizer of a preset, frozen, with its published weights or those at `spec`."""
-    path = fetch(spec or MODELS[preset].tokenizer, "--vq-ckpt")
-    return load_weights(without_memory(lambda: VQModel(VQConfig())).to_empty(device="cpu"), path).requires_grad_(False)
+    """The tokenizer of a preset, frozen, with its published weights or those at `spec`, which may also be a VQ-8's."""
+    path = fetch(spec or MODELS[preset].tokenizer, VQ_HINT)
+    levels = {name.split(".")[2] for name in read_weights(path, "vq_model.") if name.startswith("encoder.conv_blocks.")}
+    config = VQ_CONFIGS["VQ-8" if len(levels) == 4 else "VQ-16"]
+    return load_weights(without_memory(lambda: VQModel(config)).to_empty(device="cpu"), path).requires_grad_(False)
+
+
+def load(preset, gpt_spec="", vq_spec=""):
+    """Transformer and tokenizer of a preset, on the CPU.  The tokenizer says how many tokens an image has: with a
+    VQ-8 at `vq_spec` they are four times as many, for a transformer of your own that was trained on it."""
+    fetch(gpt_spec or MODELS[preset].weights, GPT_HINT)              # both must be at hand before either is read
+    vq = load_vq(preset, vq_spec)
+    patch = vq.downsample_factor
+    if patch != 16 and not gpt_spec:
+        raise ValueError(f"{vq_spec} has one token per {patch} x {patch} pixels, but LlamaGen's transformers were trained on "
+                         "VQ-16: name a transformer that was trained on this tokenizer with --gpt-ckpt")
+    return load_gpt(preset, gpt_spec, patch), vq
 
 
 def imagenet_classes():

@@ -3,9 +3,11 @@
     python sample.py                                                        # the toy
     python sample.py --gpt-ckpt runs/train_c2i-toy/model.pt --out after.png # the toy after a run
     python sample.py --preset B-256 --classes 207,360 --cfg-scale 2         # LlamaGen, golden retrievers and otters
+    python sample.py --caption "a blue triangle above a green square"       # the toy's captions
+    python sample.py --preset t2i-XL-256 --prompts captions.txt --cfg-scale 7.5
     python sample.py --preset B-256 --npz samples.npz --images 50000        # for FID, see the README
 
-The grid has a row per class.  The .npz holds `arr_0`, uint8 (images, 256, 256, 3), as the ADM
+The grid has a row per class or caption.  The .npz holds `arr_0`, uint8 (images, 256, 256, 3), as the ADM
 evaluator reads it: classes in equal numbers, larger images resized to 256 pixels.
 """
 
@@ -19,6 +21,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import argrpo
+import captions
 import experiment
 import pretrained
 import toy
@@ -26,12 +29,15 @@ import toy
 
 @dataclass
 class Settings:
-    preset: str = "toy"                  # toy, B-256, L-256, B-384, L-384, XL-384, XXL-384 or 3B-384
+    preset: str = "toy"                  # toy, B-256, L-256, B-384, L-384, XL-384, XXL-384, 3B-384, t2i-XL-256 or t2i-XL-512
     gpt_ckpt: str = ""                   # transformer weights of your own: a file, a folder, or a Hugging Face repo or repo:file
     vq_ckpt: str = ""                    # tokenizer weights, likewise
     classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names such as otter,pizza
-    samples: int = 8                     # images per class in the grid
-    rows: int = 9                        # classes in the grid at most, evenly chosen
+    caption: str = ""                    # draw this caption instead of classes
+    prompts: str = ""                    # or the captions of this file: one a line, or .json or .jsonl
+    t5: str = "google/flan-t5-xl"        # text encoder of the t2i presets: a local folder, or a Hugging Face repo
+    samples: int = 8                     # images per class or caption in the grid
+    rows: int = 9                        # rows of the grid at most, evenly chosen
     cfg_scale: float = 1.0               # classifier-free guidance: 1 is none
     temperature: float = 1.0             # below 1: likelier, less varied images
     top_k: int = 0                       # draw from the k likeliest codes only; 0 is all
@@ -44,12 +50,23 @@ class Settings:
     fid_reference: str = ""              # folder or .npz of real images: prints FID and IS (needs torch-fidelity)
 
 
+def choose_prompts(settings, task, device):
+    """What to draw: the classes or the captions that the settings ask for, as Prompts."""
+    if task == "t2i":
+        texts = [captions.clean(settings.caption)] if settings.caption else captions.read_captions(settings.prompts)
+        return experiment.caption_encoder(settings.preset, settings.t5, device)(texts)
+    names = toy.CLASSES if settings.preset == "toy" else pretrained.imagenet_classes()
+    classes = experiment.choose_classes(settings.classes, names)
+    return argrpo.Prompts([names[k] for k in classes], torch.tensor(classes))
+
+
 @torch.no_grad()
-def draw(model, vq, labels, settings, device, batch=32):
-    """Pictures of the labels (M,): yields (b, 3, H, W) in [0, 1] on the CPU, the same for the same seed."""
-    for i, chunk in enumerate(tqdm(labels.split(batch), desc="sampling", unit="batch")):
+def draw(model, vq, prompts, index, settings, device, batch=32):
+    """A picture of each prompt at index (M,): yields (b, 3, H, W) in [0, 1] on the CPU, the same for the same seed."""
+    for i, chunk in enumerate(tqdm(index.split(batch), desc="sampling", unit="batch")):
+        _, cond, cond_mask = prompts.pick(chunk, device)
         with argrpo.autocast(device):
-            tokens, _ = argrpo.generate(model, chunk.to(device), cfg_scale=settings.cfg_scale,
+            tokens, _ = argrpo.generate(model, cond, cond_mask, cfg_scale=settings.cfg_scale,
                                         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
                                         generator=argrpo.rng_for(device, settings.seed, "sample", i))
         yield argrpo.paint(vq, tokens).cpu()
@@ -89,25 +106,30 @@ def main(argv=None):
         if settings.fid_reference and not (settings.npz and Path(settings.fid_reference).exists()):
             raise ValueError("--fid-reference needs --npz and an existing folder or .npz, not "
                              f"{settings.npz!r} and {settings.fid_reference!r}")
-        names = toy.CLASSES if settings.preset == "toy" else pretrained.imagenet_classes()
-        classes = torch.tensor(experiment.choose_classes(settings.classes, names))
+        published = pretrained.MODELS.get(settings.preset)
+        task = published.task if published else "t2i" if settings.caption or settings.prompts else "c2i"
+        if (task == "t2i") != bool(settings.caption or settings.prompts):
+            raise ValueError(f"preset {settings.preset} draws " + ("captions: give it --caption TEXT or --prompts FILE" if task == "t2i"
+                             else "classes: choose them with --classes, or captions with a t2i preset"))
         device = experiment.pick_device(settings.device)
-        model, vq = experiment.load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt)
+        prompts = choose_prompts(settings, task, device)
+        model, vq = experiment.load_models(settings.preset, task, settings.gpt_ckpt, settings.vq_ckpt)
         model, vq = model.to(device), vq.to(device)
+        M = len(prompts.texts)
 
         if settings.npz:
-            labels = classes.repeat(-(-settings.images // len(classes)))[:settings.images]
-            pictures = np.concatenate([as_uint8(images, 256) for images in draw(model, vq, labels, settings, device)])
+            index = torch.arange(settings.images) % M
+            pictures = np.concatenate([as_uint8(images, 256) for images in draw(model, vq, prompts, index, settings, device)])
             np.savez(settings.npz, arr_0=pictures)
-            print(f"wrote {len(pictures)} pictures of {len(classes)} classes to {settings.npz}")
+            print(f"wrote {len(pictures)} pictures of {M} prompts to {settings.npz}")
             if settings.fid_reference:
                 print_fid(settings.npz, settings.fid_reference)
             return
-        rows = classes[torch.linspace(0, len(classes) - 1, min(settings.rows, len(classes))).long()]
-        images = torch.cat(list(draw(model, vq, rows.repeat_interleave(settings.samples), settings, device)))
+        rows = torch.linspace(0, M - 1, min(settings.rows, M)).long()
+        images = torch.cat(list(draw(model, vq, prompts, rows.repeat_interleave(settings.samples), settings, device)))
         images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))      # the toy's pixels, visibly
         save_image(images, settings.out, nrow=settings.samples)
-        print(f"wrote {settings.out}: a row each of {', '.join(names[k] for k in rows)}")
+        print(f"wrote {settings.out}: a row each of {', '.join(prompts.texts[k] for k in rows)}")
 
 
 if __name__ == "__main__":

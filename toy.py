@@ -25,6 +25,7 @@ import math
 import random
 import re
 from itertools import combinations
+from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,11 +61,12 @@ PAIRS = [f"a {a[0]} {a[1]} {relation} a {b[0]} {b[1]}"
 # five of the 36 pairs of things, in all eight relations to each other.
 UNSEEN_CLASSES = ["two green circles", "two red triangles", "three blue squares"]
 UNSEEN_PAIRS = [caption for k in range(3, 36, 7) for caption in PAIRS[8 * k:8 * k + 8]]
-SEEN_CLASSES = [caption for caption in CLASSES if caption not in UNSEEN_CLASSES]
-SEEN_PAIRS = [caption for caption in PAIRS if caption not in UNSEEN_PAIRS]
+UNSEEN = {*UNSEEN_CLASSES, *UNSEEN_PAIRS}
+SEEN_CLASSES = [caption for caption in CLASSES if caption not in UNSEEN]
+SEEN_PAIRS = [caption for caption in PAIRS if caption not in UNSEEN]
 
 COUNT_PROMPT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?$")
-THING = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+THING = rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 PAIR_PROMPT = re.compile(rf"{THING} ({'|'.join(RELATIONS)}) {THING}$")
 
 
@@ -108,19 +110,19 @@ def holds(relation, a, b, gap=0.0):
 
 
 def make_scene(prompt, rng):
-    """A random scene that fulfils the prompt: a list of Things, at least two pixels apart.
+    """A random scene that fulfils the prompt: a list of Things, at least four pixels apart.
 
-    Boxes are 8 or 10 pixels wide (8 when there are three) and lie on a grid of two pixels."""
+    Boxes are 8 or 12 pixels wide (8 when there are three) and lie on the grid of the tokenizer's patches."""
     request = parse(prompt)
     while True:                                  # start over until everything fits: no scene is ever half right
         things = []
         for colour, shape in request.things:
-            size = 8 if len(request.things) == 3 else rng.choice((8, 10))
-            left, top = (2 * rng.randint(0, (SIZE - size) // 2) for _ in range(2))
+            size = 8 if len(request.things) == 3 else rng.choice((8, 12))
+            left, top = (4 * rng.randint(0, (SIZE - size) // 4) for _ in range(2))
             thing = Thing(colour, shape, left + size / 2, top + size / 2, size, size)
-            if all(any(holds(relation, thing, other, gap=2) for relation in RELATIONS) for other in things):
+            if all(any(holds(relation, thing, other, gap=4) for relation in RELATIONS) for other in things):
                 things.append(thing)
-        if len(things) == len(request.things) and (request.relation is None or holds(request.relation, *things, gap=2)):
+        if len(things) == len(request.things) and (request.relation is None or holds(request.relation, *things, gap=4)):
             return things
 
 
@@ -239,27 +241,45 @@ def verify(images, prompts):
     return torch.tensor(right, dtype=torch.float32, device=images.device)
 
 
+def verify_all(images, prompts):
+    """What c2i's runs report: {"verified": (B,)}."""
+    return {"verified": verify(images, prompts)}
+
+
+def verify_by_kind(images, prompts):
+    """What t2i's runs report: the same, and for each kind of caption apart, NaN for captions of another kind."""
+    right = verify(images, prompts)
+    unseen = torch.tensor([prompt in UNSEEN for prompt in prompts], device=right.device)
+    placed = torch.tensor([parse(prompt).relation is not None for prompt in prompts], device=right.device)
+    kinds = {"seen": ~unseen, "unseen": unseen, "counting": ~placed, "position": placed}
+    return {"verified": right} | {f"verified/{kind}": right.masked_fill(~mask, torch.nan) for kind, mask in kinds.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # Captions as features: what Flan-T5 does for LlamaGen
 # ---------------------------------------------------------------------------------------------
 
 WORDS = ["a", *COUNTS, *COLOURS, *SHAPES, *(s + "s" for s in SHAPES), "above", "below", "left", "right", "of"]
 CAPTION_LENGTH = 8
+CONTEXTS = (None, *RELATIONS)
+CAPTION_DIM = len(CONTEXTS) * CAPTION_LENGTH * len(WORDS)
 
 
 def encode_captions(captions):
-    """Features (B, 8, 8 * words) and mask (B, 8) of captions, padded on the left as LlamaGen's are.
+    """Features (B, 8, CAPTION_DIM) and mask (B, 8) of captions, padded on the left as LlamaGen's are.
 
-    A word's feature is one-hot in the word and its place together.  The place has to be in it, for the
-    transformer cannot tell: without rotation, all condition tokens are alike to its attention."""
-    features = torch.zeros(len(captions), CAPTION_LENGTH, CAPTION_LENGTH * len(WORDS))
+    A word's feature is one-hot in the word, its place and the caption's relation together.  The place has
+    to be in it, for the transformer cannot tell: without rotation, all condition tokens are alike to its
+    attention.  The relation is in it because T5, too, gives words in their context: the "red" of what
+    stands above is not the "red" of what stands below."""
+    features = torch.zeros(len(captions), CAPTION_LENGTH, CAPTION_DIM)
     mask = torch.zeros(len(captions), CAPTION_LENGTH, dtype=torch.bool)
     for b, caption in enumerate(captions):
-        parse(caption)                           # an error here says more than an unknown word would
-        words = caption.split()
+        context = CONTEXTS.index(parse(caption).relation)
+        words = (COUNT_PROMPT.search(caption) or PAIR_PROMPT.search(caption)).group().split()
         for place, word in enumerate(words):
             slot = CAPTION_LENGTH - len(words) + place
-            features[b, slot, place * len(WORDS) + WORDS.index(word)] = 1
+            features[b, slot, (context * CAPTION_LENGTH + place) * len(WORDS) + WORDS.index(word)] = 1
             mask[b, slot] = True
     return features, mask
 
@@ -272,7 +292,7 @@ VQ_CONFIG = VQConfig(ch=16, ch_mult=(1, 2, 2), z_channels=32, codebook_size=128,
 GPT = dict(dim=128, n_layer=3, n_head=4, vocab_size=128, block_size=36, multiple_of=8)
 CONFIGS = {
     "c2i": GPTConfig(**GPT, num_classes=len(CLASSES)),
-    "t2i": GPTConfig(**GPT, model_type="t2i", cls_token_num=CAPTION_LENGTH, caption_dim=CAPTION_LENGTH * len(WORDS)),
+    "t2i": GPTConfig(**GPT, model_type="t2i", cls_token_num=CAPTION_LENGTH, caption_dim=CAPTION_DIM),
 }
 
 
@@ -314,38 +334,58 @@ def pretrain(loss_of, model, steps, lr, weight_decay, data_size, batch_size, rng
     return model
 
 
+GROUND_CODE = 0                                  # the one code for a patch of nothing but ground
+
+
+def ground_patches(images):
+    """Which patches show nothing but ground: images (B, 3, SIZE, SIZE) in [0, 1] -> (B, N) bool."""
+    f = 2 ** (len(VQ_CONFIG.ch_mult) - 1)
+    far = (images - GROUND.view(1, 3, 1, 1)).abs().amax(dim=1, keepdim=True)         # (B, 1, SIZE, SIZE)
+    return F.max_pool2d(far, f).flatten(1) < 0.01
+
+
 @torch.no_grad()
-def restart_dead_codes(vq, images):
-    """Moves the codes that training has not used lately onto features of the given pictures."""
-    alive = torch.bincount(vq.quantize.codebook_used.long(), minlength=vq.config.codebook_size) > 0
-    dead = (~alive).nonzero()[:, 0]
-    features = vq.features(images).flatten(0, 1)                     # (M, D)
+def restart_dead_codes(vq, images, ground):
+    """Moves the codes that training has not used lately onto features of the given pictures, of what is not ground."""
+    latest = vq.quantize.codebook_used[-8192:].long()
+    dead = (torch.bincount(latest, minlength=vq.config.codebook_size) == 0).nonzero()[:, 0]
+    features = vq.features(images)[~ground]                          # (M, D)
     vq.quantize.embedding.weight[dead] = features[torch.randint(len(features), (len(dead),))]
 
 
 def pretrain_vq(images, rng, steps=2400):
     """A tokenizer for the pictures (M, 3, SIZE, SIZE) in [0, 1]."""
     vq = VQModel(VQ_CONFIG)
+    ground = ground_patches(images)                                  # (M, N)
     images = images * 2 - 1
 
     def loss_of(index):
-        reconstruction, vq_loss = vq(images[index])
+        x, g = images[index], ground[index]
+        z = vq.features(x)                                           # (b, N, D)
+        code, vq_loss = vq.quantise(z, torch.where(g, GROUND_CODE, vq.quantize.nearest(z)))
+        reconstruction = vq.paint(code, *[isqrt(z.shape[1])] * 2)
+        # Left alone, the encoder tells of the neighbours in the ground's patches, and 80 codes look all the same.
+        # The transformer would have to learn that noise, and GRPO to learn in spite of it.
+        cosines = z[g] @ vq.quantize.codes().detach().T              # (K, V)
+        ground_loss = F.cross_entropy(10 * cosines, torch.full((len(cosines),), GROUND_CODE))
         # A large weight on vq_loss freezes the codes before they are good, and the verifier sees it.
-        return F.mse_loss(reconstruction, images[index]) + 0.3 * F.l1_loss(reconstruction, images[index]) + 0.1 * vq_loss
+        return F.mse_loss(reconstruction, x) + 0.3 * F.l1_loss(reconstruction, x) + 0.1 * vq_loss + 0.02 * ground_loss
 
     def after_step(step):
         if step % 25 == 24 and step < 0.7 * steps:
-            restart_dead_codes(vq, images[rng.sample(range(len(images)), 32)])
+            chosen = rng.sample(range(len(images)), 32)
+            restart_dead_codes(vq, images[chosen], ground[chosen])
 
     return pretrain(loss_of, vq, steps, 5e-3, 0.0, len(images), 8, rng, "tokenizer", after_step)
 
 
-def pretrain_gpt(task, tokens, cond, cond_mask, rng, steps=2400):
+# Early enough to leave reinforcement learning something to do.
+STEPS = {"c2i": 800, "t2i": 1200}
+
+
+def pretrain_gpt(task, tokens, cond, cond_mask, rng, steps):
     """A transformer that writes the tokens (M, N) under their conditions, by maximum likelihood."""
     gpt = Transformer(CONFIGS[task])
-    if task == "t2i":                            # one-hot features are small: the usual init would all but mute them
-        for layer in (gpt.cls_embedding.cap_proj.fc1, gpt.cls_embedding.cap_proj.fc2):
-            torch.nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
 
     def loss_of(index):
         c = cond[index]
@@ -378,22 +418,23 @@ def main(argv=None):
     pick = rng("t2i prompts").choice
     prompts = {"c2i": [CLASSES[k % len(CLASSES)] for k in range(args.scenes)],
                "t2i": [pick(SEEN_CLASSES if k % 2 else SEEN_PAIRS) for k in range(args.scenes)]}
-    images = {}
-    for task, texts in prompts.items():
+
+    def pictures(task):
         stream = rng(task, "scenes")
-        images[task] = render([make_scene(text, stream) for text in texts])
+        return render([make_scene(text, stream) for text in prompts[task]])
+
     if args.only in (None, "vq"):
-        save(pretrain_vq(torch.cat(list(images.values())), rng("tokenizer")), args.out / "toy_vq.pt")
+        save(pretrain_vq(torch.cat([pictures(task) for task in prompts]), rng("tokenizer")), args.out / "toy_vq.pt")
     vq = load_weights(VQModel(VQ_CONFIG), args.out / "toy_vq.pt")        # in half precision, as everybody will have it
     for task, texts in prompts.items():
         if args.only in (None, task):
             with torch.no_grad():
-                tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images[task].split(256)])
-            right = verify(paint(vq, tokens), texts).mean()
+                tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in pictures(task).split(256)])
+            right = verify(paint(vq, tokens[:2000]), texts[:2000]).mean()
             print(f"{task}: the verifier finds {right:.1%} of the tokenizer's reconstructions right")
             conditions = ((torch.tensor([CLASSES.index(text) for text in texts]), None) if task == "c2i"
                           else encode_captions(texts))
-            save(pretrain_gpt(task, tokens, *conditions, rng(task)), args.out / f"toy_{task}.pt")
+            save(pretrain_gpt(task, tokens, *conditions, rng(task), STEPS[task]), args.out / f"toy_{task}.pt")
     print(f"wrote {', '.join(str(path) for path in sorted(args.out.glob('toy_*.pt')))}")
 
 

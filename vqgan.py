@@ -242,18 +242,21 @@ class VQModel(nn.Module):
             raise ValueError(f"tokens must fill a square grid, but there are {tokens.shape[1]} of them per image")
         return self.paint(self.quantize.codes()[tokens], side, side)
 
-    def forward(self, images, beta=0.25):
-        """One pass for training a tokenizer: images (B, 3, H, W) -> (reconstruction, vq_loss).
+    def quantise(self, z, tokens=None, beta=0.25):
+        """Through the codebook, for training: features z (B, h*w, D) -> (codes (B, h*w, D), vq_loss).
 
-        The reconstruction has the images' shape; its gradient reaches the encoder straight through
-        the argmax, as if the code were the feature.  vq_loss is the scalar codebook loss plus beta
-        times the commitment loss (van den Oord et al. 2017, eq. 3): codes move towards the
-        features that chose them, features stay close to the codes they chose."""
-        z = self.features(images)                                    # (B, h*w, D)
-        tokens = self.quantize.nearest(z)                            # (B, h*w)
+        The codes' gradient reaches z straight through the argmax, as if the code were the feature.
+        vq_loss is the scalar codebook loss plus beta times the commitment loss (van den Oord et al.
+        2017, eq. 3): codes move towards the features that chose them, features stay close to the
+        codes they chose.  tokens (B, h*w) overrule the features' choice."""
+        tokens = self.quantize.nearest(z) if tokens is None else tokens
         self.quantize.remember(tokens)
         code = self.quantize.codes()[tokens]                         # (B, h*w, D)
         vq_loss = F.mse_loss(code, z.detach()) + beta * F.mse_loss(z, code.detach())
-        code = z + (code - z).detach()                               # value: the code; gradient: the feature's
+        return z + (code - z).detach(), vq_loss                      # value: the code; gradient: the feature's
+
+    def forward(self, images):
+        """One pass for training a tokenizer: images (B, 3, H, W) -> (reconstruction (B, 3, H, W), vq_loss)."""
+        code, vq_loss = self.quantise(self.features(images))
         f = self.downsample_factor
         return self.paint(code, images.shape[2] // f, images.shape[3] // f), vq_loss

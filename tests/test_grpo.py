@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from argrpo import group_advantages, grpo_loss, kl_exact, kl_k3, policy_logits, token_logp
+from argrpo import group_advantages, group_statistics, grpo_loss, kl_exact, kl_k3, policy_logits, token_logp
 
 
 # --- advantages ------------------------------------------------------------------------------
@@ -34,6 +34,16 @@ def test_tiny_spreads_are_damped_by_eps():
     A = group_advantages(torch.tensor([0.0, 2e-6]), 2)
     expected = 1e-6 / (math.sqrt(2) * 1e-6 + 1e-4)
     torch.testing.assert_close(A, torch.tensor([-expected, expected]))
+
+
+def test_a_missing_reward_is_left_out():
+    """Of (1, missing, 3, 5) the known ones have mean 3 and standard deviation 2."""
+    A = group_advantages(torch.tensor([1.0, math.nan, 3.0, 5.0]), 4, eps=0.0)
+    torch.testing.assert_close(A, torch.tensor([-1.0, 0.0, 0.0, 1.0]))
+    nothing = torch.tensor([math.nan, math.nan, 7.0, math.nan] + [math.nan] * 4)       # one known reward, and none
+    assert group_advantages(nothing, 4).tolist() == [0.0] * 8
+    mean, std, flat = group_statistics(torch.tensor([1.0, math.nan, 3.0, 5.0, 2.0, 2.0, math.nan, 2.0]), 4)
+    assert mean.tolist() == [[3.0], [2.0]] and std.tolist() == [[2.0], [0.0]] and flat.tolist() == [[False], [True]]
 
 
 def test_groups_do_not_see_each_other():

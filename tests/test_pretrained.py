@@ -269,13 +269,37 @@ def test_load_gpt_gives_a_model_to_train(small_sizes, tmp_path):
 
 def test_load_vq_gives_the_tokenizer_that_was_saved_and_freezes_it(monkeypatch, tmp_path):
     saved = tiny_vq()
-    monkeypatch.setattr(pretrained, "VQConfig", lambda: saved.config)
+    monkeypatch.setitem(pretrained.VQ_CONFIGS, "VQ-16", saved.config)
     loaded = pretrained.load_vq("B-256", FORMATS["model"](saved.state_dict(), tmp_path))
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     assert_same(loaded, weights_of(saved))
     assert torch.equal(loaded.encode(images), saved.encode(images))
     assert torch.equal(loaded.decode(saved.encode(images)), saved.decode(saved.encode(images)))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.fixture
+def small_tokenizers(monkeypatch):
+    """VQ-16 and VQ-8 with few channels."""
+    for name, config in pretrained.VQ_CONFIGS.items():
+        monkeypatch.setitem(pretrained.VQ_CONFIGS, name, VQConfig(ch=8, ch_mult=config.ch_mult, z_channels=8))
+
+
+@pytest.mark.parametrize("name, tokens", [("VQ-16", 256), ("VQ-8", 1024)])
+def test_the_tokenizer_says_how_many_tokens_an_image_has(name, tokens, small_sizes, small_tokenizers, tmp_path):
+    (tmp_path / "vq").mkdir()
+    vq_path = FORMATS["model"](VQModel(pretrained.VQ_CONFIGS[name]).state_dict(), tmp_path / "vq")
+    gpt_path = FORMATS["model"](small_gpt("B-256").state_dict(), tmp_path)
+    model, vq = pretrained.load("B-256", gpt_path, vq_path)
+    assert model.config.block_size == tokens
+    with torch.no_grad():
+        assert vq.decode(torch.zeros(1, tokens, dtype=torch.long)).shape == (1, 3, 256, 256)
+
+
+def test_published_transformers_do_not_go_with_vq_8(small_tokenizers, tmp_path):
+    vq_path = FORMATS["model"](VQModel(pretrained.VQ_CONFIGS["VQ-8"]).state_dict(), tmp_path)
+    with pytest.raises(ValueError, match="one token per 8 x 8 pixels.*--gpt-ckpt"):
+        pretrained.load("B-256", "", vq_path)
 
 
 FITTING = {"B-256": ["B-256", "B-384"], "XXL-384": ["XXL-384"], "t2i-XL-512": ["t2i-XL-256", "t2i-XL-512"]}
@@ -343,16 +367,16 @@ def test_what_is_there_is_not_downloaded(name, hub, monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "model.pt").touch()
     (tmp_path / "model.pt").touch()
-    assert str(pretrained.fetch(name, "--gpt-ckpt")) == name and not hub
+    assert str(pretrained.fetch(name, "pass --gpt-ckpt PATH")) == name and not hub
 
 
 def test_a_file_of_a_repository(hub, tmp_path):
-    assert pretrained.fetch("me/models:model.pt", "--gpt-ckpt") == tmp_path / "snapshot" / "model.pt"
+    assert pretrained.fetch("me/models:model.pt", "pass --gpt-ckpt PATH") == tmp_path / "snapshot" / "model.pt"
     assert hub == [("me/models", "model.pt")]                        # and nothing else is downloaded
 
 
 def test_a_whole_repository(hub, tmp_path):
-    assert pretrained.fetch("me/models", "--gpt-ckpt") == tmp_path / "snapshot"
+    assert pretrained.fetch("me/models", "pass --gpt-ckpt PATH") == tmp_path / "snapshot"
     [(repo, patterns)] = hub
     assert repo == "me/models" and "*.safetensors" in patterns
 
@@ -367,21 +391,21 @@ def test_a_published_model_is_looked_for_where_it_is_published(hub):
 
 def test_a_file_that_is_not_in_the_repository(hub):
     with pytest.raises(FileNotFoundError, match="there is no other.pt in https://huggingface.co/me/models .*--vq-ckpt PATH"):
-        pretrained.fetch("me/models:other.pt", "--vq-ckpt")
+        pretrained.fetch("me/models:other.pt", "pass --vq-ckpt PATH")
 
 
 @pytest.mark.parametrize("spec", ["modle.pt", "/no/such/model.pt", "a/b/c"])
 def test_a_wrong_local_name(spec, hub, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"^{spec}: no such file or folder in {tmp_path}.*--gpt-ckpt PATH"):
-        pretrained.fetch(spec, "--gpt-ckpt")
+        pretrained.fetch(spec, "pass --gpt-ckpt PATH")
     assert not hub
 
 
 def test_without_a_network(no_hub):
     no_hub(LocalEntryNotFoundError("An error happened while trying to reach the Hub.\nSecond line."))
     with pytest.raises(FileNotFoundError) as caught:
-        pretrained.fetch("me/models:model.pt", "--gpt-ckpt")
+        pretrained.fetch("me/models:model.pt", "pass --gpt-ckpt PATH")
     for part in ("model.pt", "https://huggingface.co/me/models", "trying to reach the Hub", "--gpt-ckpt PATH"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -391,7 +415,7 @@ def test_without_a_network_and_without_a_reason(no_hub):
     """A timeout often has no message."""
     no_hub(TimeoutError())
     with pytest.raises(FileNotFoundError, match="https://huggingface.co/me/models .*--gpt-ckpt PATH"):
-        pretrained.fetch("me/models:model.pt", "--gpt-ckpt")
+        pretrained.fetch("me/models:model.pt", "pass --gpt-ckpt PATH")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,14 +3,17 @@
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
 import argrpo
 import experiment
 import pretrained
+import reward
 import sample
 import train_c2i
+import train_t2i
 from vqgan import VQConfig, VQModel
 
 
@@ -30,6 +33,14 @@ def test_every_published_model_runs_forward(preset):
 def test_sizes_are_the_published_ones(preset, millions):
     model = pretrained.without_memory(lambda: argrpo.Transformer(pretrained.gpt_config(preset)))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_every_t2i_model_has_a_preset_with_the_papers_settings():
+    assert set(train_t2i.PRESETS) - {"toy"} == {name for name, model in pretrained.MODELS.items() if model.task == "t2i"}
+    for name in set(train_t2i.PRESETS) - {"toy"}:
+        settings = train_t2i.Settings(**train_t2i.PRESETS[name])
+        assert (settings.group_size, settings.cfg_scale, settings.kl_beta, settings.lr, settings.steps) == (8, 4.0, 1.0, 1e-5, 600)
+        assert settings.prompts_per_step * settings.group_size == 64 and settings.other_cfg_scales() == [1.0, 7.5]
 
 
 def test_every_c2i_model_has_a_preset_with_the_papers_settings():
@@ -65,6 +76,14 @@ def test_sample_draws_a_grid_and_an_npz(tmp_path, capsys):
     assert a.shape == (40, 24, 24, 3) and a.dtype == np.uint8 and (a == b).all() and a.std() > 0
 
 
+def test_sample_draws_captions(tmp_path, capsys):
+    sample.main(["--caption", "a  Blue triangle above a green square", "--samples", "2", "--out", str(tmp_path / "one.png")])
+    assert "a row each of a blue triangle above a green square" in capsys.readouterr().out
+    (tmp_path / "captions.txt").write_text("two red circles\none blue square\n")
+    sample.main(["--prompts", str(tmp_path / "captions.txt"), "--npz", str(tmp_path / "a.npz"), "--images", "6"])
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (6, 24, 24, 3)
+
+
 def test_large_pictures_are_resized_to_256():
     assert sample.as_uint8(torch.rand(2, 3, 384, 384), 256).shape == (2, 256, 256, 3)
     white = sample.as_uint8(torch.ones(1, 3, 256, 256), 256)
@@ -72,7 +91,10 @@ def test_large_pictures_are_resized_to_256():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--preset", "t2i-XL-256"], "unknown preset 't2i-XL-256': there are toy, B-256"),
+    (["--preset", "t2i-XL-256"], "preset t2i-XL-256 draws captions: give it --caption TEXT or --prompts FILE"),
+    (["--preset", "B-256", "--caption", "a dog"], "preset B-256 draws classes"),
+    (["--preset", "XL-256"], "unknown preset 'XL-256': there are toy, B-256"),
+    (["--caption", "two pink circles"], "the toy cannot draw or verify 'two pink circles'"),
     (["--classes", "unicorn"], "no class is named 'unicorn'"),
     (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
     (["--fid-reference", "nowhere"], "--fid-reference needs --npz"),
@@ -85,17 +107,21 @@ def test_sample_explains_bad_options(options, message, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_gpt_b_256_at_full_size(tmp_path, capsys):
-    """The whole way of a published model: load, sample 8 images with guidance, one GRPO step, export, load again."""
+def test_gpt_b_256_at_full_size(tmp_path, capsys, monkeypatch):
+    """The whole way of a published model: load, sample 8 images with guidance, score them with the default reward, one
+    GRPO step, export, load again.  Both of the reward's towers are full-size ViT-B/32s with random weights."""
+    monkeypatch.setattr(reward, "open_clip_tower", lambda name, device: reward.tower_of(
+        open_clip.create_model("ViT-B-32-quickgelu", load_weights=False), "ViT-B-32-quickgelu", device))
     gpt, vq = argrpo.Transformer(pretrained.gpt_config("B-256")), VQModel(VQConfig())
     torch.nn.init.normal_(gpt.output.weight, std=0.02)
     torch.save({"model": gpt.half().state_dict(), "steps": 1}, tmp_path / "gpt.pt")
     torch.save({"model": vq.half().state_dict()}, tmp_path / "vq.pt")
     train_c2i.main(["--preset", "B-256", "--device", "cpu", "--gpt-ckpt", str(tmp_path / "gpt.pt"), "--vq-ckpt", str(tmp_path / "vq.pt"),
-                    "--classes", "207", "--reward", "jpeg", "--steps", "1", "--prompts-per-step", "1", "--micro-batch", "4",
+                    "--classes", "207", "--steps", "1", "--prompts-per-step", "1", "--micro-batch", "4",
                     "--warmup-steps", "1", "--eval-images", "4", "--out", str(tmp_path / "run")])
     assert "110.9M parameters, 256 tokens per image, 1 prompts x 8 samples = 8 images" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert metrics["ratio_max"] == 1 and metrics["mismatch"] < 1e-3 and metrics["grad_norm"] > 0
+    assert {"reward/clip", "reward/clip_bin", "reward/hpsv2", "reward/hpsv2_bin", "reward/clip_iqa"} <= set(metrics)
     trained = pretrained.load_gpt("B-256", str(tmp_path / "run" / "model.pt"))
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), gpt.float().parameters()))

@@ -16,8 +16,8 @@ def test_weighted_sum_of_unweighted_parts():
     torch.testing.assert_close(total, 2 * parts["brightness"] - 0.5 * parts["contrast"])
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
-def test_every_reward_scores_a_batch(name):
+@pytest.mark.parametrize("name", ["shapes", "jpeg", "jpeg_large", "brightness", "contrast"])
+def test_rewards_without_a_model_score_a_batch(name):
     total, parts = build_rewards(name, CPU)(IMAGES, PROMPTS)
     assert total.shape == (4,) and total.dtype == torch.float32 and list(parts) == [name]
     torch.testing.assert_close(build_rewards(name, CPU)(IMAGES[2:3], PROMPTS[2:3])[0], total[2:3])
@@ -58,9 +58,9 @@ class Words:
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("", "no reward given: choose with --reward from brightness"),
+    ("", "no reward given: choose with --reward from aesthetic"),
     ("brightness,", "cannot read ''"),
-    ("nonsense", "unknown reward 'nonsense': there are brightness"),
+    ("nonsense", "unknown reward 'nonsense': there are aesthetic, brightness"),
     ("brightness:heavy", "weight of reward 'brightness' must be a finite number, not 'heavy'"),
     ("brightness:nan", "finite number, not 'nan'"),
     ("brightness,brightness:2", "named twice"),

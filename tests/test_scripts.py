@@ -15,6 +15,7 @@ import argrpo
 import experiment
 import toy
 import train_c2i
+import train_t2i
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--preset", "toy", "--steps", "4", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "54", "--save-every", "2"]
@@ -31,7 +32,8 @@ def without_times(metrics):
 def test_a_run_leaves_what_the_design_promises(tmp_path):
     out = tmp_path / "run"
     summary = train_c2i.main(QUICK + ["--out", str(out), "--reward", "shapes,jpeg:0.01"])
-    files = {"config.json", "metrics.jsonl", "summary.json", "before_after.png", "curves.png", "last.pt", "model.pt"}
+    files = {"config.json", "metrics.jsonl", "summary.json", "before_after.png", "curves.png", "last.pt", "previous.pt",
+             "model.pt"}
     assert {path.name for path in out.iterdir()} == files
     assert summary == json.loads((out / "summary.json").read_text())
     for scores in (summary["before"], summary["after"]):
@@ -123,7 +125,7 @@ def test_resuming_with_another_setting_is_refused(tmp_path, capsys):
     (["--preset", "toy", "--lr", "nan"], "lr must be a finite number of at least 0, not nan"),
     (["--preset", "toy", "--reward", "beauty"], "unknown reward 'beauty'"),
     (["--preset", "toy", "--reward", "mine.py:f"], "no such reward file: mine.py"),
-    (["--preset", "B-256"], "preset B-256 has no reward of its own yet"),
+    (["--preset", "toy", "--eval-cfg-scales", "1,high"], "eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not '1,high'"),
     (["--preset", "B-256", "--reward", "jpeg", "--gpt-ckpt", "nowhere.pt"], "nowhere.pt: no such file or folder in"),
     (["--preset", "toy", "--classes", "one pink circle"], "no class is named 'one pink circle': did you mean"),
     (["--resume", "nowhere"], "nothing to resume: there is no nowhere"),
@@ -136,6 +138,54 @@ def test_bad_options_end_with_one_line_and_leave_nothing(options, message, tmp_p
         train_c2i.main(options)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+T2I_KINDS = {"verified", "verified/seen", "verified/unseen", "verified/counting", "verified/position"}
+
+
+def test_a_t2i_run_reports_every_kind_of_caption_at_every_guidance(tmp_path):
+    summary = train_t2i.main(QUICK + ["--eval-cfg-scales", "1,7.5", "--out", str(tmp_path / "run")])
+    for scores in (summary["before"], summary["after"]):
+        assert T2I_KINDS <= set(scores) and set(scores["guidance"]) == {"7.5"}             # 1 is the rollout's own
+        assert T2I_KINDS <= set(scores["guidance"]["7.5"])
+        # Every caption is seen or unseen, and counts or places.
+        for a, b in (("seen", "unseen"), ("counting", "position")):
+            low, high = sorted((scores[f"verified/{a}"], scores[f"verified/{b}"]))
+            assert low <= scores["verified"] <= high
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(read_metrics(tmp_path / "run")) == 4
+
+
+def test_t2i_trains_on_no_composition_that_pretraining_never_saw():
+    texts, eval_texts, _ = train_t2i.choose_captions(train_t2i.Settings(preset="toy"))
+    assert not set(texts) & toy.UNSEEN and toy.UNSEEN <= set(eval_texts)
+    assert sum(toy.parse(text).relation is None for text in texts) == len(texts) / 2
+
+
+def test_t2i_on_captions_from_a_file(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Two red circles"}\n{"prompt": "a red circle above  a blue square"}\n')
+    train_t2i.main(QUICK + ["--prompts", str(tmp_path / "mine.jsonl"), "--out", str(tmp_path / "run")])
+    (tmp_path / "other.txt").write_text("a photo of an otter\n")
+    with pytest.raises(SystemExit):
+        train_t2i.main(QUICK + ["--prompts", str(tmp_path / "other.txt"), "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_composed_captions_are_held_out_for_evaluation():
+    texts, eval_texts, _ = train_t2i.choose_captions(train_t2i.Settings(preset="t2i-XL-256", composed=100))
+    assert len(texts) == 100 and len(eval_texts) == 64 and not set(texts) & set(eval_texts)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--preset", "B-256"], "unknown preset 'B-256': there are toy, t2i-XL-256, t2i-XL-512"),
+    (["--preset", "toy", "--prompts", "nowhere.txt"], "no such file of captions: nowhere.txt"),
+    (["--preset", "t2i-XL-256", "--composed", "3", "--t5", "nowhere"], "nowhere: no such file or folder"),
+])
+def test_bad_t2i_options_end_with_one_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train_t2i.main(options)
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_help_explains_every_option(capsys):

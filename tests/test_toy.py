@@ -110,9 +110,11 @@ def test_prompts_outside_the_world(prompt):
 
 def test_captions_are_padded_on_the_left():
     features, mask = toy.encode_captions(["two red circles", "a blue triangle left of a green square"])
-    assert features.shape == (2, 8, 8 * len(toy.WORDS))
+    assert features.shape == (2, 8, toy.CAPTION_DIM)
     assert mask[0].tolist() == [False] * 5 + [True] * 3 and mask[1].all()
     assert (features[0, :5] == 0).all() and (features[mask].sum(-1) == 1).all()
+    red, again = (toy.encode_captions([f"a red circle {relation} a blue square"])[0][0, 1] for relation in ("above", "below"))
+    assert not torch.equal(red, again)                                   # a word in another context is another feature
 
 
 def test_class_indices_are_the_prompts():

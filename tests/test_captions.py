@@ -1,0 +1,170 @@
+"""Captions: reading files of them, composing and understanding them, and encoding them as LlamaGen's training did."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import captions
+from argrpo import token_logp
+from captions import T5Captions, clean, compose, read_captions, requirements
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, cleaned", [
+    ("  A  Red\tBird ", "a red bird"),
+    ("caf\u00c3\u00a9 au lait", "caf\u00e9 au lait"),                    # UTF-8 read as Latin-1
+    ("salt &amp; pepper", "salt & pepper"),
+    ("it\u2019s", "it's"),
+])
+def test_cleaning(text, cleaned):
+    assert clean(text) == cleaned
+
+
+FILES = {
+    "lines.txt": "A red bird\n\n  two DOGS \na red bird\n",
+    "list.json": json.dumps(["A red bird", "two dogs"]),
+    "records.json": json.dumps([{"caption": "A red bird"}, {"caption": "Two dogs", "id": 3}]),
+    "records.jsonl": '{"prompt": "A red bird", "tag": "colors"}\n\n{"text": "two dogs"}\n',
+    "geneval.jsonl": '{"tag": "colors", "include": [{"class": "bird", "count": 1, "color": "red"}], "prompt": "a red bird"}\n'
+                     '{"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}\n',
+    "byte order mark.txt": "\ufeffa red bird\ntwo dogs",
+}
+
+
+@pytest.mark.parametrize("name, content", FILES.items(), ids=FILES)
+def test_every_kind_of_file(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_captions(tmp_path / name) == ["a red bird", "two dogs"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("empty.txt", b"\n  \n", "holds no captions"),
+    ("empty.json", b"[]", "holds no captions"),
+    ("latin.txt", "ein Vogel\nein roter V\u00f6gel".encode("latin-1"), r"latin.txt, line 2: byte 0xf6 is not UTF-8"),
+    ("broken.json", b"[1, 2", "broken.json is not JSON"),
+    ("other.jsonl", b'{"prompt": "a"}\n{"title": "b"}', r"other.jsonl, record 2: no caption there, nor under caption, prompt, text"),
+    ("numbers.json", b"[1]", "record 1: no caption there"),
+])
+def test_files_that_hold_no_captions(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_captions(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file of captions: .*nowhere.txt"):
+        read_captions(tmp_path / "nowhere.txt")
+
+
+# --- composing -------------------------------------------------------------------------------
+
+def test_what_is_composed_is_understood():
+    composed = compose(600)
+    assert len(set(composed)) == 600 and composed == compose(600) and composed != compose(600, seed=1)
+    wanted = [requirements(caption) for caption in composed]
+    assert all(demand["class"] in captions.coco_objects() for demands in wanted for demand in demands)
+    kinds = [(len(w), w[0]["count"] > 1, "color" in w[0], "position" in w[-1]) for w in wanted]
+    # One object, counted, coloured, two, placed, two colours: two-object templates are rarely exhausted, the others can be.
+    for kind in [(1, False, False, False), (1, True, False, False), (1, False, True, False), (2, False, False, False),
+                 (2, False, False, True), (2, False, True, False)]:
+        assert kinds.count(kind) >= 40, kind
+
+
+@pytest.mark.parametrize("caption, wanted", [
+    ("a photo of a dog", [{"class": "dog", "count": 1}]),
+    ("a photo of four knives", [{"class": "knife", "count": 4}]),
+    ("a photo of an orange traffic light", [{"class": "traffic light", "count": 1, "color": "orange"}]),
+    ("a photo of an orange", [{"class": "orange", "count": 1}]),
+    ("a photo of a computer mouse and two benches", [{"class": "mouse", "count": 1}, {"class": "bench", "count": 2}]),
+    ("A photo of a red bus above a TV remote",
+     [{"class": "remote", "count": 1}, {"class": "bus", "count": 1, "color": "red", "position": ["above", 0]}]),
+])
+def test_requirements_by_hand(caption, wanted):
+    assert requirements(caption) == wanted
+
+
+@pytest.mark.parametrize("caption", ["a photo of a unicorn", "a photo of five dogs", "a dog near a cat", ""])
+def test_captions_that_are_no_composition(caption):
+    with pytest.raises(ValueError, match="as a composition"):
+        requirements(caption)
+
+
+# --- encoding --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    """A folder like google/flan-t5-xl's, with a random T5 of one layer, 6 numbers a word, and a few words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "bird", "two", "dogs", "photo", "of"])}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder = tmp_path_factory.mktemp("t5")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=10, d_model=6, d_kv=3, d_ff=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")).save_pretrained(folder)
+    return folder
+
+
+CAPTIONS = ["a red bird", "two dogs", "a photo of a red bird", "two dogs"]
+LENGTH = 8
+
+
+def test_captions_are_padded_on_the_left_with_zeros(t5_folder):
+    prompts = T5Captions(str(t5_folder), length=LENGTH)(CAPTIONS)
+    texts, cond, mask = prompts.pick(torch.tensor([1, 2]), torch.device("cpu"))
+    assert texts == ["two dogs", "a photo of a red bird"] and cond.shape == (2, LENGTH, 6)
+    assert mask.sum(dim=1).tolist() == [3, 7]                            # the words and T5's end mark
+    assert mask[0].tolist() == [False] * 5 + [True] * 3
+    assert (cond[~mask] == 0).all() and (cond[mask] != 0).any(dim=-1).all()
+
+
+def test_features_are_those_of_the_caption_alone(t5_folder):
+    """Neither the batch's padding nor the cache of equal captions changes them."""
+    encode = T5Captions(str(t5_folder), length=LENGTH, batch=3)
+    prompts = encode(CAPTIONS)
+    for i, caption in enumerate(CAPTIONS):
+        with torch.no_grad():
+            alone = encode.model(input_ids=encode.tokenizer(caption, return_tensors="pt").input_ids).last_hidden_state[0]
+        torch.testing.assert_close(prompts.pick(torch.tensor([i]), torch.device("cpu"))[1][0, -len(alone):], alone)
+
+
+def test_each_distinct_caption_is_encoded_once(t5_folder):
+    encode, seen = T5Captions(str(t5_folder), length=LENGTH, batch=2), []
+    encode.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+    encode(CAPTIONS * 5)
+    encode(["two dogs", "a dog"])
+    assert seen == [2, 1, 1]
+
+
+def test_a_long_caption_is_cut_and_counted(t5_folder):
+    with pytest.warns(UserWarning, match="1 of 2 captions are longer than 8 tokens"):
+        prompts = T5Captions(str(t5_folder), length=LENGTH)(["a " * 20, "a bird"])
+    assert prompts.cond_mask.sum(dim=1).tolist() == [8, 3]
+
+
+def test_encoded_captions_condition_the_model(t5_folder):
+    """The whole way: words, features, left padding, both branches of guidance."""
+    prompts = T5Captions(str(t5_folder), length=LENGTH)(CAPTIONS)
+    model = tiny_model("t2i", cls_token_num=LENGTH, caption_dim=6)
+    _, cond, mask = prompts.pick(torch.arange(4), torch.device("cpu"))
+    tokens = torch.randint(11, (1, 16)).expand(4, -1)
+    logp, _ = token_logp(model, tokens, cond, mask, cfg_scale=4.0)
+    torch.testing.assert_close(logp[1], logp[3])
+    assert (logp[0] - logp[1]).abs().max() > 1e-3
+
+
+def test_a_missing_t5_is_a_clear_error(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match="https://huggingface.co/google/flan-t5-xl .*--t5 PATH"):
+        T5Captions()
