@@ -472,7 +472,8 @@ def group_statistics(rewards, group_size):
     known = (~r.isnan()).sum(dim=1, keepdim=True)
     mean = r.nanmean(dim=1, keepdim=True)
     std = ((r - mean).square().nansum(dim=1, keepdim=True) / (known - 1).clamp(min=1)).sqrt()
-    largest, smallest = r.nan_to_num(-torch.inf).amax(dim=1, keepdim=True), r.nan_to_num(torch.inf).amin(dim=1, keepdim=True)
+    largest = r.nan_to_num(-torch.inf).amax(dim=1, keepdim=True)
+    smallest = r.nan_to_num(torch.inf).amin(dim=1, keepdim=True)
     return mean, std, largest <= smallest
 
 
@@ -622,7 +623,7 @@ def paint(vq, tokens, micro_batch=16):
 
 
 def group_diversity(images, group_size):
-    """Mean L1 distance per pixel and channel between two images of a group: (P*G, 3, H, W) in [0, 1] -> (P,) in [0, 1]."""
+    """Mean L1 distance per pixel and channel between two images of a group: (P*G, 3, H, W) -> (P,), in [0, 1]."""
     x = rearrange(images.float(), "(p g) c h w -> p g (c h w)", g=group_size)
     pairs = group_size * (group_size - 1)
     return torch.cdist(x, x, p=1).sum((1, 2)) / pairs / x.shape[-1]
@@ -657,14 +658,19 @@ def average_gradients(model):
             p.grad /= size
 
 
+def name_prompts(texts):
+    """The distinct texts, three at most, for an error message."""
+    distinct = sorted(set(texts))
+    return ", ".join(map(repr, distinct[:3])) + (", ..." if len(distinct) > 3 else "")
+
+
 def check_finite(step, texts, **parts):
     """Raises FloatingPointError, with the step, the part and the prompts, if a part (b, ...) has a NaN or an infinity."""
     for name, values in parts.items():
-        bad = ~torch.isfinite(values.detach()).view(len(texts), -1).all(dim=1)
-        if bad.any():
-            prompts = sorted({texts[i] for i in bad.nonzero()[:, 0].tolist()})
-            raise FloatingPointError(f"step {step}: {name.replace('_', ' ')} not finite for {int(bad.sum())} of {len(bad)} images, "
-                                     f"of the prompts {', '.join(map(repr, prompts[:3]))}{', ...' if len(prompts) > 3 else ''}")
+        bad = (~torch.isfinite(values.detach()).view(len(texts), -1).all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise FloatingPointError(f"step {step}: {name.replace('_', ' ')} not finite for {len(bad)} of {len(texts)} images, "
+                                     f"of the prompts {name_prompts(texts[i] for i in bad)}")
 
 
 def make_optimizer(model, config):
@@ -706,9 +712,10 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         # 2. Rollout: G images per prompt from the current policy, which is also pi_old.
         drawn, passes = [], torch.arange(P, device=device).split(config.rollout_prompts or P)
         for k, some in enumerate(passes, start=rank * len(passes)):
+            given = cond[some], None if cond_mask is None else cond_mask[some]
             with autocast(device):
-                drawn.append(generate(model, cond[some], None if cond_mask is None else cond_mask[some], samples_per_prompt=G,
-                                      **rollout, generator=rng_for(device, config.seed, "rollout", step, k)))
+                drawn.append(generate(model, *given, samples_per_prompt=G, **rollout,
+                                      generator=rng_for(device, config.seed, "rollout", step, k)))
         tokens, sampler_logp = (torch.cat(column) for column in zip(*drawn))                       # (B, N) each
         rolled_out = clock(device)
 
@@ -716,7 +723,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         images = paint(vq, tokens, config.micro_batch)                                             # (B, 3, H, W)
         texts = [text for text in texts for _ in range(G)]                                         # one per image
         rewards, parts = reward_fn(images, texts)                                                  # (B,), {name: (B,)}
-        check_finite(step, texts, reward=rewards.nan_to_num(0.0, torch.inf, -torch.inf))           # NaN is no judgement, not an error
+        check_finite(step, texts, reward=rewards.nan_to_num(0.0, torch.inf, -torch.inf))           # NaN is only missing
         rewarded = clock(device)
 
         # 4. Advantages: every image against its own group.
@@ -749,8 +756,8 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             average_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if not isfinite(grad_norm):
-                raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm}, with rewards from {rewards.min():g} to "
-                                         f"{rewards.max():g}, of the prompts {', '.join(map(repr, sorted(set(texts))[:3]))}, ...")
+                raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm}, with rewards from {rewards.min():g} "
+                                         f"to {rewards.max():g}, of the prompts {name_prompts(texts)}")
             optimizer.step()
             optimizer.zero_grad()                                # now, so that the next rollout has the gradients' memory
         updated = clock(device)

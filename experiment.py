@@ -62,7 +62,7 @@ class Settings(argrpo.GRPOConfig):
         self.other_cfg_scales()
 
     def other_cfg_scales(self):
-        """The guidance scales of eval_cfg_scales but the rollout's.  Raises ValueError for what is no number of at least 0."""
+        """The guidance scales of eval_cfg_scales but the rollout's.  Raises ValueError unless they are numbers of at least 0."""
         try:
             scales = [float(text) for text in self.eval_cfg_scales.split(",") if text.strip()]
         except ValueError:
@@ -83,8 +83,8 @@ def field_comments(cls):
 
 def read_options(cls, argv, prog, description, epilog=""):
     """The options given on the command line, {field: value}, for the fields of the dataclass `cls`."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
         kind = field.type if isinstance(field.type, type) else typing.get_args(field.type)[0]      # float | None -> float
@@ -106,8 +106,8 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
         other = [name for name, value in given.items() if value != config[name]
                  and name not in ("resume", "steps", "save_every", "micro_batch", "device")]
         if other:
-            raise ValueError(f"--resume continues a run as it was configured: {other[0]} was {config[other[0]]!r} and cannot "
-                             f"become {given[other[0]]!r}")
+            raise ValueError(f"--resume continues a run as it was configured: {other[0]} was {config[other[0]]!r} "
+                             f"and cannot become {given[other[0]]!r}")
         settings = cls(**(config | {"out": given["resume"]} | given))
         check_processes(settings)
         check_writable(Path(settings.out))
@@ -209,7 +209,7 @@ def load_models(preset, task, gpt_ckpt="", vq_ckpt="", toy_folder=toy.WEIGHTS):
 
 
 def caption_encoder(preset, t5, device):
-    """What turns captions into Prompts for the preset: the toy's own features, or Flan-T5's.  Let go of it to unload T5."""
+    """What turns captions into Prompts: for the toy its own features, else Flan-T5's.  Let go of it to unload T5."""
     if preset == "toy":
         return lambda texts: argrpo.Prompts(texts, *toy.encode_captions(texts))
     return captions.T5Captions(t5, device)
@@ -272,7 +272,8 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
 def evaluate_all(model, vq, prompts, reward_fn, settings, measure, stop):
     """`evaluate` with the rollout's guidance, and in scores["guidance"] what the other scales give."""
     scores, gallery = evaluate(model, vq, prompts, reward_fn, settings, measure, stop=stop)
-    others = {f"{w:g}": evaluate(model, vq, prompts, reward_fn, settings, measure, w, stop)[0] for w in settings.other_cfg_scales()}
+    others = {f"{scale:g}": evaluate(model, vq, prompts, reward_fn, settings, measure, scale, stop)[0]
+              for scale in settings.other_cfg_scales()}
     return scores | ({"guidance": others} if others else {}), gallery
 
 
@@ -396,9 +397,9 @@ def draw_before_after(path, before, after, rows=8):
         for row, pair in zip(axes, shown):
             text, images, rewards = pair[which]
             row[0].set_title(text, fontsize=7, loc="left", pad=9)
-            for ax, image, reward in zip(row, images, rewards):
+            for ax, image, score in zip(row, images, rewards):
                 ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-                ax.set_xlabel(f"{reward:.2f}", fontsize=6, labelpad=1)
+                ax.set_xlabel(f"{score:.2f}", fontsize=6, labelpad=1)
                 ax.set_xticks([])
                 ax.set_yticks([])
     fig.savefig(path, dpi=110)
@@ -455,9 +456,10 @@ def out_of_memory_advice(settings):
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; "
-                         "the result stays the same); if it is the rollout that does not fit, lower --rollout-prompts (now "
-                         f"{settings.rollout_prompts or settings.prompts_per_step}), then --group-size (now {settings.group_size})") from error
+        prompts = settings.rollout_prompts or settings.prompts_per_step
+        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; the "
+                         f"result stays the same); if it is the rollout that does not fit, lower --rollout-prompts (now {prompts}), "
+                         f"then --group-size (now {settings.group_size})") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -546,8 +548,9 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     N, B = model.config.block_size, settings.prompts_per_step * settings.group_size
     if rank == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {N} tokens per image, "
-              f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, {settings.steps} steps, "
-              f"on {next(model.parameters()).device}{f' and {size - 1} more' if size > 1 else ''}, into {settings.out}/", flush=True)
+              f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, "
+              f"{settings.steps} steps, on {next(model.parameters()).device}{f' and {size - 1} more' if size > 1 else ''}, "
+              f"into {settings.out}/", flush=True)
         print_memory(memory_estimate(model, vq, settings))
     check_models(model, vq)
     reference = argrpo.frozen_copy(model)
@@ -573,7 +576,8 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     after, gallery_after = evaluate_all(model, vq, eval_prompts, reward_fn, settings, measure, stop)
     draw_before_after(out / "before_after.png", gallery_before, gallery_after)
     draw_curves(out / "curves.png", metrics)
-    seconds = {"evaluation": evaluated - started + time.perf_counter() - trained, "training": sum(m["seconds"] for m in metrics)}
+    seconds = {"evaluation": evaluated - started + time.perf_counter() - trained,
+               "training": sum(m["seconds"] for m in metrics)}
     summary = {"before": before, "after": after, "seconds": seconds}
     write_json(out / "summary.json", summary)
     print("before: " + describe(before) + "\nafter:  " + describe(after))
@@ -588,4 +592,5 @@ def wait_for_all():
 
 def describe(scores):
     lines = [", ".join(f"{name} {value:.3f}" for name, value in scores.items() if name != "guidance")]
-    return "\n".join(lines + [f"    with guidance {w}: {describe(other)}" for w, other in scores.get("guidance", {}).items()])
+    others = scores.get("guidance", {})
+    return "\n".join(lines + [f"    with guidance {scale}: {describe(other)}" for scale, other in others.items()])

@@ -122,9 +122,9 @@ LOADED = []                                      # models that remember their la
 
 
 def weights_of(name):
-    """The local path of a reward model's weights, downloaded if need be; fails within seconds where they cannot be had."""
+    """The local path of a reward model's weights, downloaded if need be.  Errors as in `pretrained.fetch`."""
     from pretrained import fetch
-    return fetch(WEIGHTS[name], "download it where there is a network, and let HF_HOME point to a copy of that Hugging Face cache")
+    return fetch(WEIGHTS[name], "download it where there is a network, and set HF_HOME to a copy of that Hugging Face cache")
 
 
 def preprocess(images, size, mean, std):
@@ -154,8 +154,8 @@ class Tower:
     def image_features(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, D), of length one."""
         def compute():
-            chunks = images.split(self.micro_batch)
-            return torch.cat([nn.functional.normalize(self.encode_image(self.preprocess(c)).float(), dim=-1) for c in chunks])
+            features = [self.encode_image(self.preprocess(chunk)).float() for chunk in images.split(self.micro_batch)]
+            return nn.functional.normalize(torch.cat(features), dim=-1)
         return self.once(images, compute)
 
     def text_features(self, texts):
@@ -163,7 +163,7 @@ class Tower:
         def compute():
             distinct = list(dict.fromkeys(texts))
             chunks = [distinct[i:i + self.micro_batch] for i in range(0, len(distinct), self.micro_batch)]
-            features = torch.cat([nn.functional.normalize(self.encode_text(c).float(), dim=-1) for c in chunks])
+            features = nn.functional.normalize(torch.cat([self.encode_text(chunk).float() for chunk in chunks]), dim=-1)
             return features[[distinct.index(text) for text in texts]]
         return self.once(texts, compute)
 
@@ -178,8 +178,8 @@ def tower_of(model, name, device):
     model = model.to(device).eval().requires_grad_(False)
     tokenizer, how = open_clip.get_tokenizer(name), open_clip.get_model_preprocess_cfg(model)
     dtype = model.visual.conv1.weight.dtype
-    return Tower(lambda pixels: model.encode_image(pixels.to(dtype)), lambda texts: model.encode_text(tokenizer(texts).to(device)),
-                 how["size"][0], how["mean"], how["std"])
+    return Tower(lambda pixels: model.encode_image(pixels.to(dtype)),
+                 lambda texts: model.encode_text(tokenizer(texts).to(device)), how["size"][0], how["mean"], how["std"])
 
 
 @functools.cache
@@ -190,7 +190,8 @@ def open_clip_tower(name, device):
     from argrpo import load_weights
     path = weights_of(name)                      # first: without it, there is no need to build the model
     precision = "fp16" if torch.device(device).type == "cuda" else "fp32"
-    return tower_of(load_weights(open_clip.create_model(name, precision=precision, load_weights=False), path), name, device)
+    model = open_clip.create_model(name, precision=precision, load_weights=False)
+    return tower_of(load_weights(model, path), name, device)
 
 
 def clip_tower(device):
@@ -272,6 +273,7 @@ def aesthetic(device):
 @register("pickscore")
 def pickscore(device):
     """PickScore v1 (arXiv 2305.01569), a CLIP ViT-H/14 tuned on people's choices: its scaled cosine, about 15 to 25."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from transformers import AutoTokenizer, CLIPModel
     folder = weights_of("pickscore")
     model = CLIPModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
@@ -282,7 +284,7 @@ def pickscore(device):
         return model.text_projection(model.text_model(**tokens).pooler_output)
 
     tower = Tower(lambda pixels: model.visual_projection(model.vision_model(pixels).pooler_output), encode_text,
-                  model.config.vision_config.image_size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+                  model.config.vision_config.image_size, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
     return lambda images, prompts: model.logit_scale.exp() * tower.cosine(images, prompts)
 
 
@@ -348,14 +350,16 @@ class VisionLanguageModel:
         folder = weights_of("qwen")
         self.processor = AutoProcessor.from_pretrained(folder)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
 
     def __call__(self, images, questions, attempt):
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions]
+        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+                 for question in questions]
         texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
         pictures = list((images * 255).round().to(torch.uint8))
         inputs = self.processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
-        how = dict(do_sample=False) if attempt == 0 else dict(do_sample=True, temperature=0.6)       # else it would repeat itself
+        how = dict(do_sample=attempt > 0) | (dict(temperature=0.6) if attempt else {})   # asked again, it may say something else
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
             torch.manual_seed(attempt)
             answers = self.model.generate(**inputs.to(self.model.device), max_new_tokens=128, **how)
@@ -432,8 +436,8 @@ class GenEval:
         crops = []
         for box, mask in zip(found["boxes"], found["masks"]):
             x1, y1, x2, y2 = box.round().int().tolist()
-            alone = torch.where(mask > 0.5, image, grey)
-            crops.append(vision.resize(alone[:, y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)], [224, 224], antialias=True).clamp(0, 1))
+            alone = torch.where(mask > 0.5, image, grey)[:, y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)]
+            crops.append(vision.resize(alone, [224, 224], antialias=True).clamp(0, 1))
         texts = [text.format(colour, name) for colour in COLOURS for text in
                  ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
         classes = self.tower.text_features(texts).view(len(COLOURS), 3, -1).mean(dim=1)
@@ -446,13 +450,15 @@ class GenEval:
         met, groups = [], []
         for demand in wanted:
             counted = demand["count"] > 1
-            sure = (detections["labels"] == coco_objects()[demand["class"]]) & (detections["scores"] > (0.9 if counted else 0.3))
+            sure = detections["scores"] > (0.9 if counted else 0.3)
+            sure &= detections["labels"] == coco_objects()[demand["class"]]
             found = {key: value[sure] for key, value in detections.items()}                        # the surest come first
             n = int(sure.sum())
             met.append(n == demand["count"] if counted else n > 0)
             found = {key: value[:demand["count"]] for key, value in found.items()}
             if "color" in demand:
-                met.append(met[-1] and self.colours(image, found, demand["class"]).count(demand["color"]) == demand["count"])
+                colours = self.colours(image, found, demand["class"]) if met[-1] else []
+                met.append(colours.count(demand["color"]) == demand["count"])
             if "position" in demand:
                 relation, target = demand["position"]
                 pairs = [(box, other) for box in found["boxes"] for other in groups[target]["boxes"]]

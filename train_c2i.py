@@ -20,8 +20,8 @@ import toy
 
 # The paper's c2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the place of four: the same
 # 32 images a step are 4 prompts of 8.  The paper's whole reward, which needs more packages and memory, is paper_c2i.
-PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=0.1, cfg_scale=2.0,
-             eval_images=64, save_every=25)
+PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=0.1,
+             cfg_scale=2.0, eval_images=64, save_every=25)
 PRESETS = {
     "toy": dict(reward="shapes"),                # everything else as in argrpo.GRPOConfig
     "B-256": PAPER | dict(micro_batch=8),        # micro-batches and passes of the sampler for a GPU of 24 GB

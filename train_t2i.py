@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-import argrpo
 import captions
 import experiment
 import reward
@@ -23,8 +22,8 @@ import toy
 
 # The paper's t2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the place of four: the same
 # 64 images a step are 8 prompts of 8.  The paper's whole reward, which needs more packages and memory, is paper_t2i.
-PAPER = dict(reward="paper_lite", steps=600, prompts_per_step=8, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=1.0, cfg_scale=4.0,
-             eval_images=64, eval_cfg_scales="1,7.5", save_every=25)
+PAPER = dict(reward="paper_lite", steps=600, prompts_per_step=8, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=1.0,
+             cfg_scale=4.0, eval_images=64, eval_cfg_scales="1,7.5", save_every=25)
 PRESETS = {
     "toy": dict(reward="shapes"),                                    # everything else as in argrpo.GRPOConfig
     "t2i-XL-256": PAPER | dict(micro_batch=1, rollout_prompts=1),    # for a GPU of 24 GB
@@ -44,7 +43,7 @@ def choose_captions(settings):
     if settings.prompts:
         texts = captions.read_captions(settings.prompts)
         return texts, texts, toy.verify_by_kind if settings.preset == "toy" else None
-    if settings.preset == "toy":                 # half counting, half position; trained on nothing that pretraining did not see
+    if settings.preset == "toy":                 # half counting, half position; nothing that pretraining did not see
         return (mixed(toy.SEEN_PAIRS, toy.SEEN_CLASSES), mixed(toy.PAIRS, toy.CLASSES), toy.verify_by_kind)
     texts = captions.compose(settings.composed + 64, settings.seed)
     return texts[:-64], texts[-64:], None        # compositions that training does not see
@@ -61,14 +60,15 @@ def main(argv=None):
         settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_t2i", __doc__)
         device = experiment.pick_device(settings.device)
         texts, eval_texts, measure = choose_captions(settings)
-        encode = experiment.caption_encoder(settings.preset, settings.t5, device)
-        prompts, eval_prompts = encode(texts), encode(eval_texts)
-        del encode                               # T5 has done its work: its memory is needed for what comes
         reward_fn = reward.build_rewards(settings.reward, device)
         model, vq = experiment.load_models(settings.preset, "t2i", settings.gpt_ckpt, settings.vq_ckpt,
                                            experiment.toy_folder(settings, "t2i"))
+        encode = experiment.caption_encoder(settings.preset, settings.t5, device)
+        prompts, eval_prompts = encode(texts), encode(eval_texts)
+        del encode                               # T5 has done its work: its memory is needed for what comes
 
-    return experiment.run(model.to(device), vq.to(device), prompts, eval_prompts, reward_fn, settings, "train_t2i", measure)
+    model, vq = model.to(device), vq.to(device)
+    return experiment.run(model, vq, prompts, eval_prompts, reward_fn, settings, "train_t2i", measure)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_composed_captions_are_held_out_for_evaluation():
 @pytest.mark.parametrize("options, message", [
     (["--preset", "B-256"], "unknown preset 'B-256': there are toy, t2i-XL-256, t2i-XL-512"),
     (["--preset", "toy", "--prompts", "nowhere.txt"], "no such file of captions: nowhere.txt"),
-    (["--preset", "t2i-XL-256", "--composed", "3", "--t5", "nowhere"], "nowhere: no such file or folder"),
+    (["--preset", "t2i-XL-256", "--reward", "jpeg", "--gpt-ckpt", "nowhere.pt"], "nowhere.pt: no such file or folder"),
 ])
 def test_bad_t2i_options_end_with_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
