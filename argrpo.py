@@ -448,11 +448,16 @@ def policy_logits(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, tempera
     return guide(logits, cfg_scale) / temperature
 
 
-def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
-    """Log-probability of every given code and entropy of every choice, in nats: (B, N) each, differentiable."""
-    logp = policy_logits(model, tokens, cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature).log_softmax(-1)
+def logp_and_entropy(logits, tokens):
+    """Of the distributions softmax(logits (B, N, V)): log-probability of the given codes, and entropy, (B, N) each, in nats."""
+    logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)                                          # (B, N)
     return logp.gather(-1, tokens[..., None])[..., 0], entropy
+
+
+def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
+    """Log-probability of every given code and entropy of every choice, in nats: (B, N) each, differentiable."""
+    return logp_and_entropy(policy_logits(model, tokens, cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature), tokens)
 
 
 # =============================================================================================
@@ -490,6 +495,28 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
     return rearrange(advantages.masked_fill(flat | r.isnan(), 0.0), "p g -> (p g)")
 
 
+def diversity_bonus(rewards, features, group_size, weight):
+    """Reward for right images that differ from the other right ones of their group: (P*G,), (P*G, ...) -> (P*G,).
+
+    bonus_i = weight * unit * (d_i / mean(d) - 1), where d_i is the mean L1 distance of image i's features
+    to those of the group's other right images.  It sums to zero in every group: it moves reward among the
+    right images, and never pays for a wrong one.  Fewer than three right images share nothing.
+    Verdicts, 0 or 1, are right at 1, with unit 1; graded rewards are right above the group's median, and
+    the unit is the group's standard deviation."""
+    r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
+    x = rearrange(features.float().flatten(1), "(p g) d -> p g d", g=group_size)
+    if ((r == 0) | (r == 1) | r.isnan()).all():
+        right, unit = r == 1, torch.ones_like(r[:, :1])
+    else:
+        right, unit = r > r.nanmedian(dim=1, keepdim=True).values, group_statistics(rewards, group_size)[1]
+    n = right.sum(dim=1, keepdim=True)                                              # (P, 1)
+    distances = torch.cdist(x, x, p=1) * right[:, None, :]                          # (P, G, G), to right images only
+    d = distances.sum(dim=2) / (n - 1).clamp(min=1)                                 # (P, G); to oneself it is 0
+    d_mean = (d * right).sum(dim=1, keepdim=True) / n.clamp(min=1)
+    bonus = weight * unit * (d / d_mean.clamp(min=1e-12) - 1)
+    return rearrange(bonus.masked_fill(~right | (n < 3) | (d_mean == 0), 0.0), "p g -> (p g)")
+
+
 def kl_k3(logp, ref_logp):
     """Estimate of KL(pi || pi_ref) from the sampled code alone, elementwise: unbiased and never
     negative (Schulman 2020, "Approximating KL divergence", estimator k3)."""
@@ -503,10 +530,11 @@ def kl_exact(logits, ref_logits):
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_high=None, kl_beta=0.0):
+def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_high=None, kl_beta=0.0, kl=None):
     """The loss of step 5 above: logp, old_logp, ref_logp (B, N), advantages (B,) -> (scalar, stats).
 
-    ref_logp may be None when kl_beta is 0.  clip_eps_high widens the upper side alone (DAPO,
+    ref_logp may be None when kl_beta is 0.  kl (B, N), such as `kl_exact`'s, takes the place of the k3
+    estimate.  clip_eps_high widens the upper side alone (DAPO,
     arXiv 2503.14476).  Every image has exactly N tokens, so the mean over tokens, the mean of
     per-image means, and the sum over tokens divided by a constant length are all the same number."""
     if ref_logp is None and kl_beta > 0:
@@ -523,7 +551,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_hi
         "clip_frac": (clipped < unclipped).float().mean().item(),    # tokens whose gradient the clip has cut off
     }
     if ref_logp is not None:
-        kl = kl_k3(logp, ref_logp).mean()
+        kl = (kl_k3(logp, ref_logp) if kl is None else kl).mean()
         loss = loss + kl_beta * kl
         stats["kl"] = kl.item()
     return loss, stats | {"loss": loss.item()}
@@ -550,6 +578,8 @@ class GRPOConfig:
     clip_eps: float = 0.2                # the ratio's trust region is [1 - clip_eps, 1 + clip_eps]
     clip_eps_high: float | None = None   # if given, the trust region ends at 1 + clip_eps_high instead
     kl_beta: float = 0.01                # weight of the KL penalty to the pretrained model
+    kl: str = "k3"                       # that penalty: "k3", estimated from the drawn code, or "exact", over all codes
+    diversity_bonus: float = 0.0         # reward moved, among a group's right images, to those that differ from the others
     scale_advantages: bool = True        # divide advantages by the group's standard deviation
     cfg_scale: float = 1.0               # classifier-free guidance at rollout: 1 is none
     temperature: float = 1.0             # temperature at rollout
@@ -564,7 +594,7 @@ class GRPOConfig:
             raise ValueError(f"rollout_prompts must be at least 1, or 0 for all at once, not {self.rollout_prompts}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, for a group is compared with itself, not {self.group_size}")
-        for name in ("lr", "lr_end", "weight_decay", "clip_eps", "clip_eps_high", "kl_beta", "cfg_scale"):
+        for name in ("lr", "lr_end", "weight_decay", "clip_eps", "clip_eps_high", "kl_beta", "diversity_bonus", "cfg_scale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):          # NaN fails this, too
                 raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
@@ -573,6 +603,8 @@ class GRPOConfig:
                 raise ValueError(f"{name} must be a finite number above 0, not {getattr(self, name)}")
         if self.logprob_cfg not in ("guided", "none"):
             raise ValueError(f"logprob_cfg must be 'guided' or 'none', not {self.logprob_cfg!r}")
+        if self.kl not in ("k3", "exact"):
+            raise ValueError(f"kl must be 'k3' or 'exact', not {self.kl!r}")
 
 
 @dataclass
@@ -682,7 +714,7 @@ def learning_rate(config, step):
     return config.lr * min(1.0, (step + 1) / config.warmup_steps) * (1 - (1 - config.lr_end) * step / config.steps)
 
 
-def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_step=0):
+def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_step=0, embed=None):
     """AR-GRPO.  A generator: improves `model` in place, and yields a dict of metrics after every step.
 
     reward_fn(images (B, 3, H, W) in [0, 1], texts) returns (total (B,), {name: (B,)}).  All that
@@ -690,6 +722,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
     three can continue with first_step.  Raises FloatingPointError, before the update touches the
     weights, if a reward, a log-probability or the gradient is not finite.
 
+    The diversity bonus compares images by embed(images, tokens) -> (B, ...), by default by their pixels.
     Under torchrun each process takes an equal share of the step's prompts, whole groups always."""
     device = next(model.parameters()).device
     rank, size = rank_and_size()
@@ -727,7 +760,10 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         rewarded = clock(device)
 
         # 4. Advantages: every image against its own group.
-        advantages = group_advantages(rewards, G, scale=config.scale_advantages)                   # (B,)
+        bonus = 0.0
+        if config.diversity_bonus:
+            bonus = diversity_bonus(rewards, embed(images, tokens) if embed else images, G, config.diversity_bonus)
+        advantages = group_advantages(rewards + bonus, G, scale=config.scale_advantages)           # (B,)
 
         # 5. Update.  Micro-batches add up to the gradient of the whole batch, so their size is a matter of memory alone.
         cond = cond.repeat_interleave(G, dim=0)                                                    # (B, ...)
@@ -739,18 +775,25 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         for epoch in range(config.inner_epochs):
             for rows in torch.arange(B, device=device).split(config.micro_batch):
                 given = tokens[rows], cond[rows], None if cond_mask is None else cond_mask[rows]
+                kl = None                                        # grpo_loss's own: k3
                 with autocast(device):       # a block of its own: autocast keeps its bfloat16 weights until the block ends
-                    logp, entropy = token_logp(model, *given, **learner)                           # (b, N) each
+                    logits = policy_logits(model, *given, **learner)                               # (b, N, V)
+                    logp, entropy = logp_and_entropy(logits, given[0])                             # (b, N) each
                     entropy = entropy.mean().item()              # only watched: this lets go of its graph
                     if epoch == 0:
                         # The weights are still those that drew the images, so this pass is pi_old as well.  (The
                         # sampler's own log-probs differ from it by rounding: in bfloat16 the ratio would not start at 1.)
                         old_logp[rows] = logp.detach()
+                    if epoch == 0 or config.kl == "exact":
                         with torch.no_grad():
-                            ref_logp[rows] = token_logp(reference, *given, **learner)[0]
+                            ref_logits = policy_logits(reference, *given, **learner)
+                            ref_logp[rows] = logp_and_entropy(ref_logits, given[0])[0]
+                        if config.kl == "exact":                 # with its true gradient: k3's, from one drawn code
+                            kl = kl_exact(logits, ref_logits)    # per position, is noisy, and that of KL(pi_ref || pi)
+                    del logits                                   # (b, N, V) numbers: the graph keeps what it needs
                 check_finite(step, [texts[i] for i in rows.tolist()], log_probabilities=logp, reference=ref_logp[rows])
                 loss, stats = grpo_loss(logp, old_logp[rows], ref_logp[rows], advantages[rows], clip_eps=config.clip_eps,
-                                        clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta)
+                                        clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta, kl=kl)
                 (loss * len(rows) / B).backward()
                 history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy)))
             average_gradients(model)

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -50,6 +51,8 @@ class Settings(argrpo.GRPOConfig):
     gpt_ckpt: str = ""                   # transformer weights of your own: a file, a folder, or a Hugging Face repo or repo:file
     vq_ckpt: str = ""                    # tokenizer weights, likewise
     from_scratch: bool = False           # toy: pretrain the models first (minutes) instead of using weights/
+    recipe: str = "paper"                # "paper", or "diverse", which keeps the pictures of a prompt varied
+    bonus_distance: str = "pixels"       # what the diversity bonus compares: "pixels", "codes", or "clip" features
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
     eval_cfg_scales: str = ""            # guidance scales, such as 1,7.5, to evaluate at besides the rollout's
     save_every: int = 20                 # steps between two checkpoints
@@ -59,6 +62,8 @@ class Settings(argrpo.GRPOConfig):
         if self.save_every < 1 or self.eval_images < 4:
             raise ValueError(f"save_every must be at least 1 and eval_images at least 4, "
                              f"not {self.save_every} and {self.eval_images}")
+        if self.bonus_distance not in ("pixels", "codes", "clip"):
+            raise ValueError(f"bonus_distance must be pixels, codes or clip, not {self.bonus_distance!r}")
         self.other_cfg_scales()
 
     def other_cfg_scales(self):
@@ -115,13 +120,24 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
     name = given.get("preset") or default_preset
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: there are {', '.join(presets)}")
-    settings = cls(**({"out": f"runs/{script}-{name}"} | presets[name] | given | {"preset": name}))
+    recipe = given.get("recipe", "paper")
+    if recipe not in ("paper", "diverse"):
+        raise ValueError(f"unknown recipe {recipe!r}: there are paper and diverse")
+    out = f"runs/{script}-{name}" + (f"-{recipe}" if recipe != "paper" else "")
+    preset = {"out": out} | presets[name] | (diverse(cls(**presets[name])) if recipe == "diverse" else {})
+    settings = cls(**(preset | given | {"preset": name}))
     check_processes(settings)
     check_writable(Path(settings.out))
     if (Path(settings.out) / "config.json").exists():
         raise FileExistsError(f"{settings.out} already holds a run: continue it with --resume {settings.out}, "
                               "or give the new one a folder of its own with --out NAME")
     return settings
+
+
+def diverse(preset):
+    """The recipe that keeps the pictures of a prompt varied, on top of a preset's settings: the exact KL, the diversity
+    bonus, and twice the prompts in a step, for noise in the update narrows the policy, too."""
+    return dict(kl="exact", kl_beta=3 * preset.kl_beta, diversity_bonus=0.2, prompts_per_step=2 * preset.prompts_per_step)
 
 
 def check_processes(settings):
@@ -239,7 +255,7 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
 
     Returns (scores, gallery): scores {"reward", "reward/<name>", "entropy", "diversity", and what
     measure(images, texts) -> {name: (B,)} says}, each the mean over all images but those with NaN,
-    where it does not apply; gallery a list of (prompt, images, rewards) of the first prompts, for the picture."""
+    where it does not apply, and None where it applies to none; gallery a list of (prompt, images, rewards) of the first prompts, for the picture."""
     device = next(model.parameters()).device
     n = min(len(prompts.texts), settings.eval_images // 4)
     samples = settings.eval_images // n
@@ -266,7 +282,34 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
         for i, text in enumerate(texts):
             rows = slice(i * samples, i * samples + 6)
             gallery.append((text, images[rows].cpu(), total[rows].tolist()))
-    return {name: torch.cat(column).nanmean().item() for name, column in columns.items()}, gallery
+    means = {name: torch.cat(column).nanmean().item() for name, column in columns.items()}
+    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}, gallery
+
+
+@torch.no_grad()
+def evaluate_spread(model, vq, prompts, settings, spread):
+    """What spread(images, texts) says of fixed-seed images of at most 27 prompts, evenly chosen: 32 of each for the default
+    eval_images, and accordingly more or less."""
+    device = next(model.parameters()).device
+    images, repeated = [], []
+    n, samples = min(27, len(prompts.texts), settings.eval_images // 4), max(8, 32 * settings.eval_images // 540)
+    for k, index in enumerate(torch.linspace(0, len(prompts.texts) - 1, n).long().split(4)):
+        texts, cond, mask = prompts.pick(index, device)
+        rng = argrpo.rng_for(device, settings.seed, "spread", k)
+        tokens, _ = argrpo.generate(model, cond, mask, samples_per_prompt=samples, cfg_scale=settings.cfg_scale,
+                                    temperature=settings.temperature, generator=rng)
+        images.append(argrpo.paint(vq, tokens, settings.micro_batch))
+        repeated += [text for text in texts for _ in range(samples)]
+    return spread(torch.cat(images), repeated)
+
+
+def diversity_kept(before, after):
+    """D and its parts: how much of the spread before training is left after it, as ratios, and their mean.
+
+    None where there were too few right pictures to tell."""
+    ratios = {name: after[name] / before[name] if before[name] and after[name] is not None else None for name in before}
+    mean = None if None in ratios.values() else sum(ratios.values()) / len(ratios)
+    return {"diversity_kept": mean} | {f"diversity_kept/{name}": ratio for name, ratio in ratios.items()}
 
 
 def evaluate_all(model, vq, prompts, reward_fn, settings, measure, stop):
@@ -494,7 +537,8 @@ def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer
     if writer:                                                           # steps not saved run again
         write_atomically(log, lambda file: file.write("".join(json.dumps(m) + "\n" for m in metrics).encode()))
     done, saved, written = first_step, first_step, write_count(model, optimizer)
-    steps = argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step)
+    embed = embedding(settings.bonus_distance, vq, next(model.parameters()).device)
+    steps = argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step, embed)
     try:
         while not stop.everywhere() and (m := next(steps, None)) is not None:
             metrics.append(m)
@@ -518,6 +562,16 @@ def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer
     return metrics
 
 
+def embedding(name, vq, device):
+    """embed(images, tokens) for the diversity bonus, or None for the pixels themselves."""
+    if name == "codes":
+        return lambda images, tokens: vq.quantize.codes()[tokens]                                  # (B, N, D)
+    if name == "clip":
+        tower = reward.clip_tower(device)
+        return lambda images, tokens: tower.image_features(images)                                 # (B, D)
+    return None
+
+
 def check_models(model, vq):
     """Raises ValueError if the transformer writes tokens that the tokenizer cannot paint."""
     if model.config.vocab_size != vq.config.codebook_size:
@@ -525,15 +579,16 @@ def check_models(model, vq):
                          f"{vq.config.codebook_size} in the other")
 
 
-def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=None):
+def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=None, spread=None):
     """Trains `model` on `prompts`, and shows in the folder settings.out what that did to pictures of `eval_prompts`.
 
-    reward_fn is a RewardSet; what measure(images, texts) gives is reported but never trained on.  Returns
-    the summary.  After Ctrl-C it exits with status 130 (143 after SIGTERM), after a bad reward, a number
+    reward_fn is a RewardSet; what measure(images, texts) gives is reported but never trained on, and so is how much of
+    spread(images, texts) is kept.  Returns the summary.  After Ctrl-C it exits with status 130 (143 after SIGTERM), after a bad reward, a number
     that is not finite or a full disk with status 1: with everything saved, and a line that says how to go on."""
     with StopRequest() as stop, out_of_memory_advice(settings):
         try:
-            return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure, stop)
+            return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure, spread,
+                                             stop)
         except Interrupted:
             sys.exit(128 + stop.received)
         except (reward.BadReward, FloatingPointError, OSError) as error:
@@ -541,7 +596,7 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=N
             sys.exit(1)
 
 
-def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure, stop):
+def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure, spread, stop):
     """What `run` does, without its answers to errors."""
     started = time.perf_counter()
     rank, size = argrpo.rank_and_size()
@@ -559,6 +614,7 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     before = gallery_before = None
     if rank == 0:                                # one process evaluates and writes, the others wait for it
         before, gallery_before = evaluate_all(model, vq, eval_prompts, reward_fn, settings, measure, stop)
+        spread_before = evaluate_spread(model, vq, eval_prompts, settings, spread) if spread else {}
         print("before: " + describe(before), flush=True)
         # Only now, when model and rewards have shown that they work, the folder becomes a run's.
         out.mkdir(parents=True, exist_ok=True)
@@ -574,6 +630,8 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
         return None
     write_atomically(out / "model.pt", lambda file: torch.save({"model": model.state_dict()}, file))
     after, gallery_after = evaluate_all(model, vq, eval_prompts, reward_fn, settings, measure, stop)
+    if spread:
+        after |= diversity_kept(spread_before, evaluate_spread(model, vq, eval_prompts, settings, spread))
     draw_before_after(out / "before_after.png", gallery_before, gallery_after)
     draw_curves(out / "curves.png", metrics)
     seconds = {"evaluation": evaluated - started + time.perf_counter() - trained,
@@ -591,6 +649,7 @@ def wait_for_all():
 
 
 def describe(scores):
-    lines = [", ".join(f"{name} {value:.3f}" for name, value in scores.items() if name != "guidance")]
+    known = {name: value for name, value in scores.items() if name != "guidance" and value is not None}
+    lines = [", ".join(f"{name} {value:.3f}" for name, value in known.items())]
     others = scores.get("guidance", {})
     return "\n".join(lines + [f"    with guidance {scale}: {describe(other)}" for scale, other in others.items()])

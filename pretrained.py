@@ -115,7 +115,8 @@ def load_vq(preset, spec=""):
 def load(preset, gpt_spec="", vq_spec=""):
     """Transformer and tokenizer of a preset, on the CPU.  The tokenizer says how many tokens an image has: with a
     VQ-8 at `vq_spec` they are four times as many, for a transformer of your own that was trained on it."""
-    fetch(gpt_spec or MODELS[preset].weights, GPT_HINT)              # both must be at hand before either is read
+    if gpt_spec:
+        fetch(gpt_spec, GPT_HINT)                # a wrong name is found before anything is downloaded or read
     vq = load_vq(preset, vq_spec)
     patch = vq.downsample_factor
     if patch != 16 and not gpt_spec:

@@ -24,6 +24,7 @@ import argparse
 import math
 import random
 import re
+from collections import Counter
 from itertools import combinations
 from math import isqrt
 from pathlib import Path
@@ -253,6 +254,44 @@ def verify_by_kind(images, prompts):
     placed = torch.tensor([parse(prompt).relation is not None for prompt in prompts], device=right.device)
     kinds = {"seen": ~unseen, "unseen": unseen, "counting": ~placed, "position": placed}
     return {"verified": right} | {f"verified/{kind}": right.masked_fill(~mask, torch.nan) for kind, mask in kinds.items()}
+
+
+def coarse_layout(scene, cell=8):
+    """Which things are in which cells of a coarse grid, as one hashable value."""
+    return tuple(sorted((t.colour, t.shape, int(t.x // cell), int(t.y // cell)) for t in scene))
+
+
+def distinct_in(n, values):
+    """How many different values to expect in n of them, drawn without replacement.  Needs len(values) >= n."""
+    counts = Counter(values).values()
+    return sum(1 - math.comb(len(values) - count, n) / math.comb(len(values), n) for count in counts)
+
+
+def spread(images, prompts):
+    """How varied the right pictures of a prompt are; wrong ones do not count, for junk is varied, too.
+
+    images (B, 3, SIZE, SIZE) in [0, 1].  Four means over prompts: "distance", L1 per pixel between two
+    pictures; "centres", the standard deviation of the place of single things, and "sizes", of the size of one or two
+    things, in pixels; "layouts", how many different coarse layouts to expect in eight pictures.
+    None where there are too few right pictures."""
+    right = {}
+    for image, scene, prompt in zip(images, read_scenes(images), prompts, strict=True):
+        if fulfils(scene, prompt):
+            right.setdefault(prompt, []).append((image, scene))
+    parts = {"distance": [], "centres": [], "sizes": [], "layouts": []}
+    for prompt, pictures in right.items():
+        if len(pictures) < 2:
+            continue
+        pixels = torch.stack([image.flatten() for image, _ in pictures])
+        parts["distance"].append(torch.pdist(pixels, p=1).mean().item() / pixels.shape[1])
+        things = torch.tensor([thing[2:] for _, scene in pictures for thing in scene])             # (K, 4)
+        if len(pictures) == len(things):
+            parts["centres"].append(things[:, :2].std(dim=0).mean().item())
+        if len(parse(prompt).things) < 3:
+            parts["sizes"].append(things[:, 2:].mean(dim=1).std().item())
+        if len(pictures) >= 8:
+            parts["layouts"].append(distinct_in(8, [coarse_layout(scene) for _, scene in pictures]))
+    return {name: sum(values) / len(values) if values else None for name, values in parts.items()}
 
 
 # ---------------------------------------------------------------------------------------------

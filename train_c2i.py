@@ -46,16 +46,15 @@ def main(argv=None):
         device = experiment.pick_device(settings.device)
         reward_fn = reward.build_rewards(settings.reward, device)
         if settings.preset == "toy":
-            names, template = toy.CLASSES, "{}"
-            measure = toy.verify_all
+            names, template, measure, spread = toy.CLASSES, "{}", toy.verify_all, toy.spread
         else:
-            names, template, measure = pretrained.imagenet_classes(), "a photo of {}", None
+            names, template, measure, spread = pretrained.imagenet_classes(), "a photo of {}", None, None
         classes = experiment.choose_classes(settings.classes, names)
         model, vq = experiment.load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt,
                                            experiment.toy_folder(settings, "c2i"))
 
     prompts = argrpo.Prompts([template.format(names[k]) for k in classes], torch.tensor(classes))
-    return experiment.run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, "train_c2i", measure)
+    return experiment.run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, "train_c2i", measure, spread)
 
 
 if __name__ == "__main__":

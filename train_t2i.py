@@ -39,14 +39,14 @@ class Settings(experiment.Settings):
 
 
 def choose_captions(settings):
-    """The captions to train on, those to evaluate on, and what the evaluation measures besides the reward."""
+    """The captions to train on, and those to evaluate on."""
     if settings.prompts:
         texts = captions.read_captions(settings.prompts)
-        return texts, texts, toy.verify_by_kind if settings.preset == "toy" else None
+        return texts, texts
     if settings.preset == "toy":                 # half counting, half position; nothing that pretraining did not see
-        return (mixed(toy.SEEN_PAIRS, toy.SEEN_CLASSES), mixed(toy.PAIRS, toy.CLASSES), toy.verify_by_kind)
+        return mixed(toy.SEEN_PAIRS, toy.SEEN_CLASSES), mixed(toy.PAIRS, toy.CLASSES)
     texts = captions.compose(settings.composed + 64, settings.seed)
-    return texts[:-64], texts[-64:], None        # compositions that training does not see
+    return texts[:-64], texts[-64:]              # compositions that training does not see
 
 
 def mixed(pairs, counted):
@@ -59,7 +59,8 @@ def main(argv=None):
         default_preset = "t2i-XL-256" if torch.cuda.is_available() else "toy"
         settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_t2i", __doc__)
         device = experiment.pick_device(settings.device)
-        texts, eval_texts, measure = choose_captions(settings)
+        measure, spread = (toy.verify_by_kind, toy.spread) if settings.preset == "toy" else (None, None)
+        texts, eval_texts = choose_captions(settings)
         reward_fn = reward.build_rewards(settings.reward, device)
         model, vq = experiment.load_models(settings.preset, "t2i", settings.gpt_ckpt, settings.vq_ckpt,
                                            experiment.toy_folder(settings, "t2i"))
@@ -68,7 +69,7 @@ def main(argv=None):
         del encode                               # T5 has done its work: its memory is needed for what comes
 
     model, vq = model.to(device), vq.to(device)
-    return experiment.run(model, vq, prompts, eval_prompts, reward_fn, settings, "train_t2i", measure)
+    return experiment.run(model, vq, prompts, eval_prompts, reward_fn, settings, "train_t2i", measure, spread)
 
 
 if __name__ == "__main__":

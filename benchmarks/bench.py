@@ -223,7 +223,7 @@ def bench_step(options, config, device, reward_fn):
     """{part: figures} of steps of `argrpo.train`: its metrics, and of these what reward and reference take."""
     vq = VQModel(toy.VQ_CONFIG if options.size == "toy" else VQConfig()).to(device).requires_grad_(False)
     model = random_model(config, device)
-    reference, token_logp = argrpo.frozen_copy(model), argrpo.token_logp
+    reference, policy_logits = argrpo.frozen_copy(model), argrpo.policy_logits
     settings = argrpo.GRPOConfig(steps=1 + options.repeats, prompts_per_step=options.prompts, group_size=options.group,
                                  micro_batch=options.micro_batch, lr=1e-5, kl_beta=0.1, cfg_scale=options.cfg_scale)
     labels = torch.arange(options.prompts) % config.num_classes
@@ -239,16 +239,16 @@ def bench_step(options, config, device, reward_fn):
     def watched_reward(*args):
         return timed("reward", reward_fn, *args)
 
-    def watched_logp(policy, *args, **how):
-        return (timed("reference", token_logp, policy, *args, **how) if policy is reference
-                else token_logp(policy, *args, **how))
+    def watched_logits(policy, *args, **how):
+        return (timed("reference", policy_logits, policy, *args, **how) if policy is reference
+                else policy_logits(policy, *args, **how))
 
     times = {part: [] for part in ("rollout", "decode", "reward", "reference", "update", "step")}   # the last is all
     optimizer = argrpo.make_optimizer(model, settings)
-    with mock.patch.object(argrpo, "token_logp", watched_logp):
+    with mock.patch.object(argrpo, "policy_logits", watched_logits):
         for m in argrpo.train(model, reference, vq, prompts, watched_reward, settings, optimizer):
             if not spent["reference"]:
-                raise RuntimeError("argrpo.train no longer calls token_logp for the reference: time that elsewhere")
+                raise RuntimeError("argrpo.train no longer calls policy_logits for the reference: time that elsewhere")
             seconds = spent | {"rollout": m["seconds_rollout"], "decode": m["seconds_reward"] - spent["reward"],
                                "update": m["seconds_update"] - spent["reference"], "step": m["seconds"]}
             for part, t in times.items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from argrpo import group_advantages, group_statistics, grpo_loss, kl_exact, kl_k3, policy_logits, token_logp
+from argrpo import diversity_bonus, group_advantages, group_statistics, grpo_loss, kl_exact, kl_k3, policy_logits, token_logp
 
 
 # --- advantages ------------------------------------------------------------------------------
@@ -72,6 +72,59 @@ def test_k3_averages_to_the_exact_kl():
     assert (k3 >= 0).all()
     torch.testing.assert_close((logp.exp() * k3).sum(-1), kl_exact(logits, ref_logits))
     torch.testing.assert_close(kl_exact(logits, logits), torch.zeros(4))
+
+
+def test_the_exact_kl_by_brute_force():
+    """Value and gradient against a loop over the vocabulary."""
+    logits, ref_logits = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    p, q = logits.softmax(-1), ref_logits.softmax(-1)
+    brute = torch.stack([sum(p[i, v] * (p[i, v] / q[i, v]).log() for v in range(5)) for i in range(3)])
+    kl = kl_exact(logits, ref_logits)
+    torch.testing.assert_close(kl, brute)
+    for a, b in zip(torch.autograd.grad(kl.sum(), logits), torch.autograd.grad(brute.sum(), logits)):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_exact_kl_takes_the_place_of_k3():
+    logp = torch.full((2, 3), -1.0)
+    loss, stats = grpo_loss(logp, logp, logp - 5, torch.tensor([1.0, -1.0]), kl_beta=0.3, kl=torch.full((2, 3), 0.7))
+    assert stats["kl"] == pytest.approx(0.7) and loss.item() == pytest.approx(0.21)
+
+
+# --- the diversity bonus ---------------------------------------------------------------------
+
+def test_bonus_by_hand():
+    """Right images at 0, 0 and 3 on a line: mean distances 1.5, 1.5 and 3, of mean 2.  The wrong one, far away, changes nothing."""
+    rewards, places = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([[0.0], [0.0], [100.0], [3.0]])
+    bonus = diversity_bonus(rewards, places, 4, weight=0.2)
+    torch.testing.assert_close(bonus, 0.2 * torch.tensor([-0.25, -0.25, 0.0, 0.5]))
+    torch.testing.assert_close(diversity_bonus(rewards, 7 * places, 4, weight=0.2), bonus)         # the distance's scale is nothing
+
+
+@pytest.mark.parametrize("rewards", [torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1]), torch.rand(8), torch.tensor([1.0, math.nan, 1, 1] * 2)])
+def test_bonus_sums_to_zero_and_ignores_wrong_images(rewards):
+    features = torch.randn(8, 3, 4)
+    bonus = diversity_bonus(rewards, features, 4, weight=0.5)
+    torch.testing.assert_close(bonus.view(2, 4).sum(dim=1), torch.zeros(2))
+    graded = not ((rewards == 0) | (rewards == 1) | rewards.isnan()).all()
+    for group in range(2):
+        r, b = rewards[4 * group:4 * group + 4], bonus[4 * group:4 * group + 4]
+        wrong = r <= r.nanmedian() if graded else r != 1
+        assert (b[wrong] == 0).all()
+        assert (b != 0).any() == (int((~wrong).sum()) >= 3)
+
+
+def test_bonus_of_graded_rewards_follows_their_spread():
+    """Above the median of 8 are 4 images; ten times the rewards, ten times the bonus."""
+    rewards, features = torch.rand(8) / 2, torch.randn(8, 5)
+    small, large = (diversity_bonus(scale * rewards, features, 8, weight=0.5) for scale in (1, 10))
+    assert (small != 0).sum() == 4
+    torch.testing.assert_close(large, 10 * small)
+
+
+def test_two_right_images_or_equal_ones_share_nothing():
+    assert (diversity_bonus(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.randn(4, 2), 4, weight=1.0) == 0).all()
+    assert (diversity_bonus(torch.ones(4), torch.zeros(4, 2), 4, weight=1.0) == 0).all()
 
 
 # --- the loss --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import train_c2i
 import train_t2i
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--preset", "toy", "--steps", "4", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "54", "--save-every", "2"]
+QUICK = ["--preset", "toy", "--steps", "4", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "24", "--save-every", "2"]
 
 
 def read_metrics(out):
@@ -36,8 +36,9 @@ def test_a_run_leaves_what_the_design_promises(tmp_path):
              "model.pt"}
     assert {path.name for path in out.iterdir()} == files
     assert summary == json.loads((out / "summary.json").read_text())
+    kept = {"diversity_kept", *(f"diversity_kept/{part}" for part in ("distance", "centres", "sizes", "layouts"))}
     for scores in (summary["before"], summary["after"]):
-        assert set(scores) == {"reward", "reward/shapes", "reward/jpeg", "verified", "entropy", "diversity"}
+        assert set(scores) - kept == {"reward", "reward/shapes", "reward/jpeg", "verified", "entropy", "diversity"}
         assert scores["verified"] == scores["reward/shapes"]
         assert scores["reward"] == pytest.approx(scores["reward/shapes"] + 0.01 * scores["reward/jpeg"], abs=1e-5)
     metrics = read_metrics(out)
@@ -140,11 +141,30 @@ def test_bad_options_end_with_one_line_and_leave_nothing(options, message, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
+    def settings(*options):
+        return experiment.parse_settings(train_c2i.Settings, train_c2i.PRESETS, "toy", ["--out", str(tmp_path), *options], "x", "")
+    paper, diverse, mine = settings(), settings("--recipe", "diverse"), settings("--recipe", "diverse", "--diversity-bonus", "0.1")
+    assert (paper.kl, paper.diversity_bonus, paper.prompts_per_step) == ("k3", 0.0, 8)
+    assert (diverse.kl, diverse.diversity_bonus, diverse.prompts_per_step) == ("exact", 0.2, 16)
+    assert mine.diversity_bonus == 0.1 and mine.kl == "exact"
+    with pytest.raises(ValueError, match="unknown recipe 'wild'"):
+        settings("--recipe", "wild")
+
+
+@pytest.mark.parametrize("distance", ["pixels", "codes"])
+def test_a_diverse_run_of_the_toy(distance, tmp_path):
+    summary = train_c2i.main(QUICK + ["--recipe", "diverse", "--bonus-distance", distance, "--eval-images", "270",
+                                      "--out", str(tmp_path / "run")])
+    parts = [summary["after"][f"diversity_kept/{part}"] for part in ("distance", "centres", "sizes", "layouts")]
+    assert summary["after"]["diversity_kept"] == pytest.approx(sum(parts) / 4) and all(part > 0.5 for part in parts)
+
+
 T2I_KINDS = {"verified", "verified/seen", "verified/unseen", "verified/counting", "verified/position"}
 
 
 def test_a_t2i_run_reports_every_kind_of_caption_at_every_guidance(tmp_path):
-    summary = train_t2i.main(QUICK + ["--eval-cfg-scales", "1,7.5", "--out", str(tmp_path / "run")])
+    summary = train_t2i.main(QUICK + ["--eval-images", "120", "--eval-cfg-scales", "1,7.5", "--out", str(tmp_path / "run")])
     for scores in (summary["before"], summary["after"]):
         assert T2I_KINDS <= set(scores) and set(scores["guidance"]) == {"7.5"}             # 1 is the rollout's own
         assert T2I_KINDS <= set(scores["guidance"]["7.5"])
@@ -157,7 +177,7 @@ def test_a_t2i_run_reports_every_kind_of_caption_at_every_guidance(tmp_path):
 
 
 def test_t2i_trains_on_no_composition_that_pretraining_never_saw():
-    texts, eval_texts, _ = train_t2i.choose_captions(train_t2i.Settings(preset="toy"))
+    texts, eval_texts = train_t2i.choose_captions(train_t2i.Settings(preset="toy"))
     assert not set(texts) & toy.UNSEEN and toy.UNSEEN <= set(eval_texts)
     assert sum(toy.parse(text).relation is None for text in texts) == len(texts) / 2
 
@@ -172,7 +192,7 @@ def test_t2i_on_captions_from_a_file(tmp_path):
 
 
 def test_composed_captions_are_held_out_for_evaluation():
-    texts, eval_texts, _ = train_t2i.choose_captions(train_t2i.Settings(preset="t2i-XL-256", composed=100))
+    texts, eval_texts = train_t2i.choose_captions(train_t2i.Settings(preset="t2i-XL-256", composed=100))
     assert len(texts) == 100 and len(eval_texts) == 64 and not set(texts) & set(eval_texts)
 
 

@@ -62,9 +62,8 @@ def junk():
 
 @pytest.mark.parametrize("kind", ["noise", "blank", "solid", "too big", "too small", "random tokens"])
 def test_junk_fails(kind):
-    images = junk()[kind]
-    for prompt in toy.CLASSES:
-        assert toy.verify(images, [prompt] * len(images)).sum() == 0, prompt
+    for scene in toy.read_scenes(junk()[kind]):
+        assert not any(toy.fulfils(scene, prompt) for prompt in toy.CLASSES)
 
 
 def test_a_good_scene_with_a_stray_stroke_fails():
@@ -124,3 +123,31 @@ def test_class_indices_are_the_prompts():
 def test_weights_are_small():
     sizes = [path.stat().st_size for path in toy.WEIGHTS.glob("toy_*.pt")]
     assert len(sizes) == 3 and sum(sizes) <= 4_000_000
+
+
+# --- how varied the right pictures are -------------------------------------------------------
+
+def test_distinct_values_to_expect():
+    """Two of (a, a, b): a, a once in three draws, and both otherwise."""
+    assert toy.distinct_in(2, "aab") == pytest.approx(5 / 3)
+    assert toy.distinct_in(2, "aa") == 1 and toy.distinct_in(3, "abc") == 3
+
+
+def spread_of(scenes, prompts):
+    return toy.spread(toy.render(scenes), prompts)
+
+
+def test_spread_of_one_layout_is_none_and_of_many_is_large():
+    rng, prompt = random.Random(0), "one red circle"
+    same = spread_of([toy.make_scene(prompt, rng)] * 16, [prompt] * 16)
+    assert same["distance"] == 0 and same["centres"] == 0 and same["sizes"] == 0 and same["layouts"] == 1
+    varied = spread_of([toy.make_scene(prompt, rng) for _ in range(64)], [prompt] * 64)
+    # Places are multiples of 4 from 4 to 20 (size 8) or 6 to 18 (size 12): standard deviations 5.7 and 4.5; sizes 8 or 12: 2.
+    assert 4 < varied["centres"] < 6.5 and 1.8 < varied["sizes"] < 2.2 and varied["layouts"] > 4
+
+
+def test_wrong_pictures_do_not_count():
+    rng, prompt = random.Random(0), "one red circle"
+    right = [toy.make_scene(prompt, rng)] * 8
+    wrong = [toy.make_scene("two blue squares", rng) for _ in range(8)]
+    assert spread_of(right + wrong, [prompt] * 16) == spread_of(right, [prompt] * 8)

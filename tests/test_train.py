@@ -73,6 +73,19 @@ def test_logprob_cfg_none_trains_the_unguided_policy(recwarn):
     assert not recwarn.list                                      # asked for, so nothing to warn of
 
 
+def test_the_exact_kl_and_the_bonus_in_the_loop():
+    """Both train; the micro-batch's size still does not matter, and the exact KL is what k3 estimates."""
+    whole, metrics, _ = tiny_run(steps=3, kl="exact", diversity_bonus=0.5, kl_beta=0.5)
+    parts, same, _ = tiny_run(steps=3, kl="exact", diversity_bonus=0.5, kl_beta=0.5, micro_batch=3)
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-5)
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[2]["kl"] == pytest.approx(same[2]["kl"], rel=1e-3)
+    plain, k3, _ = tiny_run(steps=3)
+    assert not torch.equal(weights(plain), weights(whole))
+    many = dict(steps=2, kl_beta=0.0, group_size=100, micro_batch=400)   # the same pictures, 3200 tokens, measured both ways
+    exact, estimate = (tiny_run(**many, kl=kl)[1][1]["kl"] for kl in ("exact", "k3"))
+    assert exact == pytest.approx(estimate, rel=0.2)
+
+
 def test_inner_epochs_leave_the_old_policy():
     _, metrics, _ = tiny_run(steps=1, inner_epochs=4, lr=0.03, warmup_steps=1)
     assert metrics[0]["ratio_max"] > 1 and metrics[0]["clip_frac"] > 0
