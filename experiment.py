@@ -280,7 +280,7 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
         for name, score in scores.items():
             columns.setdefault(name, []).append(score.cpu())
         for i, text in enumerate(texts):
-            rows = slice(i * samples, i * samples + 6)
+            rows = slice(i * samples, i * samples + min(6, samples))
             gallery.append((text, images[rows].cpu(), total[rows].tolist()))
     means = {name: torch.cat(column).nanmean().item() for name, column in columns.items()}
     return {name: None if math.isnan(mean) else mean for name, mean in means.items()}, gallery

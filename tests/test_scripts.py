@@ -50,6 +50,19 @@ def test_a_run_leaves_what_the_design_promises(tmp_path):
     assert config["settings"]["group_size"] == 4 and config["torch"] == torch.__version__ and config["argrpo"]
 
 
+@pytest.mark.parametrize("samples", [4, 8])
+def test_the_gallery_shows_every_prompts_own_pictures(samples):
+    """Six at most; with fewer samples, a row never runs into the next prompt's."""
+    settings = train_c2i.Settings(eval_images=3 * samples)
+    prompts = argrpo.Prompts(["prompt 0", "prompt 1", "prompt 2"], torch.arange(3))
+
+    def reward_fn(pictures, texts):
+        return torch.tensor([float(text[-1]) for text in texts]), {}
+    model, vq = toy.load("c2i")
+    for text, pictures, rewards in experiment.evaluate(model, vq, prompts, reward_fn, settings)[1]:
+        assert len(pictures) == len(rewards) == min(samples, 6) and set(rewards) == {float(text[-1])}
+
+
 def test_model_pt_is_the_trained_model_in_llamagens_format(tmp_path):
     train_c2i.main(QUICK + ["--out", str(tmp_path)])
     state = torch.load(tmp_path / "model.pt", weights_only=True)
