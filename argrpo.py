@@ -829,6 +829,6 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             "seconds_reward": rewarded - rolled_out,                 # painting included
             "seconds_update": updated - rewarded,
         }
-        metrics = average_over_processes(metrics, maximum=("ratio_max", "mismatch"))
+        metrics = average_over_processes(metrics, maximum=("step", "ratio_max", "mismatch"))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.4f}", entropy=f"{metrics['entropy']:.3f}")
         yield metrics
