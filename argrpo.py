@@ -449,7 +449,7 @@ def policy_logits(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, tempera
 
 
 def logp_and_entropy(logits, tokens):
-    """Of the distributions softmax(logits (B, N, V)): log-probability of the given codes, and entropy, (B, N) each, in nats."""
+    """Log-probability of the given codes (B, N) and entropy, in nats, under softmax(logits (B, N, V)): (B, N) each."""
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)                                          # (B, N)
     return logp.gather(-1, tokens[..., None])[..., 0], entropy
@@ -457,7 +457,8 @@ def logp_and_entropy(logits, tokens):
 
 def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
     """Log-probability of every given code and entropy of every choice, in nats: (B, N) each, differentiable."""
-    return logp_and_entropy(policy_logits(model, tokens, cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature), tokens)
+    logits = policy_logits(model, tokens, cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature)
+    return logp_and_entropy(logits, tokens)
 
 
 # =============================================================================================
@@ -701,8 +702,8 @@ def check_finite(step, texts, **parts):
     for name, values in parts.items():
         bad = (~torch.isfinite(values.detach()).view(len(texts), -1).all(dim=1)).nonzero()[:, 0].tolist()
         if bad:
-            raise FloatingPointError(f"step {step}: {name.replace('_', ' ')} not finite for {len(bad)} of {len(texts)} images, "
-                                     f"of the prompts {name_prompts(texts[i] for i in bad)}")
+            raise FloatingPointError(f"step {step}: {name.replace('_', ' ')} not finite for {len(bad)} of {len(texts)} "
+                                     f"images, of the prompts {name_prompts(texts[i] for i in bad)}")
 
 
 def make_optimizer(model, config):
@@ -799,8 +800,8 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             average_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if not isfinite(grad_norm):
-                raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm}, with rewards from {rewards.min():g} "
-                                         f"to {rewards.max():g}, of the prompts {name_prompts(texts)}")
+                raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm}, with rewards from "
+                                         f"{rewards.min():g} to {rewards.max():g}, of the prompts {name_prompts(texts)}")
             optimizer.step()
             optimizer.zero_grad()                                # now, so that the next rollout has the gradients' memory
         updated = clock(device)

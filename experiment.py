@@ -67,7 +67,7 @@ class Settings(argrpo.GRPOConfig):
         self.other_cfg_scales()
 
     def other_cfg_scales(self):
-        """The guidance scales of eval_cfg_scales but the rollout's.  Raises ValueError unless they are numbers of at least 0."""
+        """The guidance scales of eval_cfg_scales but the rollout's.  Raises ValueError for what is no number >= 0."""
         try:
             scales = [float(text) for text in self.eval_cfg_scales.split(",") if text.strip()]
         except ValueError:
@@ -254,8 +254,9 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
     unless cfg_scale says another.
 
     Returns (scores, gallery): scores {"reward", "reward/<name>", "entropy", "diversity", and what
-    measure(images, texts) -> {name: (B,)} says}, each the mean over all images but those with NaN,
-    where it does not apply, and None where it applies to none; gallery a list of (prompt, images, rewards) of the first prompts, for the picture."""
+    measure(images, texts) -> {name: (B,)} says}, each the mean over all images but those with NaN, where
+    it does not apply, and None where it applies to none; gallery a list of (prompt, images, rewards),
+    six images at most of each prompt, for the picture."""
     device = next(model.parameters()).device
     n = min(len(prompts.texts), settings.eval_images // 4)
     samples = settings.eval_images // n
@@ -500,9 +501,9 @@ def out_of_memory_advice(settings):
         yield
     except torch.cuda.OutOfMemoryError as error:
         prompts = settings.rollout_prompts or settings.prompts_per_step
-        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; the "
-                         f"result stays the same); if it is the rollout that does not fit, lower --rollout-prompts (now {prompts}), "
-                         f"then --group-size (now {settings.group_size})") from error
+        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; "
+                         "the result stays the same); if it is the rollout that does not fit, lower --rollout-prompts "
+                         f"(now {prompts}), then --group-size (now {settings.group_size})") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -582,9 +583,10 @@ def check_models(model, vq):
 def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=None, spread=None):
     """Trains `model` on `prompts`, and shows in the folder settings.out what that did to pictures of `eval_prompts`.
 
-    reward_fn is a RewardSet; what measure(images, texts) gives is reported but never trained on, and so is how much of
-    spread(images, texts) is kept.  Returns the summary.  After Ctrl-C it exits with status 130 (143 after SIGTERM), after a bad reward, a number
-    that is not finite or a full disk with status 1: with everything saved, and a line that says how to go on."""
+    reward_fn is a RewardSet; what measure(images, texts) gives, and how much of spread(images, texts) is
+    kept, is reported but never trained on.  Returns the summary.  After Ctrl-C it exits with status 130 (143
+    after SIGTERM), after a bad reward, a number that is not finite or a full disk with status 1: with
+    everything saved, and a line that says how to go on."""
     with StopRequest() as stop, out_of_memory_advice(settings):
         try:
             return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure, spread,
