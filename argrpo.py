@@ -721,7 +721,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
     reward_fn(images (B, 3, H, W) in [0, 1], texts) returns (total (B,), {name: (B,)}).  All that
     changes from step to step is the model, the optimizer and the step's number: whoever saves those
     three can continue with first_step.  Raises FloatingPointError, before the update touches the
-    weights, if a reward, a log-probability or the gradient is not finite.
+    weights, if a reward is infinite, or a log-probability or the gradient not finite; a reward of NaN is missing.
 
     The diversity bonus compares images by embed(images, tokens) -> (B, ...), by default by their pixels.
     Under torchrun each process takes an equal share of the step's prompts, whole groups always."""

@@ -490,8 +490,10 @@ def memory_estimate(model, vq, settings):
 
 
 def print_memory(parts):
-    text = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    print(f"memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB ({text})", flush=True)
+    total = sum(parts.values())
+    unit, name = (2**30, "GiB") if total > 2**30 else (2**20, "MiB")
+    text = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items())
+    print(f"memory, estimated: {total / unit:.1f} {name} ({text})", flush=True)
 
 
 @contextmanager
@@ -557,9 +559,9 @@ def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer
             save_checkpoint(out / "last.pt", done, model, optimizer)
             saved = done
         if writer and done < settings.steps:
-            again = f"continue with: python {script}.py --resume {out}" if saved else "nothing is saved yet"
-            print(f"stopped in step {done} of {settings.steps}, saved up to there; {again}" if saved == done else
-                  f"stopped in step {done} of {settings.steps}, saved up to step {saved}; {again}", file=sys.stderr, flush=True)
+            upto = "saved up to there" if saved == done else f"saved up to step {saved}"
+            print(f"stopped in step {done} of {settings.steps}, {upto if done else 'before anything was trained'}; "
+                  f"continue with: python {script}.py --resume {out}", file=sys.stderr, flush=True)
     return metrics
 
 
