@@ -791,7 +791,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
                             ref_logp[rows] = logp_and_entropy(ref_logits, given[0])[0]
                         if config.kl == "exact":                 # with its true gradient: k3's, from one drawn code
                             kl = kl_exact(logits, ref_logits)    # per position, is noisy, and that of KL(pi_ref || pi)
-                    del logits                                   # (b, N, V) numbers: the graph keeps what it needs
+                    logits = ref_logits = None                   # (b, N, V) each: the graph keeps what it needs of them
                 check_finite(step, [texts[i] for i in rows.tolist()], log_probabilities=logp, reference=ref_logp[rows])
                 loss, stats = grpo_loss(logp, old_logp[rows], ref_logp[rows], advantages[rows], clip_eps=config.clip_eps,
                                         clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta, kl=kl)
