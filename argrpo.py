@@ -41,7 +41,7 @@ import hashlib
 import time
 import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite, isqrt
 from pathlib import Path
@@ -51,6 +51,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -243,6 +244,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(config), persistent=False)
+        self.checkpointing = False               # True saves memory: a backward pass computes the layers' insides again
         for module in self.modules():                                # at every width, each layer keeps its input's size
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=module.in_features ** -0.5 if isinstance(module, nn.Linear) else 1.0)
@@ -270,14 +272,17 @@ class Transformer(nn.Module):
         cond_mask (B, T) bool, True at the words, captions padded on the left.
         Returns logits (B, N, V) float32; logits[:, i] predicts tokens[:, i].
         Raises ValueError if tokens are not N per row."""
+        return self.output(self.hidden(tokens, cond, cond_mask)).float()
+
+    def hidden(self, tokens, cond, cond_mask=None):
+        """All of `forward` but its last layer: (B, N, D), of which `output` makes the logits."""
         if tokens.ndim != 2 or tokens.shape[1] != self.config.block_size:
             raise ValueError(f"tokens must be (B, {self.config.block_size}), not {tuple(tokens.shape)}")
         h = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens[:, :-1])], dim=1)   # (B, T+N-1, D)
         rope, mask = self.rope[:h.shape[1]], self.prefix_mask(cond_mask, h.shape[1])
         for layer in self.layers:
-            h = layer(h, rope, mask)
-        h = self.norm(h[:, self.config.cls_token_num - 1:])          # the last condition token predicts the first code
-        return self.output(h).float()                                # (B, N, V)
+            h = checkpoint(layer, h, rope, mask, use_reentrant=False) if self.checkpointing else layer(h, rope, mask)
+        return self.norm(h[:, self.config.cls_token_num - 1:])       # the last condition token predicts the first code
 
     def prefill(self, cond, cond_mask=None, copies=1):
         """Reads each condition once, and makes room for `copies` images that share it.
@@ -405,10 +410,33 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def draw(logp, generator=None):
-    """One code per row from log-probabilities (R, V) -> (R,), by the Gumbel-max trick: the arg-max
-    of logp + Gumbel noise is distributed as exp(logp).  Unlike torch.multinomial it never waits for the GPU."""
-    noise = torch.empty_like(logp).exponential_(generator=generator).clamp_min_(1e-30)
-    return (logp - noise.log()).argmax(dim=-1)
+    """One code per row from log-probabilities (R, V) -> (R,): the first at which the probabilities of it and all before
+    it reach a random share of the whole.  A code of probability 0 is never that.
+
+    One random number per row is less work than torch.multinomial's V, and no GPU is ever waited for."""
+    mass = logp.double().exp().cumsum(-1)                                           # (R, V)
+    share = 1 - torch.rand(len(logp), 1, generator=generator, device=logp.device, dtype=torch.double)    # in (0, 1]
+    return torch.searchsorted(mass, share * mass[:, -1:])[:, 0].clamp(max=logp.shape[-1] - 1)            # the last, of NaNs
+
+
+@contextmanager
+def packed_weights(model, rows):
+    """While this lasts, the model's large products read weights that oneDNN has put into the order of its reading.
+
+    On an x86 CPU that makes them twice as fast, for as few rows as a decoding step has.  The sums are the same but for
+    rounding.  Elsewhere, and for weights that fit into a cache anyway, nothing changes."""
+    packed = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.numel() >= 2 ** 18
+              and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        packed = []
+    try:
+        for module in packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+            module.forward = lambda x, w=weight, b=module.bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+        yield
+    finally:
+        for module in packed:
+            module.__dict__.pop("forward", None)
 
 
 @torch.no_grad()
@@ -430,14 +458,15 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
     visible = None
     if cond_mask is not None:                                                       # once, not once a step
         visible = F.pad(cond_mask.repeat_interleave(samples_per_prompt, dim=0), (0, N - 1), value=True)[:, None, None]
-    logits, cache = model.prefill(cond, cond_mask, copies=samples_per_prompt)       # (R S, V)
     tokens, logps = [], []
-    for i in range(N):
-        if i > 0:
-            logits = model.decode(tokens[-1].repeat(branches), i - 1, cache, visible)
-        logp = filter_logits(guide(logits, cfg_scale) / temperature, top_k, top_p).log_softmax(-1)      # (P S, V)
-        tokens.append(logp.argmax(dim=-1) if greedy else draw(logp, generator))
-        logps.append(logp.gather(-1, tokens[-1][:, None])[:, 0])
+    with packed_weights(model, len(cond) * samples_per_prompt):
+        logits, cache = model.prefill(cond, cond_mask, copies=samples_per_prompt)   # (R S, V)
+        for i in range(N):
+            if i > 0:
+                logits = model.decode(tokens[-1].repeat(branches), i - 1, cache, visible)
+            logp = filter_logits(guide(logits, cfg_scale) / temperature, top_k, top_p).log_softmax(-1)  # (P S, V)
+            tokens.append(logp.argmax(dim=-1) if greedy else draw(logp, generator))
+            logps.append(logp.gather(-1, tokens[-1][:, None])[:, 0])
     return torch.stack(tokens, dim=1), torch.stack(logps, dim=1)
 
 
@@ -455,10 +484,34 @@ def logp_and_entropy(logits, tokens):
     return logp.gather(-1, tokens[..., None])[..., 0], entropy
 
 
+CHUNK = 2 ** 23              # logits that are looked at in one go: 32 MB of them
+
+
+def at_every_code(function, models, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
+    """What function(tokens (B, n), logits (B, n, V) of each model) -> tuple of (B, n) says of all codes: tuple of (B, N).
+
+    The logits are `policy_logits`.  With 16384 codes they and their gradients would need more memory than the model:
+    so the function sees CHUNK of them at a time, and the backward pass makes each chunk anew."""
+    branches = 1 if cfg_scale == 1 else 2
+    hidden = [model.hidden(tokens.repeat(branches, 1), *both_branches(model, cond, cond_mask, cfg_scale))
+              for model in models]                                                  # (B or 2 B, N, D) each
+
+    def look(tokens, *hidden):
+        logits = [guide(model.output(h).float(), cfg_scale) / temperature for model, h in zip(models, hidden)]
+        return function(tokens, *logits)
+
+    n = max(1, CHUNK // (branches * len(tokens) * models[0].config.vocab_size))     # positions in a chunk
+    if n >= tokens.shape[1]:
+        return look(tokens, *hidden)
+    chunks = zip(*(x.split(n, dim=1) for x in (tokens, *hidden)))
+    answers = [checkpoint(look, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*answers))
+
+
 def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
     """Log-probability of every given code and entropy of every choice, in nats: (B, N) each, differentiable."""
-    logits = policy_logits(model, tokens, cond, cond_mask, cfg_scale=cfg_scale, temperature=temperature)
-    return logp_and_entropy(logits, tokens)
+    return at_every_code(lambda tokens, logits: logp_and_entropy(logits, tokens), [model], tokens, cond, cond_mask,
+                         cfg_scale=cfg_scale, temperature=temperature)
 
 
 # =============================================================================================
@@ -568,8 +621,10 @@ class GRPOConfig:
     steps: int = 180                     # rollouts, and with inner_epochs 1 also optimizer steps
     prompts_per_step: int = 8            # P, prompts per step
     group_size: int = 16                 # G, images per prompt: a larger group knows its own mean better
-    micro_batch: int = 64                # images per pass of the update and of painting: changes memory, never the result
+    micro_batch: int | None = 64         # images per pass of the update and of painting: changes memory, never the result
     rollout_prompts: int = 0             # prompts per pass of the sampler, to save memory; 0 is all of them
+    checkpointing: bool = False          # save memory: compute the layers' insides again in the backward pass, a third slower
+    compile: bool = False                # torch.compile the sampler's decoding step: a minute at first, meant for GPUs
     inner_epochs: int = 1                # optimizer steps per rollout; above 1 the clip starts to matter
     lr: float = 8e-4                     # AdamW's learning rate after the warm-up
     warmup_steps: int = 5                # steps over which the learning rate rises linearly
@@ -589,7 +644,7 @@ class GRPOConfig:
 
     def __post_init__(self):
         for name in ("steps", "prompts_per_step", "micro_batch", "inner_epochs", "warmup_steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.rollout_prompts < 0:
             raise ValueError(f"rollout_prompts must be at least 1, or 0 for all at once, not {self.rollout_prompts}")
@@ -662,9 +717,24 @@ def group_diversity(images, group_size):
     return torch.cdist(x, x, p=1).sum((1, 2)) / pairs / x.shape[-1]
 
 
-def frozen_copy(model):
-    """The reference model pi_ref: the weights at the start of training, never updated."""
-    return copy.deepcopy(model).requires_grad_(False)
+def frozen_copy(model, dtype=None):
+    """A copy for reading only: the reference pi_ref, and what draws the rollouts on a GPU.
+
+    Its matrices are kept in dtype, by default bfloat16 on a GPU.  Autocast would round them to that for every product
+    anyway: under it the copy computes the very same numbers, in half the memory."""
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    dtype = dtype or (torch.bfloat16 if next(model.parameters()).is_cuda else torch.float32)
+    for module in frozen.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return frozen
+
+
+@torch.no_grad()
+def refresh(frozen, model):
+    """Gives the copy the model's present weights."""
+    for ours, theirs in zip(frozen.parameters(), model.parameters(), strict=True):
+        ours.copy_(theirs)
 
 
 def rank_and_size():
@@ -731,8 +801,22 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         raise ValueError(f"prompts_per_step {config.prompts_per_step} cannot be shared equally by {size} processes")
     P, G = config.prompts_per_step // size, config.group_size        # P of this process
     B = P * G
+    micro_batches = torch.arange(B, device=device).split(config.micro_batch or B)
     rollout = dict(cfg_scale=config.cfg_scale, temperature=config.temperature)
     learner = rollout if config.logprob_cfg == "guided" else dict(rollout, cfg_scale=1.0)
+    learned_from = [model, reference] if config.kl == "exact" else [model]
+
+    def judge(tokens, logits, *ref_logits):                      # ref_logits: one tensor, or none
+        logp, entropy = logp_and_entropy(logits, tokens)
+        return logp, entropy.detach(), *(kl_exact(logits, r) for r in ref_logits)
+
+    def inputs(rows):
+        return tokens[rows], cond[rows], None if cond_mask is None else cond_mask[rows]
+
+    model.checkpointing = config.checkpointing
+    sampler = frozen_copy(model) if device.type == "cuda" or config.compile else model
+    if config.compile:
+        sampler.decode = torch.compile(sampler.decode, dynamic=True)
     optimizer.zero_grad()
     bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, desc="GRPO", unit="step",
                **({"disable": True} if rank > 0 else {}))
@@ -744,17 +828,19 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         texts, cond, cond_mask = prompts.pick(index[rank * P:(rank + 1) * P], device)
 
         # 2. Rollout: G images per prompt from the current policy, which is also pi_old.
+        if sampler is not model:
+            refresh(sampler, model)
         drawn, passes = [], torch.arange(P, device=device).split(config.rollout_prompts or P)
         for k, some in enumerate(passes, start=rank * len(passes)):
             given = cond[some], None if cond_mask is None else cond_mask[some]
             with autocast(device):
-                drawn.append(generate(model, *given, samples_per_prompt=G, **rollout,
+                drawn.append(generate(sampler, *given, samples_per_prompt=G, **rollout,
                                       generator=rng_for(device, config.seed, "rollout", step, k)))
         tokens, sampler_logp = (torch.cat(column) for column in zip(*drawn))                       # (B, N) each
         rolled_out = clock(device)
 
         # 3. Reward.
-        images = paint(vq, tokens, config.micro_batch)                                             # (B, 3, H, W)
+        images = paint(vq, tokens, config.micro_batch or B)                                             # (B, 3, H, W)
         texts = [text for text in texts for _ in range(G)]                                         # one per image
         rewards, parts = reward_fn(images, texts)                                                  # (B,), {name: (B,)}
         check_finite(step, texts, reward=rewards.nan_to_num(0.0, torch.inf, -torch.inf))           # NaN is only missing
@@ -766,37 +852,32 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             bonus = diversity_bonus(rewards, embed(images, tokens) if embed else images, G, config.diversity_bonus)
         advantages = group_advantages(rewards + bonus, G, scale=config.scale_advantages)           # (B,)
 
-        # 5. Update.  Micro-batches add up to the gradient of the whole batch, so their size is a matter of memory alone.
+        # 5. The same images as the reference sees them: it never changes, so once is enough for all inner epochs.
         cond = cond.repeat_interleave(G, dim=0)                                                    # (B, ...)
         cond_mask = None if cond_mask is None else cond_mask.repeat_interleave(G, dim=0)
-        old_logp, ref_logp = torch.empty_like(sampler_logp), torch.empty_like(sampler_logp)
+        with torch.no_grad(), autocast(device):
+            ref_logp = torch.cat([token_logp(reference, *inputs(rows), **learner)[0] for rows in micro_batches])   # (B, N)
+        check_finite(step, texts, reference=ref_logp)
+        referred = clock(device)
+
+        # 6. Update.  Micro-batches add up to the gradient of the whole batch, so their size is a matter of memory alone.
+        old_logp = torch.empty_like(sampler_logp)
         history = []                                             # (share of the step, stats), one per micro-batch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         for epoch in range(config.inner_epochs):
-            for rows in torch.arange(B, device=device).split(config.micro_batch):
-                given = tokens[rows], cond[rows], None if cond_mask is None else cond_mask[rows]
-                kl = None                                        # grpo_loss's own: k3
+            for rows in micro_batches:
                 with autocast(device):       # a block of its own: autocast keeps its bfloat16 weights until the block ends
-                    logits = policy_logits(model, *given, **learner)                               # (b, N, V)
-                    logp, entropy = logp_and_entropy(logits, given[0])                             # (b, N) each
-                    entropy = entropy.mean().item()              # only watched: this lets go of its graph
-                    if epoch == 0:
-                        # The weights are still those that drew the images, so this pass is pi_old as well.  (The
-                        # sampler's own log-probs differ from it by rounding: in bfloat16 the ratio would not start at 1.)
-                        old_logp[rows] = logp.detach()
-                    if epoch == 0 or config.kl == "exact":
-                        with torch.no_grad():
-                            ref_logits = policy_logits(reference, *given, **learner)
-                            ref_logp[rows] = logp_and_entropy(ref_logits, given[0])[0]
-                        if config.kl == "exact":                 # with its true gradient: k3's, from one drawn code
-                            kl = kl_exact(logits, ref_logits)    # per position, is noisy, and that of KL(pi_ref || pi)
-                    logits = ref_logits = None                   # (b, N, V) each: the graph keeps what it needs of them
-                check_finite(step, [texts[i] for i in rows.tolist()], log_probabilities=logp, reference=ref_logp[rows])
+                    logp, entropy, *kl = at_every_code(judge, learned_from, *inputs(rows), **learner)              # (b, N)
+                if epoch == 0:
+                    # The weights are still those that drew the images, so this pass is pi_old as well.  (The sampler's
+                    # own log-probs may differ from it by rounding: in bfloat16 the ratio would not start at 1.)
+                    old_logp[rows] = logp.detach()
+                check_finite(step, [texts[i] for i in rows.tolist()], log_probabilities=logp)
                 loss, stats = grpo_loss(logp, old_logp[rows], ref_logp[rows], advantages[rows], clip_eps=config.clip_eps,
-                                        clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta, kl=kl)
+                                        clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta, kl=kl[0] if kl else None)
                 (loss * len(rows) / B).backward()
-                history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy)))
+                history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy.mean().item())))
             average_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if not isfinite(grad_norm):
@@ -828,7 +909,8 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             "seconds": updated - start,
             "seconds_rollout": rolled_out - start,
             "seconds_reward": rewarded - rolled_out,                 # painting included
-            "seconds_update": updated - rewarded,
+            "seconds_reference": referred - rewarded,
+            "seconds_update": updated - referred,
         }
         metrics = average_over_processes(metrics, maximum=("step", "ratio_max", "mismatch"))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.4f}", entropy=f"{metrics['entropy']:.3f}")

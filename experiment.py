@@ -471,22 +471,46 @@ def draw_curves(path, metrics):
 
 def memory_estimate(model, vq, settings):
     """Bytes that training will need, by part.  The rollout's cache and the update's activations never meet."""
-    c, half = model.config, 2 if next(model.parameters()).is_cuda else 4
+    c, gpu = model.config, next(model.parameters()).is_cuda
+    half = 2 if gpu else 4                       # bytes of a number in the copies and in the cache
     P = sum(p.numel() for p in model.parameters())
     length = c.cls_token_num + c.block_size - 1
     prompts = settings.rollout_prompts or settings.prompts_per_step
     rollout = prompts * settings.group_size * (1 if settings.cfg_scale == 1 else 2)
     update = settings.micro_batch * (1 if settings.cfg_scale == 1 or settings.logprob_cfg == "none" else 2)
     # Saved for the backward pass, counted on this code in float32: 100 bytes per layer, token and channel, of
-    # which autocast halves about four fifths.  Per logit, float32: itself, log-softmax, softmax, and their gradients.
-    activations = length * (c.n_layer * c.dim * (60 if half == 2 else 100) + c.vocab_size * 24)
+    # which autocast halves about four fifths.  With checkpointing, all of that for one layer, and the inputs of the others.
+    inside = 60 if gpu else 100
+    layers = inside + 4 * c.n_layer if settings.checkpointing else inside * c.n_layer
+    # Per logit, float32: itself, log-softmax, softmax, and their gradients; of these there is a chunk at most.
+    logits = 24 * min(argrpo.CHUNK, update * length * c.vocab_size)
+    copied = gpu or settings.compile
     return {
-        "weights": 4 * P, "gradients": 4 * P, "optimizer": 8 * P, "reference": 4 * P,
+        "weights": 4 * P, "gradients": 4 * P, "optimizer": 8 * P, "reference": half * P,
         "tokenizer": 4 * sum(p.numel() for p in vq.parameters()),
-        "bfloat16 copies": 2 * P if half == 2 else 0,
+        "sampler's copy": half * P if copied else 0,
+        "autocast's copy": 2 * P if gpu else 0,
         f"KV cache, {rollout} rows": rollout * length * 2 * c.n_layer * c.dim * half,
-        f"activations, {update} rows": update * activations,
+        f"activations, {update} rows": update * length * c.dim * layers + logits,
     }
+
+
+def choose_micro_batch(model, vq, settings):
+    """How many images the update takes at a time if settings.micro_batch leaves it open: as many as will fit into the
+    GPU's free memory.  On a CPU larger passes are no faster: there about a thousand tokens."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return max(1, 1024 // model.config.block_size)
+    return fitting_micro_batch(model, vq, settings, torch.cuda.mem_get_info(device)[0])
+
+
+def fitting_micro_batch(model, vq, settings, free):
+    """The largest power of two, from 1 to 64, that by the estimate leaves a fifth of the free bytes free."""
+    for size in (64, 32, 16, 8, 4, 2):
+        parts = memory_estimate(model, vq, dataclasses.replace(settings, micro_batch=size))
+        if sum(parts.values()) - parts["weights"] - parts["tokenizer"] < 0.8 * free:         # these two are there already
+            return size
+    return 1
 
 
 def print_memory(parts):
@@ -503,8 +527,8 @@ def out_of_memory_advice(settings):
         yield
     except torch.cuda.OutOfMemoryError as error:
         prompts = settings.rollout_prompts or settings.prompts_per_step
-        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}; "
-                         "the result stays the same); if it is the rollout that does not fit, lower --rollout-prompts "
+        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}) "
+                         "or add --checkpointing (the result stays the same); if it is the rollout that does not fit, lower --rollout-prompts "
                          f"(now {prompts}), then --group-size (now {settings.group_size})") from error
 
 
@@ -604,6 +628,7 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     """What `run` does, without its answers to errors."""
     started = time.perf_counter()
     rank, size = argrpo.rank_and_size()
+    settings.micro_batch = settings.micro_batch or choose_micro_batch(model, vq, settings)
     N, B = model.config.block_size, settings.prompts_per_step * settings.group_size
     if rank == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {N} tokens per image, "

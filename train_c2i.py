@@ -21,16 +21,16 @@ import toy
 # The paper's c2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the place of four: the same
 # 32 images a step are 4 prompts of 8.  The paper's whole reward, which needs more packages and memory, is paper_c2i.
 PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=0.1,
-             cfg_scale=2.0, eval_images=64, save_every=25)
+             cfg_scale=2.0, eval_images=64, save_every=25, micro_batch=None)
 PRESETS = {
     "toy": dict(reward="shapes"),                # everything else as in argrpo.GRPOConfig
-    "B-256": PAPER | dict(micro_batch=8),        # micro-batches and passes of the sampler for a GPU of 24 GB
-    "L-256": PAPER | dict(micro_batch=4),
-    "B-384": PAPER | dict(micro_batch=4),
-    "L-384": PAPER | dict(micro_batch=2, rollout_prompts=2),
-    "XL-384": PAPER | dict(micro_batch=1, rollout_prompts=1),
-    "XXL-384": PAPER | dict(micro_batch=1, rollout_prompts=1),       # these two need more than 24 GB
-    "3B-384": PAPER | dict(micro_batch=1, rollout_prompts=1),
+    "B-256": PAPER,
+    "L-256": PAPER,
+    "B-384": PAPER,
+    "L-384": PAPER | dict(rollout_prompts=2),    # passes of the sampler for a GPU of 24 GB
+    "XL-384": PAPER | dict(rollout_prompts=1),
+    "XXL-384": PAPER | dict(rollout_prompts=1, checkpointing=True),  # these two need more than 24 GB
+    "3B-384": PAPER | dict(rollout_prompts=1, checkpointing=True),
 }
 
 

@@ -23,11 +23,12 @@ import toy
 # The paper's t2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the place of four: the same
 # 64 images a step are 8 prompts of 8.  The paper's whole reward, which needs more packages and memory, is paper_t2i.
 PAPER = dict(reward="paper_lite", steps=600, prompts_per_step=8, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=1.0,
-             cfg_scale=4.0, eval_images=64, eval_cfg_scales="1,7.5", save_every=25)
+             cfg_scale=4.0, eval_images=64, eval_cfg_scales="1,7.5", save_every=25,
+             micro_batch=None)
 PRESETS = {
     "toy": dict(reward="shapes"),                                    # everything else as in argrpo.GRPOConfig
-    "t2i-XL-256": PAPER | dict(micro_batch=1, rollout_prompts=1),    # for a GPU of 24 GB
-    "t2i-XL-512": PAPER | dict(micro_batch=1, rollout_prompts=1),
+    "t2i-XL-256": PAPER | dict(rollout_prompts=1),                   # passes of the sampler for a GPU of 24 GB
+    "t2i-XL-512": PAPER | dict(rollout_prompts=1),
 }
 
 

@@ -6,7 +6,9 @@
 
 On random weights, in one run and in turns, so that whatever else slows the machine down slows all of them:
 
-    generate    argrpo.py's sampler, which also returns the log-probabilities that GRPO needs
+    generate    argrpo.py's sampler, which also returns the log-probabilities that GRPO needs; in bfloat16 as the loop runs
+                it on a GPU, on a `frozen_copy` under autocast
+    compiled    the same with its decoding step compiled, as --compile does; left out unless asked for
     full_mask   a plain eager sampler as LlamaGen has it: a prefill for every row, every step attends to all T + N - 1
                 slots of the cache through a mask, guidance doubles the batch, torch.multinomial; tokens only
     uncached    no cache: a pass over the whole prefix for every token.  Timed at a few evenly spread positions (the
@@ -16,6 +18,7 @@ They must draw the same tokens, greedily, before anything is timed.  Then a few 
 Round 0 of everything warms up and does not count.
 """
 
+import copy
 import os
 import platform
 import resource
@@ -24,7 +27,6 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from math import isqrt
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TQDM_DISABLE", "1")       # the loop's bar would run through the tables
@@ -51,6 +53,8 @@ class Options:
     micro_batch: int = 4                 # images per pass of the update and of painting
     reward: str = "brightness"           # reward of the step, as in the training scripts
     repeats: int = 3                     # timed rounds; their median and minimum are reported
+    compile: bool = False                # time the compiled decoding step, too, and use it in the GRPO step
+    checkpointing: bool = False          # of the GRPO step: compute the layers' insides again in the backward pass
     uncached_positions: int = 8          # positions at which sampling without a cache is timed
     skip_uncached: bool = False          # leave out sampling without a cache
     skip_step: bool = False              # leave out the GRPO step
@@ -167,13 +171,13 @@ def check_samplers():
 # Measuring
 # ---------------------------------------------------------------------------------------------
 
-def random_model(config, device="cpu", dtype=torch.float32, std=0.02):
+def random_model(config, device="cpu", std=0.02):
     with torch.device(device):
         model = argrpo.Transformer(config)
     for weight in model.parameters():
         if weight.ndim > 1:                      # the output layer, too, which a new Transformer has at zero
             torch.nn.init.normal_(weight, std=std)
-    return model.to(dtype)
+    return model
 
 
 def measured(device, run):
@@ -196,15 +200,28 @@ def summary(times):
 
 
 def bench_rollout(model, options, device):
-    """{sampler: figures}, the rollout."""
+    """{sampler: figures}, the rollout, from float32 weights.  The yardsticks' are all in options.dtype."""
+    dtype = getattr(torch, options.dtype)
+    plain, frozen = copy.deepcopy(model).to(dtype), argrpo.frozen_copy(model, dtype)
+    compiled = argrpo.frozen_copy(model, dtype) if options.compile else None
+    if options.compile:
+        compiled.decode = torch.compile(compiled.decode, dynamic=True)
+
+    def generate(model):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
+            argrpo.generate(model, labels, samples_per_prompt=G, cfg_scale=options.cfg_scale)
+
     N, G, K = options.tokens, options.group, options.uncached_positions
     labels = torch.arange(options.prompts, device=device) % model.config.num_classes
     positions = [(2 * j + 1) * N // (2 * K) for j in range(K)]                      # the middles of K equal parts
     samplers = {
-        "generate": lambda: argrpo.generate(model, labels, samples_per_prompt=G, cfg_scale=options.cfg_scale),
-        "full_mask": lambda: full_mask_sampler(model, labels, G, options.cfg_scale),
-        "uncached": lambda: uncached_sampler(model, labels, G, options.cfg_scale, positions=positions),
+        "generate": lambda: generate(frozen),
+        "compiled": lambda: generate(compiled),
+        "full_mask": lambda: full_mask_sampler(plain, labels, G, options.cfg_scale),
+        "uncached": lambda: uncached_sampler(plain, labels, G, options.cfg_scale, positions=positions),
     }
+    if not options.compile:
+        del samplers["compiled"]
     if options.skip_uncached:
         del samplers["uncached"]
     times, peak = {name: [] for name in samplers}, {}
@@ -220,40 +237,29 @@ def bench_rollout(model, options, device):
 
 
 def bench_step(options, config, device, reward_fn):
-    """{part: figures} of steps of `argrpo.train`: its metrics, and of these what reward and reference take."""
+    """{part: figures} of steps of `argrpo.train`: the seconds in its metrics, with the reward apart from the decoding."""
     vq = VQModel(toy.VQ_CONFIG if options.size == "toy" else VQConfig()).to(device).requires_grad_(False)
     model = random_model(config, device)
-    reference, policy_logits = argrpo.frozen_copy(model), argrpo.policy_logits
     settings = argrpo.GRPOConfig(steps=1 + options.repeats, prompts_per_step=options.prompts, group_size=options.group,
-                                 micro_batch=options.micro_batch, lr=1e-5, kl_beta=0.1, cfg_scale=options.cfg_scale)
+                                 micro_batch=options.micro_batch, checkpointing=options.checkpointing, lr=1e-5, kl_beta=0.1,
+                                 compile=options.compile, cfg_scale=options.cfg_scale)
     labels = torch.arange(options.prompts) % config.num_classes
     prompts = argrpo.Prompts([f"class {k}" for k in labels.tolist()], labels)
-    spent = {"reward": 0.0, "reference": 0.0}
+    rewarding = []                               # seconds, step by step
 
-    def timed(part, run, *args, **how):
+    def timed_reward(*args):
         start = argrpo.clock(device)
-        result = run(*args, **how)
-        spent[part] += argrpo.clock(device) - start
+        result = reward_fn(*args)
+        rewarding.append(argrpo.clock(device) - start)
         return result
 
-    def watched_reward(*args):
-        return timed("reward", reward_fn, *args)
-
-    def watched_logits(policy, *args, **how):
-        return (timed("reference", policy_logits, policy, *args, **how) if policy is reference
-                else policy_logits(policy, *args, **how))
-
     times = {part: [] for part in ("rollout", "decode", "reward", "reference", "update", "step")}   # the last is all
-    optimizer = argrpo.make_optimizer(model, settings)
-    with mock.patch.object(argrpo, "policy_logits", watched_logits):
-        for m in argrpo.train(model, reference, vq, prompts, watched_reward, settings, optimizer):
-            if not spent["reference"]:
-                raise RuntimeError("argrpo.train no longer calls policy_logits for the reference: time that elsewhere")
-            seconds = spent | {"rollout": m["seconds_rollout"], "decode": m["seconds_reward"] - spent["reward"],
-                               "update": m["seconds_update"] - spent["reference"], "step": m["seconds"]}
-            for part, t in times.items():
-                t.append(seconds[part])
-            spent.update(reward=0.0, reference=0.0)
+    optimizer, reference = argrpo.make_optimizer(model, settings), argrpo.frozen_copy(model)
+    for m in argrpo.train(model, reference, vq, prompts, timed_reward, settings, optimizer):
+        seconds = {"rollout": m["seconds_rollout"], "decode": m["seconds_reward"] - rewarding[-1], "reward": rewarding[-1],
+                   "reference": m["seconds_reference"], "update": m["seconds_update"], "step": m["seconds"]}
+        for part, t in times.items():
+            t.append(seconds[part])
     figures = {part: summary(t) for part, t in times.items()}
     return {part: f | {"share": f["seconds"] / figures["step"]["seconds"]} for part, f in figures.items()}
 
@@ -299,7 +305,7 @@ def main(argv=None):
     torch.manual_seed(options.seed)
     config = toy.CONFIGS["c2i"] if options.size == "toy" else argrpo.GPTConfig(**argrpo.GPT_SIZES[options.size])
     config = replace(config, block_size=options.tokens)
-    model = random_model(config, device, getattr(torch, options.dtype))
+    model = random_model(config, device)
     images, parameters = options.prompts * options.group, sum(p.numel() for p in model.parameters())
     rows = images if options.cfg_scale == 1 else 2 * images
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
@@ -321,7 +327,7 @@ def main(argv=None):
     if "uncached" in rollout:
         print(f"uncached is an estimate: the mean of {options.uncached_positions} evenly spread positions, "
               f"times {options.tokens}", flush=True)
-    must_read = rollout_bytes(model, rows)
+    must_read = rollout_bytes(argrpo.frozen_copy(model, getattr(torch, options.dtype)), rows)
     del model                                    # the step's memory is to be its own
     if not options.skip_step:
         result["step"], _, peak = measured(device, lambda: bench_step(options, config, device, reward_fn))

@@ -80,6 +80,36 @@ def test_draws_follow_the_distribution():
     assert (codes != 4).all()
 
 
+def test_a_draw_from_nothing_is_still_a_code():
+    """Where a model has broken down, its log-probabilities will say so; the sampler must not index out of range."""
+    assert draw(torch.full((2, 5), torch.nan)).tolist() == [4, 4]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packed weights need oneDNN")
+def test_packed_weights_are_the_same_policy(monkeypatch):
+    """Only large matrices are packed, so this model is wide: its five layer matrices are, its output is not.  Afterwards all is as before."""
+    model, labels = tiny_model(dim=512, n_layer=1, n_head=8), torch.arange(3)
+    packed, prefill = [], model.prefill
+    monkeypatch.setattr(model, "prefill", lambda *given, **how: packed.extend(
+        name for name, module in model.named_modules() if "forward" in module.__dict__) or prefill(*given, **how))
+    tokens, sampled = generate(model, labels, samples_per_prompt=4, cfg_scale=2.0)
+    assert packed == [f"layers.0.{name}" for name in ("attention.wqkv", "attention.wo", "feed_forward.w1",
+                                                      "feed_forward.w3", "feed_forward.w2")]
+    logp, _ = token_logp(model, tokens, labels.repeat_interleave(4), cfg_scale=2.0)
+    torch.testing.assert_close(sampled, logp.detach(), rtol=1e-3, atol=1e-3)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_the_same_policy():
+    model, (cond, mask) = tiny_model("t2i"), tiny_condition("t2i")
+    plain = generate(model, cond, mask, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
+    model.decode = torch.compile(model.decode, dynamic=True)
+    compiled = generate(model, cond, mask, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain[0], compiled[0])
+    torch.testing.assert_close(plain[1], compiled[1], rtol=1e-4, atol=1e-4)
+
+
 def test_top_k_and_top_p_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
