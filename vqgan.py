@@ -226,7 +226,7 @@ class VQModel(nn.Module):
 
     def paint(self, z, h, w):
         """Codes (B, h*w, D) -> images (B, 3, h * f, w * f), nominally in [-1, 1]."""
-        z = z.transpose(1, 2).unflatten(2, (h, w))                   # (B, D, h, w)
+        z = z.transpose(1, 2).unflatten(2, (h, w)).contiguous()      # (B, D, h, w); with channels last, group norms are slow
         return self.decoder(self.post_quant_conv(z))
 
     def encode(self, images):
