@@ -167,11 +167,12 @@ MAX_STRAY = 0.25                                 # how far the ground may be fro
 def connected_components(mask):
     """mask (B, H, W) bool -> labels (B, H, W): 0 outside, and one number for all pixels that hang together."""
     labels = torch.arange(1, mask[0].numel() + 1, device=mask.device).float().view(1, *mask.shape[1:]) * mask
+    busy = mask.flatten(1).any(dim=1)            # most masks are empty: no colour but the prompt's is in the picture
     while True:                                  # the largest number floods its component
-        flooded = F.max_pool2d(labels, 3, stride=1, padding=1) * mask
-        if torch.equal(flooded, labels):
+        flooded = F.max_pool2d(labels[busy, None], 3, stride=1, padding=1)[:, 0] * mask[busy]
+        if torch.equal(flooded, labels[busy]):
             return labels
-        labels = flooded
+        labels[busy] = flooded
 
 
 def read_scenes(images):
