@@ -229,7 +229,7 @@ def test_a_model_that_overflows_stops_before_its_update(tmp_path, monkeypatch, c
     def overflowing(*args):
         logp, entropy = honest(*args)
         calls.append(0)
-        return (logp - math.inf if len(calls) == 5 else logp), entropy     # a policy and a reference pass in each step
+        return (logp - math.inf if len(calls) == 6 else logp), entropy     # a reference and a policy pass in each step
     monkeypatch.setattr(argrpo, "logp_and_entropy", overflowing)
     with pytest.raises(SystemExit) as stop:
         train_c2i.main([*QUICK, "--steps", "6", "--save-every", "1000", "--out", str(tmp_path / "run")])
