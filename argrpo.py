@@ -549,20 +549,29 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
     return rearrange(advantages.masked_fill(flat | r.isnan(), 0.0), "p g -> (p g)")
 
 
+def are_verdicts(rewards):
+    """Whether rewards say only right (1) or wrong (0), or nothing (NaN)."""
+    return bool(((rewards == 0) | (rewards == 1) | rewards.isnan()).all())
+
+
+def right_images(rewards, group_size):
+    """Which images of a group are right: rewards (P*G,) -> (P, G) bool.
+
+    Verdicts are right at 1, graded rewards above their group's median.  A missing reward (NaN) is never right."""
+    r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
+    return r == 1 if are_verdicts(rewards) else r > r.nanmedian(dim=1, keepdim=True).values
+
+
 def diversity_bonus(rewards, features, group_size, weight):
     """Reward for right images that differ from the other right ones of their group: (P*G,), (P*G, ...) -> (P*G,).
 
     bonus_i = weight * unit * (d_i / mean(d) - 1), where d_i is the mean L1 distance of image i's features
     to those of the group's other right images.  It sums to zero in every group: it moves reward among the
     right images, and never pays for a wrong one.  Fewer than three right images share nothing.
-    Verdicts, 0 or 1, are right at 1, with unit 1; graded rewards are right above the group's median, and
-    the unit is the group's standard deviation."""
-    r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
+    The unit is 1 for verdicts, and the group's standard deviation for graded rewards (see `right_images`)."""
     x = rearrange(features.float().flatten(1), "(p g) d -> p g d", g=group_size)
-    if ((r == 0) | (r == 1) | r.isnan()).all():
-        right, unit = r == 1, torch.ones_like(r[:, :1])
-    else:
-        right, unit = r > r.nanmedian(dim=1, keepdim=True).values, group_statistics(rewards, group_size)[1]
+    right = right_images(rewards, group_size)                                       # (P, G)
+    unit = 1.0 if are_verdicts(rewards) else group_statistics(rewards, group_size)[1]
     n = right.sum(dim=1, keepdim=True)                                              # (P, 1)
     distances = torch.cdist(x, x, p=1) * right[:, None, :]                          # (P, G, G), to right images only
     d = distances.sum(dim=2) / (n - 1).clamp(min=1)                                 # (P, G); to oneself it is 0
@@ -623,7 +632,7 @@ class GRPOConfig:
     group_size: int = 16                 # G, images per prompt: a larger group knows its own mean better
     micro_batch: int | None = 64         # images per pass of the update and of painting: changes memory, never the result
     rollout_prompts: int = 0             # prompts per pass of the sampler, to save memory; 0 is all of them
-    checkpointing: bool = False          # save memory: compute the layers' insides again in the backward pass, a third slower
+    checkpointing: bool = False          # save memory: the backward pass computes the layers' insides again
     compile: bool = False                # torch.compile the sampler's decoding step: a minute at first, meant for GPUs
     inner_epochs: int = 1                # optimizer steps per rollout; above 1 the clip starts to matter
     lr: float = 8e-4                     # AdamW's learning rate after the warm-up
@@ -785,7 +794,8 @@ def learning_rate(config, step):
     return config.lr * min(1.0, (step + 1) / config.warmup_steps) * (1 - (1 - config.lr_end) * step / config.steps)
 
 
-def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_step=0, embed=None):
+def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_step=0, embed=None, extra_loss=None,
+          watch=None):
     """AR-GRPO.  A generator: improves `model` in place, and yields a dict of metrics after every step.
 
     reward_fn(images (B, 3, H, W) in [0, 1], texts) returns (total (B,), {name: (B,)}).  All that
@@ -793,7 +803,10 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
     three can continue with first_step.  Raises FloatingPointError, before the update touches the
     weights, if a reward is infinite, or a log-probability or the gradient not finite; a reward of NaN is missing.
 
-    The diversity bonus compares images by embed(images, tokens) -> (B, ...), by default by their pixels.
+    The diversity bonus compares images by embed(images, tokens) -> (B, ...), by default by their pixels.  A loss of
+    your own is extra_loss(model, index, step) -> {name: number}: it adds its gradient to the model's, for the prompts
+    at index (P,) of the step, and returns what is to be logged (see rehearsal.py).  What watch(step, images, texts) ->
+    {name: number} says is logged, too.
     Under torchrun each process takes an equal share of the step's prompts, whole groups always."""
     device = next(model.parameters()).device
     rank, size = rank_and_size()
@@ -824,8 +837,8 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         start = clock(device)
 
         # 1. Prompts.
-        index = pick_prompts(len(prompts.texts), step, config.prompts_per_step, config.seed)
-        texts, cond, cond_mask = prompts.pick(index[rank * P:(rank + 1) * P], device)
+        index = pick_prompts(len(prompts.texts), step, config.prompts_per_step, config.seed)[rank * P:(rank + 1) * P]
+        texts, cond, cond_mask = prompts.pick(index, device)
 
         # 2. Rollout: G images per prompt from the current policy, which is also pi_old.
         if sampler is not model:
@@ -875,9 +888,10 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
                     old_logp[rows] = logp.detach()
                 check_finite(step, [texts[i] for i in rows.tolist()], log_probabilities=logp)
                 loss, stats = grpo_loss(logp, old_logp[rows], ref_logp[rows], advantages[rows], clip_eps=config.clip_eps,
-                                        clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta, kl=kl[0] if kl else None)
+                                        clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta, kl=next(iter(kl), None))
                 (loss * len(rows) / B).backward()
                 history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy.mean().item())))
+            extra = extra_loss(model, index, step) if extra_loss else {}
             average_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if not isfinite(grad_norm):
@@ -903,6 +917,8 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             "missing": rewards.isnan().float().mean().item(),        # images that a reward could not judge
             **{name: sum(share * stats[name] for share, stats in history) for name in history[0][1]},      # means
             "ratio_max": max(stats["ratio_max"] for _, stats in history),                          # but of this the largest
+            **extra,
+            **(watch(step, images, texts) if watch else {}),
             "mismatch": mismatch.max().item(),
             "grad_norm": grad_norm,                                  # of the last inner epoch, before it was clipped
             "diversity": group_diversity(images, G).mean().item(),

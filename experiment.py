@@ -34,6 +34,7 @@ import captions
 import pretrained
 import reward
 import toy
+from rehearsal import Rehearsal
 
 
 # ---------------------------------------------------------------------------------------------
@@ -51,6 +52,8 @@ class Settings(argrpo.GRPOConfig):
     gpt_ckpt: str = ""                   # transformer weights of your own: a file, a folder, or a Hugging Face repo or repo:file
     vq_ckpt: str = ""                    # tokenizer weights, likewise
     from_scratch: bool = False           # toy: pretrain the models first (minutes) instead of using weights/
+    rehearsal: float = 0.0               # weight of the likelihood of what the pretrained model gets right (rehearsal.py)
+    rehearsal_groups: int = 1            # groups of images that the pretrained model draws for that, once for each prompt
     recipe: str = "paper"                # "paper", or "diverse", which keeps the pictures of a prompt varied
     bonus_distance: str = "pixels"       # what the diversity bonus compares: "pixels", "codes", or "clip" features
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
@@ -59,9 +62,11 @@ class Settings(argrpo.GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.save_every < 1 or self.eval_images < 4:
-            raise ValueError(f"save_every must be at least 1 and eval_images at least 4, "
-                             f"not {self.save_every} and {self.eval_images}")
+        if self.save_every < 1 or self.eval_images < 4 or self.rehearsal_groups < 1:
+            raise ValueError(f"save_every and rehearsal_groups must be at least 1 and eval_images at least 4, "
+                             f"not {self.save_every}, {self.rehearsal_groups} and {self.eval_images}")
+        if not 0 <= self.rehearsal < float("inf"):
+            raise ValueError(f"rehearsal must be a finite number of at least 0, not {self.rehearsal}")
         if self.bonus_distance not in ("pixels", "codes", "clip"):
             raise ValueError(f"bonus_distance must be pixels, codes or clip, not {self.bonus_distance!r}")
         self.other_cfg_scales()
@@ -135,9 +140,9 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
 
 
 def diverse(preset):
-    """The recipe that keeps the pictures of a prompt varied, on top of a preset's settings: the exact KL, the diversity
-    bonus, and twice the prompts in a step, for noise in the update narrows the policy, too."""
-    return dict(kl="exact", kl_beta=3 * preset.kl_beta, diversity_bonus=0.2, prompts_per_step=2 * preset.prompts_per_step)
+    """The recipe that keeps the pictures of a prompt varied, on top of a preset's settings: rehearsal in the place of the
+    KL penalty, the diversity bonus, and twice the prompts in a step, for noise in the update narrows the policy, too."""
+    return dict(rehearsal=0.3, kl_beta=0.0, diversity_bonus=0.2, prompts_per_step=2 * preset.prompts_per_step)
 
 
 def check_processes(settings):
@@ -450,14 +455,17 @@ def draw_before_after(path, before, after, rows=8):
 
 
 def draw_curves(path, metrics):
-    """Reward by component, KL, entropy and diversity over the steps."""
+    """Reward by component, KL, entropy, diversity and, where it was measured, D over the steps."""
     rewards = [name for name in metrics[0] if name.startswith("reward/")]
     panels = [rewards if len(rewards) == 1 else ["reward", *rewards], ["kl"], ["entropy"], ["diversity"]]
-    fig = figure(11, 2.8)
+    if any(m.get("diversity_kept") is not None for m in metrics):
+        panels.append(["diversity_kept"])
+    fig = figure(2.8 * len(panels), 2.8)
     for ax, names in zip(fig.subplots(1, len(panels)), panels):
         for name in names:
             label = name.removeprefix("reward/")
-            ax.plot([m["step"] for m in metrics], [m[name] for m in metrics], linewidth=1, label=label)
+            known = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+            ax.plot(*zip(*known), linewidth=1, label=label)
         ax.set_title("reward" if ax is fig.axes[0] else names[0], fontsize=9)
         ax.set_xlabel("step", fontsize=8)
         ax.tick_params(labelsize=7)
@@ -527,8 +535,9 @@ def out_of_memory_advice(settings):
         yield
     except torch.cuda.OutOfMemoryError as error:
         prompts = settings.rollout_prompts or settings.prompts_per_step
-        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now {settings.micro_batch}) "
-                         "or add --checkpointing (the result stays the same); if it is the rollout that does not fit, lower --rollout-prompts "
+        raise SystemExit(f"out of GPU memory: {str(error).splitlines()[0]}\nlower --micro-batch (now "
+                         f"{settings.micro_batch}) or add --checkpointing (the result stays the same); if it is the rollout "
+                         "that does not fit, lower --rollout-prompts "
                          f"(now {prompts}), then --group-size (now {settings.group_size})") from error
 
 
@@ -551,7 +560,7 @@ def write_count(model, optimizer):
     return sum(tensor._version for tensor in [*model.parameters(), *states])
 
 
-def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, script, stop):
+def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, script, stop, watch=None):
     """The loop of `argrpo.train`, logged and saved: returns the metrics of all steps done so far.
 
     Continues from the last checkpoint if settings.resume asks for it, and ends early when a signal asks for that.
@@ -565,7 +574,12 @@ def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer
         write_atomically(log, lambda file: file.write("".join(json.dumps(m) + "\n" for m in metrics).encode()))
     done, saved, written = first_step, first_step, write_count(model, optimizer)
     embed = embedding(settings.bonus_distance, vq, next(model.parameters()).device)
-    steps = argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step, embed)
+    extra_loss = None
+    if settings.rehearsal:
+        extra_loss = Rehearsal(reference, vq, prompts, reward_fn, settings, settings.rehearsal, settings.rehearsal_groups,
+                               first_step)
+    steps = argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step, embed, extra_loss,
+                         watch)
     try:
         while not stop.everywhere() and (m := next(steps, None)) is not None:
             metrics.append(m)
@@ -651,7 +665,12 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
         write_json(out / "config.json", config | {"torch": torch.__version__, "argrpo": version()})
     wait_for_all()
     evaluated = time.perf_counter()
-    metrics = train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, script, stop)
+
+    def watch(step, images, texts):              # D as it falls: rough, from the step's few images of a prompt
+        return diversity_kept(spread_before, spread(images, texts)) if step % 5 == 0 else {}
+
+    metrics = train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer, script, stop,
+                             watch if spread and size == 1 else None)
     if stop.everywhere():
         raise Interrupted
     trained = time.perf_counter()

@@ -23,7 +23,7 @@ import toy
 PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=0.1,
              cfg_scale=2.0, eval_images=64, save_every=25, micro_batch=None)
 PRESETS = {
-    "toy": dict(reward="shapes"),                # everything else as in argrpo.GRPOConfig
+    "toy": dict(reward="shapes", rehearsal_groups=4),                # everything else as in argrpo.GRPOConfig
     "B-256": PAPER,
     "L-256": PAPER,
     "B-384": PAPER,

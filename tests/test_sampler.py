@@ -87,7 +87,8 @@ def test_a_draw_from_nothing_is_still_a_code():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packed weights need oneDNN")
 def test_packed_weights_are_the_same_policy(monkeypatch):
-    """Only large matrices are packed, so this model is wide: its five layer matrices are, its output is not.  Afterwards all is as before."""
+    """Only large matrices are packed, so this model is wide: its five layer matrices are, its output is not.  Afterwards
+    all is as before."""
     model, labels = tiny_model(dim=512, n_layer=1, n_head=8), torch.arange(3)
     packed, prefill = [], model.prefill
     monkeypatch.setattr(model, "prefill", lambda *given, **how: packed.extend(

@@ -158,9 +158,10 @@ def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
     def settings(*options):
         return experiment.parse_settings(train_c2i.Settings, train_c2i.PRESETS, "toy", ["--out", str(tmp_path), *options], "x", "")
     paper, diverse, mine = settings(), settings("--recipe", "diverse"), settings("--recipe", "diverse", "--diversity-bonus", "0.1")
-    assert (paper.kl, paper.diversity_bonus, paper.prompts_per_step) == ("k3", 0.0, 8)
-    assert (diverse.kl, diverse.diversity_bonus, diverse.prompts_per_step) == ("exact", 0.2, 16)
-    assert mine.diversity_bonus == 0.1 and mine.kl == "exact"
+    names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step")
+    assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 8]
+    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 0.2, 16]
+    assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.3
     with pytest.raises(ValueError, match="unknown recipe 'wild'"):
         settings("--recipe", "wild")
 
@@ -171,6 +172,8 @@ def test_a_diverse_run_of_the_toy(distance, tmp_path):
                                       "--out", str(tmp_path / "run")])
     parts = [summary["after"][f"diversity_kept/{part}"] for part in ("distance", "centres", "sizes", "layouts")]
     assert summary["after"]["diversity_kept"] == pytest.approx(sum(parts) / 4) and all(part > 0.5 for part in parts)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["rehearsal"] > 0 for m in metrics) and [m["step"] for m in metrics if "diversity_kept" in m] == [0]
 
 
 T2I_KINDS = {"verified", "verified/seen", "verified/unseen", "verified/counting", "verified/position"}
