@@ -600,7 +600,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_hi
     estimate.  clip_eps_high widens the upper side alone (DAPO,
     arXiv 2503.14476).  Every image has exactly N tokens, so the mean over tokens, the mean of
     per-image means, and the sum over tokens divided by a constant length are all the same number."""
-    if ref_logp is None and kl_beta > 0:
+    if ref_logp is None and kl is None and kl_beta > 0:
         raise ValueError(f"a KL penalty (kl_beta {kl_beta}) needs the reference's log-probabilities")
     high = clip_eps if clip_eps_high is None else clip_eps_high
     A = advantages[:, None]                                          # one advantage for all N tokens of an image
@@ -613,7 +613,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_hi
         "ratio_max": ratio.max().item(),
         "clip_frac": (clipped < unclipped).float().mean().item(),    # tokens whose gradient the clip has cut off
     }
-    if ref_logp is not None:
+    if ref_logp is not None or kl is not None:
         kl = (kl_k3(logp, ref_logp) if kl is None else kl).mean()
         loss = loss + kl_beta * kl
         stats["kl"] = kl.item()
@@ -776,6 +776,12 @@ def name_prompts(texts):
     return ", ".join(map(repr, distinct[:3])) + (", ..." if len(distinct) > 3 else "")
 
 
+def mean_of(name, history):
+    """The mean of a statistic over micro-batches, those that have it: history is a list of (number of images, statistics)."""
+    known = [(images, stats[name]) for images, stats in history if name in stats]
+    return sum(images * value for images, value in known) / sum(images for images, _ in known)
+
+
 def check_finite(step, texts, **parts):
     """Raises FloatingPointError, with the step, the part and the prompts, if a part (b, ...) has a NaN or an infinity."""
     for name, values in parts.items():
@@ -865,21 +871,25 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             bonus = diversity_bonus(rewards, embed(images, tokens) if embed else images, G, config.diversity_bonus)
         advantages = group_advantages(rewards + bonus, G, scale=config.scale_advantages)           # (B,)
 
-        # 5. The same images as the reference sees them: it never changes, so once is enough for all inner epochs.
+        # 5. The same images as the reference sees them: it never changes, so once is enough for all inner epochs.  Where
+        # nothing depends on it, a micro-batch is enough to watch the KL; the exact KL looks for itself.
         cond = cond.repeat_interleave(G, dim=0)                                                    # (B, ...)
         cond_mask = None if cond_mask is None else cond_mask.repeat_interleave(G, dim=0)
         with torch.no_grad(), autocast(device):
-            ref_logp = torch.cat([token_logp(reference, *inputs(rows), **learner)[0] for rows in micro_batches])   # (B, N)
-        check_finite(step, texts, reference=ref_logp)
+            looked_at = micro_batches if config.kl_beta else micro_batches[:1]
+            ref_logp = [token_logp(reference, *inputs(rows), **learner)[0]                          # (b, N) each
+                        for rows in (looked_at if config.kl == "k3" else ())]
+        for rows, logp in zip(micro_batches, ref_logp):
+            check_finite(step, [texts[i] for i in rows.tolist()], reference=logp)
         referred = clock(device)
 
         # 6. Update.  Micro-batches add up to the gradient of the whole batch, so their size is a matter of memory alone.
         old_logp = torch.empty_like(sampler_logp)
-        history = []                                             # (share of the step, stats), one per micro-batch
+        history = []                                             # (number of images, stats), one per micro-batch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         for epoch in range(config.inner_epochs):
-            for rows in micro_batches:
+            for m, rows in enumerate(micro_batches):
                 with autocast(device):       # a block of its own: autocast keeps its bfloat16 weights until the block ends
                     logp, entropy, *kl = at_every_code(judge, learned_from, *inputs(rows), **learner)              # (b, N)
                 if epoch == 0:
@@ -887,10 +897,11 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
                     # own log-probs may differ from it by rounding: in bfloat16 the ratio would not start at 1.)
                     old_logp[rows] = logp.detach()
                 check_finite(step, [texts[i] for i in rows.tolist()], log_probabilities=logp)
-                loss, stats = grpo_loss(logp, old_logp[rows], ref_logp[rows], advantages[rows], clip_eps=config.clip_eps,
-                                        clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta, kl=next(iter(kl), None))
+                loss, stats = grpo_loss(logp, old_logp[rows], ref_logp[m] if m < len(ref_logp) else None, advantages[rows],
+                                        clip_eps=config.clip_eps, clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta,
+                                        kl=kl[0] if kl else None)
                 (loss * len(rows) / B).backward()
-                history.append((len(rows) / B / config.inner_epochs, dict(stats, entropy=entropy.mean().item())))
+                history.append((len(rows), dict(stats, entropy=entropy.mean().item())))
             extra = extra_loss(model, index, step) if extra_loss else {}
             average_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
@@ -915,7 +926,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             "reward_std": std.mean().item(),
             "flat_groups": flat.float().mean().item(),               # they teach nothing
             "missing": rewards.isnan().float().mean().item(),        # images that a reward could not judge
-            **{name: sum(share * stats[name] for share, stats in history) for name in history[0][1]},      # means
+            **{name: mean_of(name, history) for name in history[0][1]},
             "ratio_max": max(stats["ratio_max"] for _, stats in history),                          # but of this the largest
             **extra,
             **(watch(step, images, texts) if watch else {}),

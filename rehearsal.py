@@ -57,11 +57,11 @@ class Rehearsal:
             self.remembered |= {k: torch.cat(groups) for k, groups in right.items()}
 
     def __call__(self, model, index, step):
-        """Adds the gradient for the prompts at index (P,), from half a group of each one's images: {"rehearsal": loss}."""
+        """Adds the gradient for the prompts at index (P,), from a quarter of a group of each one's images: {"rehearsal": loss}."""
         self.draw(index, step)
         c, rng = self.config, argrpo.rng_for("cpu", self.config.seed, "rehearsed", step)
         some = [self.remembered[k] for k in index.tolist()]
-        some = [t[torch.randperm(len(t), generator=rng)[:c.group_size // 2].to(t.device)] for t in some]
+        some = [t[torch.randperm(len(t), generator=rng)[:max(1, c.group_size // 4)].to(t.device)] for t in some]
         tokens = torch.cat(some)                                                                   # (n, N)
         if not len(tokens):                                      # the reference got nothing right
             return {"rehearsal": 0.0}

@@ -42,7 +42,7 @@ def test_only_right_images_are_remembered(model_type):
 @pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 def test_the_gradient_is_that_of_the_likelihood(model_type):
     """All that is remembered, two images a prompt, in micro-batches of three, against one plain pass."""
-    model, rehearsal, _, prompts = tiny_rehearsal(model_type, weight=0.5, cfg_scale=2.0)
+    model, rehearsal, _, prompts = tiny_rehearsal(model_type, weight=0.5, cfg_scale=2.0, group_size=8)
     index = torch.tensor([0, 4])
     rehearsal.remembered = {k: torch.randint(11, (2, 16)) for k in (0, 4)}
     logged = rehearsal(model, index, step=0)
