@@ -38,6 +38,7 @@ Read on from top to bottom: nothing is used before it is defined.
 import argparse
 import copy
 import hashlib
+import platform
 import time
 import warnings
 from collections import OrderedDict
@@ -424,10 +425,11 @@ def packed_weights(model, rows):
     """While this lasts, the model's large products read weights that oneDNN has put into the order of its reading.
 
     On an x86 CPU that makes them twice as fast, for as few rows as a decoding step has.  The sums are the same but for
-    rounding.  Elsewhere, and for weights that fit into a cache anyway, nothing changes."""
+    rounding.  Elsewhere, in a compiled model, and for weights that fit into a cache anyway, nothing changes."""
     packed = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.numel() >= 2 ** 18
               and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
-    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+    x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    if not x86 or torch.is_autocast_enabled("cpu") or "decode" in vars(model):
         packed = []
     try:
         for module in packed:
@@ -497,8 +499,10 @@ def at_every_code(function, models, tokens, cond, cond_mask=None, *, cfg_scale=1
               for model in models]                                                  # (B or 2 B, N, D) each
 
     def look(tokens, *hidden):
-        logits = [guide(model.output(h).float(), cfg_scale) / temperature for model, h in zip(models, hidden)]
-        return function(tokens, *logits)
+        kind = "cuda" if tokens.is_cuda else "cpu"                   # autocast's cache would make the chunks share one bfloat16 gradient: too coarse
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+            logits = [model.output(h).float() for model, h in zip(models, hidden)]
+        return function(tokens, *(guide(each, cfg_scale) / temperature for each in logits))
 
     n = max(1, CHUNK // (branches * len(tokens) * models[0].config.vocab_size))     # positions in a chunk
     if n >= tokens.shape[1]:
@@ -557,9 +561,14 @@ def are_verdicts(rewards):
 def right_images(rewards, group_size):
     """Which images of a group are right: rewards (P*G,) -> (P, G) bool.
 
-    Verdicts are right at 1, graded rewards above their group's median.  A missing reward (NaN) is never right."""
+    Verdicts are right at 1.  Graded rewards are right above their group's median, or at its maximum where more than half
+    of a group share that, but not all.  A missing reward (NaN) is never right."""
     r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
-    return r == 1 if are_verdicts(rewards) else r > r.nanmedian(dim=1, keepdim=True).values
+    if are_verdicts(rewards):
+        return r == 1
+    above = r > r.nanmedian(dim=1, keepdim=True).values
+    best = (r == r.nan_to_num(-torch.inf).amax(dim=1, keepdim=True)) & ~group_statistics(rewards, group_size)[2]
+    return torch.where(above.any(dim=1, keepdim=True), above, best)
 
 
 def diversity_bonus(rewards, features, group_size, weight):
@@ -568,7 +577,8 @@ def diversity_bonus(rewards, features, group_size, weight):
     bonus_i = weight * unit * (d_i / mean(d) - 1), where d_i is the mean L1 distance of image i's features
     to those of the group's other right images.  It sums to zero in every group: it moves reward among the
     right images, and never pays for a wrong one.  Fewer than three right images share nothing.
-    The unit is 1 for verdicts, and the group's standard deviation for graded rewards (see `right_images`)."""
+    The unit is 1 for verdicts, and the group's standard deviation for graded rewards (see `right_images`).  Where all of
+    a group are right, the bonus is all that its advantages are made of, and dividing by their spread cancels the weight."""
     x = rearrange(features.float().flatten(1), "(p g) d -> p g d", g=group_size)
     right = right_images(rewards, group_size)                                       # (P, G)
     unit = 1.0 if are_verdicts(rewards) else group_statistics(rewards, group_size)[1]
@@ -630,10 +640,10 @@ class GRPOConfig:
     steps: int = 180                     # rollouts, and with inner_epochs 1 also optimizer steps
     prompts_per_step: int = 8            # P, prompts per step
     group_size: int = 16                 # G, images per prompt: a larger group knows its own mean better
-    micro_batch: int | None = 64         # images per pass of the update and of painting: changes memory, never the result
+    micro_batch: int | None = 64         # images per pass of update and painting, None for all: changes memory, not the result
     rollout_prompts: int = 0             # prompts per pass of the sampler, to save memory; 0 is all of them
     checkpointing: bool = False          # save memory: the backward pass computes the layers' insides again
-    compile: bool = False                # torch.compile the sampler's decoding step: a minute at first, meant for GPUs
+    compile: bool = False                # torch.compile the sampler's decoding step: minutes at first, meant for GPUs
     inner_epochs: int = 1                # optimizer steps per rollout; above 1 the clip starts to matter
     lr: float = 8e-4                     # AdamW's learning rate after the warm-up
     warmup_steps: int = 5                # steps over which the learning rate rises linearly
@@ -823,7 +833,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
     micro_batches = torch.arange(B, device=device).split(config.micro_batch or B)
     rollout = dict(cfg_scale=config.cfg_scale, temperature=config.temperature)
     learner = rollout if config.logprob_cfg == "guided" else dict(rollout, cfg_scale=1.0)
-    learned_from = [model, reference] if config.kl == "exact" else [model]
+    compared = [model, reference] if config.kl == "exact" else [model]          # the exact KL needs all logits of both
 
     def judge(tokens, logits, *ref_logits):                      # ref_logits: one tensor, or none
         logp, entropy = logp_and_entropy(logits, tokens)
@@ -880,7 +890,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             ref_logp = [token_logp(reference, *inputs(rows), **learner)[0]                          # (b, N) each
                         for rows in (looked_at if config.kl == "k3" else ())]
         for rows, logp in zip(micro_batches, ref_logp):
-            check_finite(step, [texts[i] for i in rows.tolist()], reference=logp)
+            check_finite(step, [texts[i] for i in rows.tolist()], reference_log_probabilities=logp)
         referred = clock(device)
 
         # 6. Update.  Micro-batches add up to the gradient of the whole batch, so their size is a matter of memory alone.
@@ -891,7 +901,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         for epoch in range(config.inner_epochs):
             for m, rows in enumerate(micro_batches):
                 with autocast(device):       # a block of its own: autocast keeps its bfloat16 weights until the block ends
-                    logp, entropy, *kl = at_every_code(judge, learned_from, *inputs(rows), **learner)              # (b, N)
+                    logp, entropy, *kl = at_every_code(judge, compared, *inputs(rows), **learner)              # (b, N)
                 if epoch == 0:
                     # The weights are still those that drew the images, so this pass is pi_old as well.  (The sampler's
                     # own log-probs may differ from it by rounding: in bfloat16 the ratio would not start at 1.)
@@ -906,8 +916,10 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             average_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if not isfinite(grad_norm):
-                raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm}, with rewards from "
-                                         f"{rewards.min():g} to {rewards.max():g}, of the prompts {name_prompts(texts)}")
+                known = rewards[~rewards.isnan()].tolist() or [float("nan")]
+                also = "".join(f", {name} {value:g}" for name, value in extra.items())
+                raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm}, with rewards from {min(known):g} "
+                                         f"to {max(known):g}{also}, of the prompts {name_prompts(texts)}")
             optimizer.step()
             optimizer.zero_grad()                                # now, so that the next rollout has the gradients' memory
         updated = clock(device)
@@ -924,7 +936,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             "reward": rewards.nanmean().item(),
             **{f"reward/{name}": part.nanmean().item() for name, part in parts.items()},
             "reward_std": std.mean().item(),
-            "flat_groups": flat.float().mean().item(),               # they teach nothing
+            "flat_groups": flat.float().mean().item(),               # they teach nothing, or variety alone
             "missing": rewards.isnan().float().mean().item(),        # images that a reward could not judge
             **{name: mean_of(name, history) for name in history[0][1]},
             "ratio_max": max(stats["ratio_max"] for _, stats in history),                          # but of this the largest

@@ -114,7 +114,7 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
     if "resume" in given:
         config = read_config(given["resume"], script)
         other = [name for name, value in given.items() if value != config[name]
-                 and name not in ("resume", "steps", "save_every", "micro_batch", "device")]
+                 and name not in ("resume", "steps", "save_every", "micro_batch", "checkpointing", "compile", "device")]
         if other:
             raise ValueError(f"--resume continues a run as it was configured: {other[0]} was {config[other[0]]!r} "
                              f"and cannot become {given[other[0]]!r}")
@@ -143,8 +143,8 @@ def diverse(preset):
     """The recipe that keeps the pictures of a prompt varied, on top of a preset's settings: rehearsal in the place of the
     KL penalty, the diversity bonus, and twice the prompts in a step, for noise in the update narrows the policy, too.
     It is slower to learn, hence the longer run and the larger steps."""
-    return dict(rehearsal=0.2, kl_beta=0.0, diversity_bonus=0.2, prompts_per_step=2 * preset.prompts_per_step,
-                steps=preset.steps * 5 // 4, lr=1.25 * preset.lr)
+    return dict(rehearsal=0.3, kl_beta=0.0, diversity_bonus=0.2, prompts_per_step=2 * preset.prompts_per_step,
+                steps=preset.steps * 10 // 9, lr=1.25 * preset.lr)
 
 
 def check_processes(settings):
@@ -193,7 +193,9 @@ def pick_device(name):
     try:
         device = torch.device(name or ("cuda" if gpu else "cpu"))
     except RuntimeError:
-        raise ValueError(f"--device {name}: no such device; cpu and cuda are the usual ones") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: no such device; there are cpu and cuda")
     if "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -304,8 +306,9 @@ def evaluate_spread(model, vq, prompts, settings, spread):
     for k, index in enumerate(torch.linspace(0, len(prompts.texts) - 1, n).long().split(4)):
         texts, cond, mask = prompts.pick(index, device)
         rng = argrpo.rng_for(device, settings.seed, "spread", k)
-        tokens, _ = argrpo.generate(model, cond, mask, samples_per_prompt=samples, cfg_scale=settings.cfg_scale,
-                                    temperature=settings.temperature, generator=rng)
+        with argrpo.autocast(device):
+            tokens, _ = argrpo.generate(model, cond, mask, samples_per_prompt=samples, cfg_scale=settings.cfg_scale,
+                                        temperature=settings.temperature, generator=rng)
         images.append(argrpo.paint(vq, tokens, settings.micro_batch))
         repeated += [text for text in texts for _ in range(samples)]
     return spread(torch.cat(images), repeated)
@@ -362,11 +365,12 @@ def version():
     return answer.stdout.strip() or "unknown"
 
 
-def save_checkpoint(path, step, model, optimizer):
-    """Everything that --resume needs: the next step's number, weights, and the optimizer's state.
+def save_checkpoint(path, step, model, optimizer, remembered=()):
+    """Everything that --resume needs: the next step's number, weights, the optimizer's state, and rehearsal's memory.
 
     The checkpoint before this one stays beside it, as previous.pt."""
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "remembered": dict(remembered)}
     new = path.with_name("new.pt")
     write_atomically(new, lambda file: torch.save(state, file))
     if path.exists():
@@ -374,14 +378,16 @@ def save_checkpoint(path, step, model, optimizer):
     os.replace(new, path)
 
 
-def load_checkpoint(path, model, optimizer):
-    """Restores model and optimizer, and returns the next step's number.
+def load_checkpoint(path, model, optimizer, remembered=None):
+    """Restores model and optimizer, and the dict that rehearsal remembers; returns the next step's number.
 
     Raises OSError, naming the last good checkpoint, for a file that is damaged or another model's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if remembered is not None:
+            remembered.update(state["remembered"])
         return state["step"]
     except PermissionError:
         raise
@@ -480,12 +486,13 @@ def draw_curves(path, metrics):
 # ---------------------------------------------------------------------------------------------
 
 def memory_estimate(model, vq, settings):
-    """Bytes that training will need, by part.  The rollout's cache and the update's activations never meet."""
+    """Bytes that training will need, by part.  The rollout's cache and the update's activations never meet: the smaller of
+    them is left out."""
     c, gpu = model.config, next(model.parameters()).is_cuda
     half = 2 if gpu else 4                       # bytes of a number in the copies and in the cache
     P = sum(p.numel() for p in model.parameters())
     length = c.cls_token_num + c.block_size - 1
-    prompts = settings.rollout_prompts or settings.prompts_per_step
+    prompts = settings.rollout_prompts or settings.prompts_per_step // argrpo.rank_and_size()[1]
     rollout = prompts * settings.group_size * (1 if settings.cfg_scale == 1 else 2)
     update = settings.micro_batch * (1 if settings.cfg_scale == 1 or settings.logprob_cfg == "none" else 2)
     # Saved for the backward pass, counted on this code in float32: 100 bytes per layer, token and channel, of
@@ -495,13 +502,14 @@ def memory_estimate(model, vq, settings):
     # Per logit, float32: itself, log-softmax, softmax, and their gradients; of these there is a chunk at most.
     logits = 24 * min(argrpo.CHUNK, update * length * c.vocab_size)
     copied = gpu or settings.compile
+    cache = rollout * length * 2 * c.n_layer * c.dim * half
+    activations = update * length * c.dim * layers + logits
     return {
         "weights": 4 * P, "gradients": 4 * P, "optimizer": 8 * P, "reference": half * P,
         "tokenizer": 4 * sum(p.numel() for p in vq.parameters()),
         "sampler's copy": half * P if copied else 0,
         "autocast's copy": 2 * P if gpu else 0,
-        f"KV cache, {rollout} rows": rollout * length * 2 * c.n_layer * c.dim * half,
-        f"activations, {update} rows": update * length * c.dim * layers + logits,
+        **({f"KV cache, {rollout} rows": cache} if cache > activations else {f"activations, {update} rows": activations}),
     }
 
 
@@ -511,12 +519,13 @@ def choose_micro_batch(model, vq, settings):
     device = next(model.parameters()).device
     if device.type == "cpu":
         return max(1, 1024 // model.config.block_size)
+    torch.cuda.empty_cache()                     # what T5 has left behind is free, too
     return fitting_micro_batch(model, vq, settings, torch.cuda.mem_get_info(device)[0])
 
 
 def fitting_micro_batch(model, vq, settings, free):
-    """The largest power of two, from 1 to 64, that by the estimate leaves a fifth of the free bytes free."""
-    for size in (64, 32, 16, 8, 4, 2):
+    """The largest power of two, from 1 to 16, that by the estimate leaves a fifth of the free bytes free."""
+    for size in (16, 8, 4, 2):                   # more is hardly faster, and painting needs memory as well
         parts = memory_estimate(model, vq, dataclasses.replace(settings, micro_batch=size))
         if sum(parts.values()) - parts["weights"] - parts["tokenizer"] < 0.8 * free:         # these two are there already
             return size
@@ -570,18 +579,16 @@ def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer
     out = Path(settings.out)
     log, writer = out / "metrics.jsonl", argrpo.rank_and_size()[0] == 0
     start = checkpoint_of(settings)
-    first_step = load_checkpoint(start, model, optimizer) if start else 0
+    rehearsal = Rehearsal(reference, vq, prompts, reward_fn, settings, settings.rehearsal, settings.rehearsal_groups)
+    remembered = rehearsal.remembered
+    first_step = load_checkpoint(start, model, optimizer, remembered) if start else 0
     metrics = [json.loads(line) for line in log.read_text().splitlines()[:first_step]] if first_step else []
     if writer:                                                           # steps not saved run again
         write_atomically(log, lambda file: file.write("".join(json.dumps(m) + "\n" for m in metrics).encode()))
     done, saved, written = first_step, first_step, write_count(model, optimizer)
     embed = embedding(settings.bonus_distance, vq, next(model.parameters()).device)
-    extra_loss = None
-    if settings.rehearsal:
-        extra_loss = Rehearsal(reference, vq, prompts, reward_fn, settings, settings.rehearsal, settings.rehearsal_groups,
-                               first_step)
-    steps = argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step, embed, extra_loss,
-                         watch)
+    steps = argrpo.train(model, reference, vq, prompts, reward_fn, settings, optimizer, first_step, embed,
+                         rehearsal if settings.rehearsal else None, watch)
     try:
         while not stop.everywhere() and (m := next(steps, None)) is not None:
             metrics.append(m)
@@ -590,13 +597,13 @@ def train_and_save(model, reference, vq, prompts, reward_fn, settings, optimizer
                 with open(log, "a") as file:
                     file.write(json.dumps(m) + "\n")
                 if done % settings.save_every == 0 or done == settings.steps:
-                    save_checkpoint(out / "last.pt", done, model, optimizer)
+                    save_checkpoint(out / "last.pt", done, model, optimizer, remembered)
                     saved = done
     finally:
         steps.close()
         # Stopped, or failed: a step that failed before its update has changed nothing, and what it had can be saved.
         if writer and done > saved and write_count(model, optimizer) == written:
-            save_checkpoint(out / "last.pt", done, model, optimizer)
+            save_checkpoint(out / "last.pt", done, model, optimizer, remembered)
             saved = done
         if writer and done < settings.steps:
             upto = "saved up to there" if saved == done else f"saved up to step {saved}"
@@ -649,7 +656,7 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     if rank == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {N} tokens per image, "
               f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, "
-              f"{settings.steps} steps, on {next(model.parameters()).device}{f' and {size - 1} more' if size > 1 else ''}, "
+              f"{settings.steps} steps, {settings.micro_batch} images per pass of the update, on {next(model.parameters()).device}{f' and {size - 1} more' if size > 1 else ''}, "
               f"into {settings.out}/", flush=True)
         print_memory(memory_estimate(model, vq, settings))
     check_models(model, vq)

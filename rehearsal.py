@@ -24,18 +24,15 @@ class Rehearsal:
     """The second term, as an `extra_loss` of `argrpo.train`.
 
     weight is w above.  Of every prompt the reference draws `groups` times config.group_size images, when the prompt first
-    comes up, and the right ones are remembered (for what is right see `argrpo.right_images`).  A run that continues at
-    first_step draws again what it had drawn before: all of it depends on the seed and the step alone."""
+    comes up, and the right ones are remembered (for what is right see `argrpo.right_images`) and used again: the more
+    often a prompt comes up, the more groups it needs, lest the policy learn a few images by heart.  A run that is to
+    continue exactly has to save `remembered`."""
 
-    def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups, first_step=0):
+    def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups):
         self.reference, self.vq, self.prompts, self.reward_fn = reference, vq, prompts, reward_fn
         self.config, self.weight, self.groups = config, weight, groups
         self.device = next(reference.parameters()).device
         self.remembered = {}                                     # prompt -> tokens (n, N) of its right images
-        rank, size = argrpo.rank_and_size()
-        for step in range(first_step):
-            index = argrpo.pick_prompts(len(prompts.texts), step, config.prompts_per_step, config.seed)
-            self.draw(index.chunk(size)[rank], step)
 
     @torch.no_grad()
     def draw(self, index, step):
@@ -57,11 +54,11 @@ class Rehearsal:
             self.remembered |= {k: torch.cat(groups) for k, groups in right.items()}
 
     def __call__(self, model, index, step):
-        """Adds the gradient for the prompts at index (P,), from a quarter of a group of each one's images: {"rehearsal": loss}."""
+        """Adds the gradient for the prompts at index (P,), from half a group of each one's images: {"rehearsal": loss}."""
         self.draw(index, step)
         c, rng = self.config, argrpo.rng_for("cpu", self.config.seed, "rehearsed", step)
-        some = [self.remembered[k] for k in index.tolist()]
-        some = [t[torch.randperm(len(t), generator=rng)[:max(1, c.group_size // 4)].to(t.device)] for t in some]
+        some = [self.remembered[k].to(self.device) for k in index.tolist()]
+        some = [t[torch.randperm(len(t), generator=rng)[:c.group_size // 2]] for t in some]
         tokens = torch.cat(some)                                                                   # (n, N)
         if not len(tokens):                                      # the reference got nothing right
             return {"rehearsal": 0.0}

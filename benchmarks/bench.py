@@ -181,16 +181,17 @@ def random_model(config, device="cpu", std=0.02):
 
 
 def measured(device, run):
-    """What run() returns, its seconds, and the peak memory in GB: on a GPU the most that was allocated meanwhile,
-    on the CPU the most that this process has held so far."""
+    """What run() returns, its seconds, and the peak memory in GB: on a GPU the most that was allocated meanwhile, beyond
+    what was allocated before, on the CPU the most that this process has held so far."""
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     start = argrpo.clock(device)                 # waits for the GPU
     result = run()
     seconds = argrpo.clock(device) - start
     kib = 1 if sys.platform == "darwin" else 1024
-    peak = torch.cuda.max_memory_allocated(device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
+    peak = torch.cuda.max_memory_allocated(device) - before if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
     return result, seconds, peak / 1e9
 
 

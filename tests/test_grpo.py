@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from argrpo import diversity_bonus, group_advantages, group_statistics, grpo_loss, kl_exact, kl_k3, policy_logits, token_logp
+from argrpo import (diversity_bonus, group_advantages, group_statistics, grpo_loss, kl_exact, kl_k3, policy_logits,
+                    right_images, token_logp)
 
 
 # --- advantages ------------------------------------------------------------------------------
@@ -211,3 +212,15 @@ def test_policy_logits_follow_the_guidance_formula():
     model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)
     c, u = model(tokens, cond), model(tokens, model.null_cond(cond))
     torch.testing.assert_close(policy_logits(model, tokens, cond, cfg_scale=3.0, temperature=2.0), (u + 3 * (c - u)) / 2)
+
+
+def test_what_is_right():
+    """Verdicts at 1; graded rewards above the median, or at a maximum that most share; never where all are equal."""
+    def right(*rewards):
+        return right_images(torch.tensor(rewards), 4)[0].tolist()
+
+    assert right(0.0, 1.0, 1.0, math.nan) == [False, True, True, False]
+    assert right(0.1, 0.4, 0.2, 0.3) == [False, True, False, True]
+    assert right(2.0, 2.0, 2.0, 0.5) == [True, True, True, False]
+    assert right(2.0, math.nan, 2.0, 0.5) == [True, False, True, False]
+    assert right(0.7, 0.7, 0.7, 0.7) == [False] * 4

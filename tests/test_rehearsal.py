@@ -16,13 +16,13 @@ def dark(images, texts):
     return right, {"dark": right}
 
 
-def tiny_rehearsal(model_type="c2i", model=None, groups=2, reward_fn=dark, weight=0.5, first_step=0, **changes):
+def tiny_rehearsal(model_type="c2i", model=None, groups=2, reward_fn=dark, weight=0.5, **changes):
     torch.manual_seed(0)
     model = tiny_model(model_type) if model is None else model
     cond, mask = tiny_condition(model_type, rows=5)
     config = GRPOConfig(**dict(steps=4, prompts_per_step=2, group_size=4, micro_batch=3, kl_beta=0.0) | changes)
     prompts = Prompts([f"prompt {k}" for k in range(5)], cond, mask)
-    rehearsal = Rehearsal(argrpo.frozen_copy(model), Blocks(), prompts, reward_fn, config, weight, groups, first_step)
+    rehearsal = Rehearsal(argrpo.frozen_copy(model), Blocks(), prompts, reward_fn, config, weight, groups)
     return model, rehearsal, config, prompts
 
 
@@ -42,7 +42,7 @@ def test_only_right_images_are_remembered(model_type):
 @pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 def test_the_gradient_is_that_of_the_likelihood(model_type):
     """All that is remembered, two images a prompt, in micro-batches of three, against one plain pass."""
-    model, rehearsal, _, prompts = tiny_rehearsal(model_type, weight=0.5, cfg_scale=2.0, group_size=8)
+    model, rehearsal, _, prompts = tiny_rehearsal(model_type, weight=0.5, cfg_scale=2.0)
     index = torch.tensor([0, 4])
     rehearsal.remembered = {k: torch.randint(11, (2, 16)) for k in (0, 4)}
     logged = rehearsal(model, index, step=0)
@@ -89,18 +89,19 @@ def test_it_leads_to_what_the_reference_does_when_it_is_right():
         torch.testing.assert_close(argrpo.policy_logits(model, nothing, label).softmax(-1)[0, 0], wanted, rtol=0, atol=0.05)
 
 
-def test_continuing_draws_the_same_again():
+def test_continuing_with_what_was_remembered_equals_never_stopping():
     """In the loop: four steps in one go, and two and two."""
-    def run(model, first_step, steps, optimizer=None):
-        start, rehearsal, config, prompts = tiny_rehearsal(model=None, first_step=first_step, lr=1e-2, steps=steps, lr_end=1.0)
+    def run(model, first_step, steps, optimizer=None, remembered=()):
+        start, rehearsal, config, prompts = tiny_rehearsal(lr=1e-2, steps=steps, lr_end=1.0)
+        rehearsal.remembered |= dict(remembered)
         model = model or start
         optimizer = optimizer or argrpo.make_optimizer(model, config)
         metrics = list(argrpo.train(model, rehearsal.reference, Blocks(), prompts, dark, config, optimizer, first_step,
                                     extra_loss=rehearsal))
-        return model, metrics, optimizer
+        return model, metrics, optimizer, rehearsal.remembered
 
-    straight, metrics, _ = run(None, 0, 4)
-    model, first, optimizer = run(None, 0, 2)
-    model, second, _ = run(model, 2, 4, optimizer)
+    straight, metrics, _, _ = run(None, 0, 4)
+    model, first, optimizer, remembered = run(None, 0, 2)
+    model, second, _, _ = run(model, 2, 4, optimizer, remembered)
     assert torch.equal(weights(model), weights(straight))
     assert [m["rehearsal"] for m in first + second] == [m["rehearsal"] for m in metrics] and metrics[0]["rehearsal"] > 0

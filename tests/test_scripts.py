@@ -160,8 +160,8 @@ def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
     paper, diverse, mine = settings(), settings("--recipe", "diverse"), settings("--recipe", "diverse", "--diversity-bonus", "0.1")
     names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step")
     assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 8]
-    assert [getattr(diverse, name) for name in names] == [0.0, 0.2, 0.2, 16]
-    assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.2
+    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 0.2, 16]
+    assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.3
     with pytest.raises(ValueError, match="unknown recipe 'wild'"):
         settings("--recipe", "wild")
 

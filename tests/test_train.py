@@ -103,6 +103,33 @@ def test_a_copy_in_half_the_memory_computes_the_same_under_autocast(model_type):
     assert not any(p.requires_grad for p in lean.parameters())
 
 
+def test_the_samplers_copy_follows_the_model(monkeypatch):
+    """The loop of the GPU, where a copy draws the rollouts, without a compiler: nothing changes."""
+    plain, metrics, _ = tiny_run(steps=3)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    copied, same, _ = tiny_run(steps=3, compile=True)
+    assert torch.equal(weights(copied), weights(plain)) and max(m["mismatch"] for m in same) < 1e-4
+
+
+def test_chunks_add_up_their_gradients_in_float32(monkeypatch):
+    """Under autocast, each chunk's gradient of the output layer is rounded to bfloat16, but not their sum: with a thousandth
+    of a gradient's size as its step, a sum of many chunks would be off by more than a few roundings of single ones."""
+    monkeypatch.setattr(argrpo, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    model, labels, tokens = tiny_model(block_size=64), torch.arange(4), torch.randint(11, (4, 64))
+
+    def gradient(chunk):
+        monkeypatch.setattr(argrpo, "CHUNK", chunk)
+        model.zero_grad()
+        with argrpo.autocast(None):
+            logp, _ = argrpo.token_logp(model, tokens, labels)
+        logp.mean().backward()
+        return model.output.weight.grad.clone()
+
+    whole, pieces = gradient(2 ** 23), gradient(4 * 11)          # a position at a time
+    assert whole.dtype == torch.float32 and not torch.equal(whole, pieces)
+    assert (pieces - whole).norm() < 0.003 * whole.norm()
+
+
 def test_a_sampler_that_disagrees_is_reported(monkeypatch):
     honest = argrpo.generate
     monkeypatch.setattr(argrpo, "generate", lambda *a, temperature, **kw: honest(*a, temperature=1.5, **kw))
