@@ -499,7 +499,8 @@ def at_every_code(function, models, tokens, cond, cond_mask=None, *, cfg_scale=1
               for model in models]                                                  # (B or 2 B, N, D) each
 
     def look(tokens, *hidden):
-        kind = "cuda" if tokens.is_cuda else "cpu"                   # autocast's cache would make the chunks share one bfloat16 gradient: too coarse
+        # Autocast's cache would make all chunks share one rounded weight, and add up its gradient in bfloat16.
+        kind = "cuda" if tokens.is_cuda else "cpu"
         with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
             logits = [model.output(h).float() for model, h in zip(models, hidden)]
         return function(tokens, *(guide(each, cfg_scale) / temperature for each in logits))
@@ -640,7 +641,7 @@ class GRPOConfig:
     steps: int = 180                     # rollouts, and with inner_epochs 1 also optimizer steps
     prompts_per_step: int = 8            # P, prompts per step
     group_size: int = 16                 # G, images per prompt: a larger group knows its own mean better
-    micro_batch: int | None = 64         # images per pass of update and painting, None for all: changes memory, not the result
+    micro_batch: int | None = 64         # images per pass of update and painting, None for all: never changes the result
     rollout_prompts: int = 0             # prompts per pass of the sampler, to save memory; 0 is all of them
     checkpointing: bool = False          # save memory: the backward pass computes the layers' insides again
     compile: bool = False                # torch.compile the sampler's decoding step: minutes at first, meant for GPUs
@@ -869,7 +870,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         rolled_out = clock(device)
 
         # 3. Reward.
-        images = paint(vq, tokens, config.micro_batch or B)                                             # (B, 3, H, W)
+        images = paint(vq, tokens, config.micro_batch or B)                                        # (B, 3, H, W)
         texts = [text for text in texts for _ in range(G)]                                         # one per image
         rewards, parts = reward_fn(images, texts)                                                  # (B,), {name: (B,)}
         check_finite(step, texts, reward=rewards.nan_to_num(0.0, torch.inf, -torch.inf))           # NaN is only missing

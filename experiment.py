@@ -105,8 +105,8 @@ def read_options(cls, argv, prog, description, epilog=""):
     return vars(parser.parse_args(argv))
 
 
-def parse_settings(cls, presets, default_preset, argv, script, description):
-    """The settings from the command line, over those of the preset, over the defaults of `cls`.
+def parse_settings(cls, presets, default_preset, argv, script, description, recipe_weights):
+    """The settings from the command line, over those of recipe and preset, over the defaults of `cls`.
 
     With --resume the run's own config.json takes the preset's place.  Raises ValueError, naming the
     option and its value, when one is unknown or out of range."""
@@ -129,7 +129,7 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
     if recipe not in ("paper", "diverse"):
         raise ValueError(f"unknown recipe {recipe!r}: there are paper and diverse")
     out = f"runs/{script}-{name}" + (f"-{recipe}" if recipe != "paper" else "")
-    preset = {"out": out} | presets[name] | (diverse(cls(**presets[name])) if recipe == "diverse" else {})
+    preset = {"out": out} | presets[name] | (diverse(cls(**presets[name]), **recipe_weights) if recipe == "diverse" else {})
     settings = cls(**(preset | given | {"preset": name}))
     check_processes(settings)
     check_writable(Path(settings.out))
@@ -139,12 +139,12 @@ def parse_settings(cls, presets, default_preset, argv, script, description):
     return settings
 
 
-def diverse(preset):
+def diverse(preset, rehearsal, diversity_bonus, longer):
     """The recipe that keeps the pictures of a prompt varied, on top of a preset's settings: rehearsal in the place of the
     KL penalty, the diversity bonus, and twice the prompts in a step, for noise in the update narrows the policy, too.
-    It is slower to learn, hence the longer run and the larger steps."""
-    return dict(rehearsal=0.3, kl_beta=0.0, diversity_bonus=0.2, prompts_per_step=2 * preset.prompts_per_step,
-                steps=preset.steps * 10 // 9, lr=1.25 * preset.lr)
+    It is slower to learn, hence larger steps, and `longer` times as many."""
+    return dict(rehearsal=rehearsal, kl_beta=0.0, diversity_bonus=diversity_bonus, lr=1.25 * preset.lr,
+                steps=round(longer * preset.steps), prompts_per_step=2 * preset.prompts_per_step)
 
 
 def check_processes(settings):
@@ -656,7 +656,8 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     if rank == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {N} tokens per image, "
               f"{settings.prompts_per_step} prompts x {settings.group_size} samples = {B} images per step, "
-              f"{settings.steps} steps, {settings.micro_batch} images per pass of the update, on {next(model.parameters()).device}{f' and {size - 1} more' if size > 1 else ''}, "
+              f"{settings.micro_batch} at a time in the update, {settings.steps} steps, "
+              f"on {next(model.parameters()).device}{f' and {size - 1} more' if size > 1 else ''}, "
               f"into {settings.out}/", flush=True)
         print_memory(memory_estimate(model, vq, settings))
     check_models(model, vq)

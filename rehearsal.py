@@ -9,10 +9,10 @@ So let the reference draw images, keep those that the reward finds right, and ke
 
     L = L_GRPO - w E[ log pi(x) ],   x ~ pi_ref( . | right),
 
-maximum likelihood beside the reward, as InstructGPT (arXiv 2203.02155) mixes in pretraining data, on the samples of
-rejection-sampling fine-tuning (RAFT, arXiv 2304.06767), but of the pretrained model's.  The second term alone is smallest where
-pi = pi_ref( . | right): always right, and exactly as varied as the pretrained model's right images.  Its pull on what has
-become rare does not fade.  The two terms want the same, and no KL penalty is needed beside them.
+maximum likelihood beside the reward, as InstructGPT (arXiv 2203.02155) mixes in pretraining data, on images chosen as in
+rejection-sampling fine-tuning (RAFT, arXiv 2304.06767), but those of the pretrained model.  With enough of them the second
+term alone is smallest where pi = pi_ref( . | right): always right, and as varied as the pretrained model's right images.  Its
+pull on what has become rare does not fade.  The two terms agree, and no KL penalty is needed beside them.
 """
 
 import torch

@@ -33,6 +33,8 @@ PRESETS = {
     "3B-384": PAPER | dict(rollout_prompts=1, checkpointing=True),
 }
 
+DIVERSE = dict(rehearsal=0.3, diversity_bonus=0.2, longer=10 / 9)    # --recipe diverse, see experiment.diverse
+
 
 @dataclass
 class Settings(experiment.Settings):
@@ -42,7 +44,7 @@ class Settings(experiment.Settings):
 def main(argv=None):
     with experiment.one_line_errors():
         default_preset = "B-256" if torch.cuda.is_available() else "toy"
-        settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_c2i", __doc__)
+        settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_c2i", __doc__, DIVERSE)
         device = experiment.pick_device(settings.device)
         reward_fn = reward.build_rewards(settings.reward, device)
         if settings.preset == "toy":

@@ -31,6 +31,9 @@ PRESETS = {
     "t2i-XL-512": PAPER | dict(rollout_prompts=1),
 }
 
+# --recipe diverse, see experiment.diverse.  Weaker than for c2i: of thousands of captions, none comes up often.
+DIVERSE = dict(rehearsal=0.1, diversity_bonus=0.1, longer=11 / 9)
+
 
 @dataclass
 class Settings(experiment.Settings):
@@ -58,7 +61,7 @@ def mixed(pairs, counted):
 def main(argv=None):
     with experiment.one_line_errors():
         default_preset = "t2i-XL-256" if torch.cuda.is_available() else "toy"
-        settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_t2i", __doc__)
+        settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_t2i", __doc__, DIVERSE)
         device = experiment.pick_device(settings.device)
         measure, spread = (toy.verify_by_kind, toy.spread) if settings.preset == "toy" else (None, None)
         texts, eval_texts = choose_captions(settings)

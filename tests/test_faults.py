@@ -79,9 +79,10 @@ def soak(out, whole, steps, kills, seed, options=()):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_path):
-    """A soak of less than a minute; `python tests/test_faults.py MINUTES` makes it as long as you like."""
-    assert finish(start(*QUICK, "--steps", 60, "--out", tmp_path / "whole"))[0] == 0
-    assert soak(tmp_path / "run", tmp_path / "whole", 60, kills=5, seed=0) > 0
+    """A soak of a minute, with what rehearsal remembers; `python tests/test_faults.py MINUTES` makes it as long as you like."""
+    diverse = ("--recipe", "diverse")
+    assert finish(start(*QUICK, *diverse, "--steps", 50, "--out", tmp_path / "whole"))[0] == 0
+    assert soak(tmp_path / "run", tmp_path / "whole", 50, kills=5, seed=0, options=diverse) > 0
 
 
 @pytest.mark.slow

@@ -156,7 +156,8 @@ def test_bad_options_end_with_one_line_and_leave_nothing(options, message, tmp_p
 
 def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
     def settings(*options):
-        return experiment.parse_settings(train_c2i.Settings, train_c2i.PRESETS, "toy", ["--out", str(tmp_path), *options], "x", "")
+        return experiment.parse_settings(train_c2i.Settings, train_c2i.PRESETS, "toy", ["--out", str(tmp_path), *options], "x", "",
+                                         train_c2i.DIVERSE)
     paper, diverse, mine = settings(), settings("--recipe", "diverse"), settings("--recipe", "diverse", "--diversity-bonus", "0.1")
     names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step")
     assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 8]
