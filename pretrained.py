@@ -4,21 +4,25 @@ A checkpoint is named by a local file or folder, by a Hugging Face repository, o
 
     c2i_B_256.pt    CSshihao/AR-GRPO_C2I_B_256    FoundationVision/LlamaGen:c2i_B_256.pt
 
-Downloading and caching is `huggingface_hub`'s job; loading is `argrpo.load_weights`'s, and strict.
+Downloading and caching is `huggingface_hub`'s job.  Loading is `load_weights`'s: every format that
+LlamaGen and AR-GRPO have published, strictly, and without running code from the file.
 """
 
+import argparse
 import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from argrpo import GPT_SIZES, GPTConfig, Transformer, load_weights, read_weights, rope_table
+from argrpo import GPT_SIZES, GPTConfig, Transformer, rope_table
 from vqgan import VQConfig, VQModel
 
 C2I, T2I = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i"
 VQ_C2I, VQ_T2I = f"{C2I}:vq_ds16_c2i.pt", f"{T2I}:vq_ds16_t2i.pt"
-GPT_HINT, VQ_HINT = (f"pass a local file or folder with --{kind}-ckpt PATH" for kind in ("gpt", "vq"))
+GPT_HINT = "pass a local file or folder with --gpt-ckpt PATH"
+VQ_HINT = "pass a local file or folder with --vq-ckpt PATH"
 
 
 class Published(NamedTuple):
@@ -26,7 +30,7 @@ class Published(NamedTuple):
     pixels: int              # side of its images
     task: str                # "c2i" or "t2i"
     weights: str             # where they are
-    tokenizer: str           # where its VQ-16's weights are (a VQ-8 is published, too: vq_ds8_c2i.pt)
+    tokenizer: str           # where its VQ-16 is; a VQ-8 is published, too: vq_ds8_c2i.pt
 
 
 MODELS = {
@@ -42,28 +46,104 @@ MODELS = {
 }
 
 
-FOLDER = ["*.safetensors", "pytorch_model*.bin", "*.json", "*.txt", "*.jinja", "*.model"]        # what a model's folder may need
+# ----- Reading checkpoints -----------------------------------------------------------------------
+
+def read_file(path):
+    """What one checkpoint file holds by name.
+
+    Only tensors and plain data are unpickled: a file that asks for more could run code, and is
+    refused with a ValueError."""
+    from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):     # LlamaGen's options
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:       # of many types; torch's own text advises to trust the file
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain data, which "
+                         f"could run code ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} holds no weights by name")
+    for key in ("model", "module", "state_dict"):    # DDP; DeepSpeed; Lightning; FSDP has none
+        if isinstance(state.get(key), dict):
+            return state[key]
+    return state
+
+
+def read_weights(path, prefix=""):
+    """All tensors by name of a checkpoint: a .pt, .pth, .bin or .safetensors file, or a Hugging
+    Face folder, in one file or in shards.
+
+    Where names carry the prefix, only those count, without it: AR-GRPO's folders hold the
+    transformer as gpt_model. and the tokenizer as vq_model."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        if not files:
+            raise FileNotFoundError(f"no *.safetensors or pytorch_model*.bin in the folder {path}")
+    weights = {name: tensor for file in files for name, tensor in read_file(file).items()}
+    if any(name.startswith(prefix) for name in weights):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
+                   if name.startswith(prefix)}
+    return {name: tensor for name, tensor in weights.items()
+            if isinstance(tensor, torch.Tensor) and name != "freqs_cis"}
+
+
+def load_weights(module, path):
+    """Fills a Transformer or a VQModel from any LlamaGen or AR-GRPO checkpoint, and returns it.
+
+    Half-precision weights are widened to the module's own type.  Strict: raises ValueError naming
+    the first few parameters that are missing, unexpected or of another shape."""
+    prefix = "gpt_model." if isinstance(module, Transformer) else "vq_model."
+    weights = read_weights(path, prefix)
+    wanted = module.state_dict()
+    problems = [f"{name} is missing" for name in wanted if name not in weights]
+    problems += [f"{name} is unexpected" for name in weights if name not in wanted]
+    both = [(name, weights[name].shape, w.shape) for name, w in wanted.items() if name in weights]
+    problems += [f"{name} has shape {tuple(given)}, not {tuple(right)}"
+                 for name, given, right in both if given != right]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{path} does not fit this {type(module).__name__}: "
+                         f"{'; '.join(problems[:4])}{more}")
+    module.load_state_dict(weights)
+    return module
+
+
+# ----- Finding and downloading them --------------------------------------------------------------
+
+# What a model's folder may need.
+FOLDER = ["*.safetensors", "pytorch_model*.bin", "*.json", "*.txt", "*.jinja", "*.model"]
 
 
 def fetch(spec, hint, patterns=FOLDER):
-    """The local path of a checkpoint, downloaded if need be: a file, or a folder with the files of these patterns.
+    """The local path of a checkpoint, downloaded if need be: a file, or a folder with the files of
+    these patterns.
 
-    Raises FileNotFoundError, within seconds, that says what was looked for and where, and ends with the hint."""
+    Raises FileNotFoundError, within seconds, that says what was looked for and where, and ends with
+    the hint."""
     if Path(spec).exists():
         return Path(spec)
     repo, _, name = str(spec).partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise FileNotFoundError(f"{spec}: no such file or folder in {Path.cwd()}, nor a Hugging Face repo or repo:file; "
-                                f"{hint}")
+        raise FileNotFoundError(f"{spec}: no such file or folder in {Path.cwd()}, nor a Hugging "
+                                f"Face repo or repo:file; {hint}")
     from huggingface_hub import snapshot_download
-    try:                     # unlike hf_hub_download, this does not retry for half a minute without a network
+    try:             # unlike hf_hub_download, this fails at once without a network
         folder = Path(snapshot_download(repo, allow_patterns=name or patterns))
     except Exception as error:                   # the hub's errors have many types and one meaning
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"cannot get {name or 'the model'} from https://huggingface.co/{repo} ({reason}), "
+        what = name or "the model"
+        raise FileNotFoundError(f"cannot get {what} from https://huggingface.co/{repo} ({reason}), "
                                 f"and there is no local {spec} in {Path.cwd()}; {hint}") from error
     if not (folder / name).exists():
-        raise FileNotFoundError(f"there is no {name} in https://huggingface.co/{repo} or its local copy {folder}; {hint}")
+        raise FileNotFoundError(f"there is no {name} in https://huggingface.co/{repo} or its local "
+                                f"copy {folder}; {hint}")
     return folder / name
 
 
@@ -74,54 +154,64 @@ def without_memory(make):
 
 
 def gpt_config(preset, patch=16):
-    """The GPTConfig of a published model: one token per patch x patch pixels, 16 for VQ-16 and 8 for VQ-8."""
+    """The GPTConfig of a published model.  patch is 16 for a VQ-16 and 8 for a VQ-8."""
     model = MODELS[preset]
     t2i = dict(model_type="t2i", cls_token_num=120) if model.task == "t2i" else {}
     return GPTConfig(**GPT_SIZES[model.size], block_size=(model.pixels // patch) ** 2, **t2i)
 
 
 def presets_that_fit(path):
-    """Names of the published models whose parameters have just the names and shapes of this checkpoint."""
+    """Names of the published models that have the parameter names and shapes of this checkpoint."""
     shapes = {name: w.shape for name, w in read_weights(path, "gpt_model.").items()}
-    return [preset for preset in MODELS if shapes == {
-        name: w.shape for name, w in without_memory(lambda: Transformer(gpt_config(preset))).state_dict().items()}]
+    fitting = []
+    for preset in MODELS:
+        model = without_memory(partial(Transformer, gpt_config(preset)))
+        if shapes == {name: w.shape for name, w in model.state_dict().items()}:
+            fitting.append(preset)
+    return fitting
 
 
 def load_gpt(preset, spec="", patch=16):
-    """The transformer of a preset, in float32 on the CPU, with its published weights or those at `spec`.
+    """The transformer of a preset, in float32 on the CPU, with its own weights or those at `spec`.
 
     Raises ValueError, naming the preset that would fit, if the checkpoint is another model's."""
     path, config = fetch(spec or MODELS[preset].weights, GPT_HINT), gpt_config(preset, patch)
-    model = without_memory(lambda: Transformer(config)).to_empty(device="cpu")     # every weight comes from the file,
-    model.rope.copy_(rope_table(config))                                           # and only this table does not
+    model = without_memory(partial(Transformer, config)).to_empty(device="cpu")
+    model.rope.copy_(rope_table(config))         # not in the file
     try:
         return load_weights(model, path)
     except ValueError as error:
         fitting = presets_that_fit(path)
-        raise ValueError(f"{error}; it fits --preset {' or '.join(fitting)}" if fitting else str(error)) from None
+        advice = f"; it fits --preset {' or '.join(fitting)}" if fitting else ""
+        raise ValueError(f"{error}{advice}") from None
 
 
 VQ_CONFIGS = {"VQ-16": VQConfig(), "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4))}
 
 
 def load_vq(preset, spec=""):
-    """The tokenizer of a preset, frozen, with its published weights or those at `spec`, which may also be a VQ-8's."""
+    """The tokenizer of a preset, frozen, with its weights or those at `spec`, maybe a VQ-8's."""
     path = fetch(spec or MODELS[preset].tokenizer, VQ_HINT)
-    levels = {name.split(".")[2] for name in read_weights(path, "vq_model.") if name.startswith("encoder.conv_blocks.")}
+    levels = {name.split(".")[2] for name in read_weights(path, "vq_model.")
+              if name.startswith("encoder.conv_blocks.")}
     config = VQ_CONFIGS["VQ-8" if len(levels) == 4 else "VQ-16"]
-    return load_weights(without_memory(lambda: VQModel(config)).to_empty(device="cpu"), path).requires_grad_(False)
+    vq = without_memory(partial(VQModel, config)).to_empty(device="cpu")
+    return load_weights(vq, path).requires_grad_(False)
 
 
 def load(preset, gpt_spec="", vq_spec=""):
-    """Transformer and tokenizer of a preset, on the CPU.  The tokenizer says how many tokens an image has: with a
-    VQ-8 at `vq_spec` they are four times as many, for a transformer of your own that was trained on it."""
+    """Transformer and tokenizer of a preset, on the CPU.
+
+    The tokenizer says how many tokens an image has: with a VQ-8 at `vq_spec` they are four times as
+    many, for a transformer of your own that was trained on it."""
     if gpt_spec:
-        fetch(gpt_spec, GPT_HINT)                # a wrong name is found before anything is downloaded or read
+        fetch(gpt_spec, GPT_HINT)        # a wrong name is found before anything else is downloaded
     vq = load_vq(preset, vq_spec)
     patch = vq.downsample_factor
     if patch != 16 and not gpt_spec:
-        raise ValueError(f"{vq_spec} has one token per {patch} x {patch} pixels, but LlamaGen's transformers were trained on "
-                         "VQ-16: name a transformer that was trained on this tokenizer with --gpt-ckpt")
+        raise ValueError(f"{vq_spec} has one token per {patch} x {patch} pixels, but LlamaGen's "
+                         "transformers were trained on VQ-16: name one that was trained on this "
+                         "tokenizer with --gpt-ckpt")
     return load_gpt(preset, gpt_spec, patch), vq
 
 

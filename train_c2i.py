@@ -1,11 +1,11 @@
 """Improves a class-conditional image generator with AR-GRPO.
 
-    python train_c2i.py                                      # the toy on a CPU: minutes, no download
+    python train_c2i.py                                # the toy on a CPU: minutes, no download
     python train_c2i.py --reward my_rewards.py:redness --out runs/red    # your own reward
-    python train_c2i.py --resume runs/train_c2i-toy          # continue after Ctrl-C
-    python train_c2i.py --preset B-256                       # LlamaGen's GPT-B at 256 pixels, on a GPU
-    python train_c2i.py --preset L-384 --classes "otter,golden retriever" --reward clip,aesthetic:0.5
-    python train_c2i.py --help                               # all options
+    python train_c2i.py --resume runs/train_c2i-toy    # continue after Ctrl-C
+    python train_c2i.py --preset B-256                 # LlamaGen's GPT-B at 256 pixels, on a GPU
+    python train_c2i.py --preset L-384 --classes otter,pizza --reward clip,aesthetic:0.5
+    python train_c2i.py --help                         # all options
 """
 
 from dataclasses import dataclass
@@ -13,50 +13,61 @@ from dataclasses import dataclass
 import torch
 
 import argrpo
-import experiment
 import pretrained
 import reward
 import toy
+from harness import options
+from harness.models import choose_classes, load_models, toy_folder
+from harness.processes import pick_device
+from harness.run import run
 
-# The paper's c2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the place of four: the same
-# 32 images a step are 4 prompts of 8.  The paper's whole reward, which needs more packages and memory, is paper_c2i.
-PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=0.1,
-             cfg_scale=2.0, eval_images=64, save_every=25, micro_batch=None)
+# The paper's c2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the
+# place of four: the same 32 images a step are 4 prompts of 8.  The paper's whole reward, which
+# needs more packages and memory, is paper_c2i.
+PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0,
+             kl_beta=0.1, cfg_scale=2.0, eval_images=64, save_every=25, micro_batch=None)
 PRESETS = {
-    "toy": dict(reward="shapes", rehearsal_groups=4),                # everything else as in argrpo.GRPOConfig
+    "toy": dict(reward="shapes", rehearsal_groups=4),    # all else as in argrpo.GRPOConfig
     "B-256": PAPER,
     "L-256": PAPER,
     "B-384": PAPER,
-    "L-384": PAPER | dict(rollout_prompts=2),    # passes of the sampler for a GPU of 24 GB
+    "L-384": PAPER | dict(rollout_prompts=2),            # the sampler's passes, for 24 GB of memory
     "XL-384": PAPER | dict(rollout_prompts=1),
-    "XXL-384": PAPER | dict(rollout_prompts=1, checkpointing=True),  # these two need more than 24 GB
+    "XXL-384": PAPER | dict(rollout_prompts=1, checkpointing=True),      # these need more than that
     "3B-384": PAPER | dict(rollout_prompts=1, checkpointing=True),
 }
 
-DIVERSE = dict(rehearsal=0.3, diversity_bonus=0.2, longer=10 / 9)    # --recipe diverse, see experiment.diverse
+# --recipe diverse, see harness.options.diverse.
+DIVERSE = dict(rehearsal=0.3, diversity_bonus=0.2, longer=10 / 9)
 
 
 @dataclass
-class Settings(experiment.Settings):
-    classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names such as otter,pizza
+class Settings(options.Settings):
+    classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names
+                                         # such as otter,pizza
 
 
 def main(argv=None):
-    with experiment.one_line_errors():
+    with options.one_line_errors():
         default_preset = "B-256" if torch.cuda.is_available() else "toy"
-        settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_c2i", __doc__, DIVERSE)
-        device = experiment.pick_device(settings.device)
+        settings = options.parse_settings(Settings, PRESETS, default_preset, argv, "train_c2i",
+                                          __doc__, DIVERSE)
+        device = pick_device(settings.device)
         reward_fn = reward.build_rewards(settings.reward, device)
+        measure = spread = None
         if settings.preset == "toy":
-            names, template, measure, spread = toy.CLASSES, "{}", toy.verify_all, toy.spread
+            names, template = toy.CLASSES, "{}"
+            measure, spread = toy.verify_all, toy.spread
         else:
-            names, template, measure, spread = pretrained.imagenet_classes(), "a photo of {}", None, None
-        classes = experiment.choose_classes(settings.classes, names)
-        model, vq = experiment.load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt,
-                                           experiment.toy_folder(settings, "c2i"))
+            names, template = pretrained.imagenet_classes(), "a photo of {}"
+        classes = choose_classes(settings.classes, names)
+        model, vq = load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt,
+                                toy_folder(settings, "c2i"))
 
-    prompts = argrpo.Prompts([template.format(names[k]) for k in classes], torch.tensor(classes))
-    return experiment.run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, "train_c2i", measure, spread)
+    texts = [template.format(names[k]) for k in classes]
+    prompts = argrpo.Prompts(texts, torch.tensor(classes))
+    return run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, "train_c2i",
+               measure, spread)
 
 
 if __name__ == "__main__":

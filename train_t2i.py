@@ -1,44 +1,50 @@
 """Improves a text-conditional image generator with AR-GRPO.
 
-    python train_t2i.py                                      # the toy on a CPU: minutes, no download
-    python train_t2i.py --preset t2i-XL-256                  # LlamaGen's GPT-XL at 256 pixels, on a GPU
-    python train_t2i.py --preset t2i-XL-256 --reward paper_lite,geneval      # composed prompts, a task to fulfil
+    python train_t2i.py                                # the toy on a CPU: minutes, no download
+    python train_t2i.py --preset t2i-XL-256            # LlamaGen's GPT-XL at 256 pixels, on a GPU
+    python train_t2i.py --preset t2i-XL-256 --reward paper_lite,geneval      # composed prompts
     python train_t2i.py --preset t2i-XL-256 --prompts my_captions.txt        # your own captions
-    python train_t2i.py --resume runs/train_t2i-toy          # continue after Ctrl-C
-    python train_t2i.py --help                               # all options
+    python train_t2i.py --resume runs/train_t2i-toy    # continue after Ctrl-C
+    python train_t2i.py --help                         # all options
 
-What changes from train_c2i.py: the condition is a caption's features and mask in the place of a class
-label, and the prompts are captions.  Nothing else: the loop does not know the difference.
+What changes from train_c2i.py: the condition is a caption's features and mask in the place of a
+class label, and the prompts are captions.  Nothing else: the loop does not know the difference.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-import captions
-import experiment
 import reward
 import toy
+from harness import captions, options
+from harness.models import caption_encoder, load_models, toy_folder
+from harness.processes import pick_device
+from harness.run import run
 
-# The paper's t2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the place of four: the same
-# 64 images a step are 8 prompts of 8.  The paper's whole reward, which needs more packages and memory, is paper_t2i.
-PAPER = dict(reward="paper_lite", steps=600, prompts_per_step=8, group_size=8, lr=1e-5, lr_end=1.0, kl_beta=1.0,
-             cfg_scale=4.0, eval_images=64, eval_cfg_scales="1,7.5", save_every=25,
+# The paper's t2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the
+# place of four: the same 64 images a step are 8 prompts of 8.  The paper's whole reward, which
+# needs more packages and memory, is paper_t2i.
+PAPER = dict(reward="paper_lite", steps=600, prompts_per_step=8, group_size=8, lr=1e-5, lr_end=1.0,
+             kl_beta=1.0, cfg_scale=4.0, eval_images=64, eval_cfg_scales="1,7.5", save_every=25,
              micro_batch=None)
 PRESETS = {
-    "toy": dict(reward="shapes"),                                    # everything else as in argrpo.GRPOConfig
-    "t2i-XL-256": PAPER | dict(rollout_prompts=1),                   # passes of the sampler for a GPU of 24 GB
+    "toy": dict(reward="shapes"),                        # all else as in argrpo.GRPOConfig
+    "t2i-XL-256": PAPER | dict(rollout_prompts=1),       # the sampler's passes, for 24 GB of memory
     "t2i-XL-512": PAPER | dict(rollout_prompts=1),
 }
 
-# --recipe diverse, see experiment.diverse.  Weaker than for c2i: of thousands of captions, none comes up often.
+# --recipe diverse, see harness.options.diverse.  Weaker than for c2i: of thousands of captions,
+# none comes up often.
 DIVERSE = dict(rehearsal=0.1, diversity_bonus=0.1, longer=11 / 9)
 
 
 @dataclass
-class Settings(experiment.Settings):
-    prompts: str = ""                    # file of captions: one a line, or .json or .jsonl; default: composed ones
-    composed: int = 2000                 # how many captions to compose from COCO's objects, without a file
+class Settings(options.Settings):
+    prompts: str = ""                    # file of captions: one a line, or .json or .jsonl;
+                                         # default: composed ones
+    composed: int = 2000                 # how many captions to compose from COCO's objects,
+                                         # without a file
     t5: str = "google/flan-t5-xl"        # text encoder: a local folder, or a Hugging Face repo
 
 
@@ -47,33 +53,39 @@ def choose_captions(settings):
     if settings.prompts:
         texts = captions.read_captions(settings.prompts)
         return texts, texts
-    if settings.preset == "toy":                 # half counting, half position; nothing that pretraining did not see
+    if settings.preset == "toy":         # half counting, half position; all seen by pretraining
         return mixed(toy.SEEN_PAIRS, toy.SEEN_CLASSES), mixed(toy.PAIRS, toy.CLASSES)
     texts = captions.compose(settings.composed + 64, settings.seed)
-    return texts[:-64], texts[-64:]              # compositions that training does not see
+    return texts[:-64], texts[-64:]      # compositions that training does not see
 
 
 def mixed(pairs, counted):
     """One pair, one counted caption, and so on through all pairs."""
-    return [text for k, pair in enumerate(pairs) for text in (pair, counted[k % len(counted)])]
+    texts = []
+    for k, pair in enumerate(pairs):
+        texts += [pair, counted[k % len(counted)]]
+    return texts
 
 
 def main(argv=None):
-    with experiment.one_line_errors():
+    with options.one_line_errors():
         default_preset = "t2i-XL-256" if torch.cuda.is_available() else "toy"
-        settings = experiment.parse_settings(Settings, PRESETS, default_preset, argv, "train_t2i", __doc__, DIVERSE)
-        device = experiment.pick_device(settings.device)
-        measure, spread = (toy.verify_by_kind, toy.spread) if settings.preset == "toy" else (None, None)
+        settings = options.parse_settings(Settings, PRESETS, default_preset, argv, "train_t2i",
+                                          __doc__, DIVERSE)
+        device = pick_device(settings.device)
+        measure = spread = None
+        if settings.preset == "toy":
+            measure, spread = toy.verify_by_kind, toy.spread
         texts, eval_texts = choose_captions(settings)
         reward_fn = reward.build_rewards(settings.reward, device)
-        model, vq = experiment.load_models(settings.preset, "t2i", settings.gpt_ckpt, settings.vq_ckpt,
-                                           experiment.toy_folder(settings, "t2i"))
-        encode = experiment.caption_encoder(settings.preset, settings.t5, device)
+        model, vq = load_models(settings.preset, "t2i", settings.gpt_ckpt, settings.vq_ckpt,
+                                toy_folder(settings, "t2i"))
+        encode = caption_encoder(settings.preset, settings.t5, device)
         prompts, eval_prompts = encode(texts), encode(eval_texts)
-        del encode                               # T5 has done its work: its memory is needed for what comes
+        del encode                       # T5 has done its work: its memory is needed for training
 
-    model, vq = model.to(device), vq.to(device)
-    return experiment.run(model, vq, prompts, eval_prompts, reward_fn, settings, "train_t2i", measure, spread)
+    return run(model.to(device), vq.to(device), prompts, eval_prompts, reward_fn, settings,
+               "train_t2i", measure, spread)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 @dataclass
 class VQConfig:
     ch: int = 128                         # channels at full resolution
-    ch_mult: tuple = (1, 1, 2, 2, 4)      # times ch, per resolution; each but the last halves the picture
+    ch_mult: tuple = (1, 1, 2, 2, 4)      # times ch, per resolution; all but the last halve it
     z_channels: int = 256                 # channels of the encoder's output
     codebook_size: int = 16384            # V
-    codebook_embed_dim: int = 8           # D, length of a code
+    codebook_embed_dim: int = 8           # channels of a code
 
 
 # ---------------------------------------------------------------------------------------------
-# Building blocks.  Shapes: C channels; every block maps (B, C, H, W) to (B, C', H', W').
+# Building blocks.  Shapes: C channels of a layer; every block maps (B, C, H, W) to (B, C', H', W').
 # ---------------------------------------------------------------------------------------------
 
 def group_norm(channels):
@@ -68,8 +68,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, H*W, C)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]         # (B, H*W, C)
+        rows = [conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v)]
+        h = F.scaled_dot_product_attention(*rows)[:, 0]              # (B, H*W, C)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
@@ -79,7 +79,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))     # one row below and one column right: exactly half the size
+        # One more row below and one more column at the right give exactly half the size.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -108,7 +109,8 @@ def run_level(level, h):
 
 
 def middle(channels):
-    return nn.ModuleList([ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels)])
+    first, last = ResnetBlock(channels, channels), ResnetBlock(channels, channels)
+    return nn.ModuleList([first, AttnBlock(channels), last])
 
 
 class Encoder(nn.Module):
@@ -178,15 +180,15 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
         nn.init.normal_(self.embedding.weight)       # any direction is as likely as any other
         # The last 65536 codes that training used.  A code that is not among them is dead, and
-        # whoever trains a tokenizer can restart it (`toy.py` does).
+        # whoever trains a tokenizer can restart it (the toy does).
         self.register_buffer("codebook_used", torch.zeros(65536))
 
     def codes(self):
-        """The codebook as it is used: (V, D), each row of length one."""
+        """The codebook as it is used: (V, C), each row of length one."""
         return F.normalize(self.embedding.weight, dim=-1)
 
     def nearest(self, z):
-        """z (..., D) of length one -> the nearest code's index (...).
+        """z (..., C) of length one -> the nearest code's index (...).
 
         On the unit sphere |z - e|^2 = 2 - 2 <z, e>, so the nearest code has the largest product."""
         return (z @ self.codes().T).argmax(dim=-1)
@@ -215,18 +217,20 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
 
     def features(self, images):
-        """The unit vectors that get quantised: (B, 3, H, W) in [-1, 1] -> (B, h*w, D).
+        """The unit vectors that get quantised: (B, 3, H, W) in [-1, 1] -> (B, h*w, C).
 
-        Raises ValueError if the images are not (B, 3, H, W) with H and W multiples of the downsampling factor."""
+        Raises ValueError if H or W is not a multiple of the downsampling factor."""
         f = self.downsample_factor
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of {f}, not {tuple(images.shape)}")
-        z = self.quant_conv(self.encoder(images))                    # (B, D, h, w)
-        return F.normalize(z.flatten(2).transpose(1, 2), dim=-1)     # (B, h*w, D)
+            raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of {f}, "
+                             f"not {tuple(images.shape)}")
+        z = self.quant_conv(self.encoder(images))                    # (B, C, h, w)
+        return F.normalize(z.flatten(2).transpose(1, 2), dim=-1)     # (B, h*w, C)
 
-    def paint(self, z, h, w):
-        """Codes (B, h*w, D) -> images (B, 3, h * f, w * f), nominally in [-1, 1]."""
-        z = z.transpose(1, 2).unflatten(2, (h, w)).contiguous()      # (B, D, h, w); with channels last, group norms are slow
+    def from_codes(self, z, h, w):
+        """Codes (B, h*w, C) -> images (B, 3, h * f, w * f), nominally in [-1, 1]."""
+        # Contiguous, for group norms are slow where channels come last in memory.
+        z = z.transpose(1, 2).unflatten(2, (h, w)).contiguous()      # (B, C, h, w)
         return self.decoder(self.post_quant_conv(z))
 
     def encode(self, images):
@@ -239,24 +243,26 @@ class VQModel(nn.Module):
         Raises ValueError if h*w is not a square number."""
         side = isqrt(tokens.shape[1])
         if side * side != tokens.shape[1]:
-            raise ValueError(f"tokens must fill a square grid, but there are {tokens.shape[1]} of them per image")
-        return self.paint(self.quantize.codes()[tokens], side, side)
+            raise ValueError("tokens must fill a square grid, but there are "
+                             f"{tokens.shape[1]} of them per image")
+        return self.from_codes(self.quantize.codes()[tokens], side, side)
 
-    def quantise(self, z, tokens=None, beta=0.25):
-        """Through the codebook, for training: features z (B, h*w, D) -> (codes (B, h*w, D), vq_loss).
+    def straight_through(self, z, tokens=None, beta=0.25):
+        """Straight-through estimator, for training: z (B, h*w, C) -> (codes (B, h*w, C), vq_loss).
 
-        The codes' gradient reaches z straight through the argmax, as if the code were the feature.
+        The value is the nearest code, the gradient that of z, as if there were no argmax (Bengio et
+        al. 2013).
         vq_loss is the scalar codebook loss plus beta times the commitment loss (van den Oord et al.
         2017, eq. 3): codes move towards the features that chose them, features stay close to the
         codes they chose.  tokens (B, h*w) overrule the features' choice."""
         tokens = self.quantize.nearest(z) if tokens is None else tokens
         self.quantize.remember(tokens)
-        code = self.quantize.codes()[tokens]                         # (B, h*w, D)
+        code = self.quantize.codes()[tokens]                         # (B, h*w, C)
         vq_loss = F.mse_loss(code, z.detach()) + beta * F.mse_loss(z, code.detach())
-        return z + (code - z).detach(), vq_loss                      # value: the code; gradient: the feature's
+        return z + (code - z).detach(), vq_loss
 
     def forward(self, images):
-        """One pass for training a tokenizer: images (B, 3, H, W) -> (reconstruction (B, 3, H, W), vq_loss)."""
-        code, vq_loss = self.quantise(self.features(images))
+        """One pass for training: images (B, 3, H, W) -> (reconstruction (B, 3, H, W), vq_loss)."""
+        code, vq_loss = self.straight_through(self.features(images))
         f = self.downsample_factor
-        return self.paint(code, images.shape[2] // f, images.shape[3] // f), vq_loss
+        return self.from_codes(code, images.shape[2] // f, images.shape[3] // f), vq_loss

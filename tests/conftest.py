@@ -31,7 +31,9 @@ def seeded():
 
 def tiny_model(model_type="c2i", **changes):
     """A random transformer of 4 x 4 tokens from 11 codes, its predictions far from uniform."""
-    config = dict(dim=16, n_layer=2, n_head=2, vocab_size=11, block_size=16, num_classes=5, multiple_of=8)
+    config = dict(
+        dim=16, n_layer=2, n_head=2, vocab_size=11, block_size=16, num_classes=5, multiple_of=8
+    )
     if model_type == "t2i":
         config |= dict(model_type="t2i", cls_token_num=4, caption_dim=6)
     model = Transformer(GPTConfig(**(config | changes)))
@@ -42,7 +44,7 @@ def tiny_model(model_type="c2i", **changes):
 
 
 def tiny_condition(model_type, rows=3):
-    """A condition and its mask for `tiny_model`.  The captions have 4, 2 and 1 words, padded on the left."""
+    """A condition and its mask for `tiny_model`.  The captions have 4, 2 and 1 words."""
     if model_type == "c2i":
         return torch.arange(rows), None
     words = torch.tensor([4, 2, 1])[torch.arange(rows) % 3]

@@ -1,4 +1,6 @@
-"""The benchmark: its yardsticks draw what `generate` draws, and its figures are there.  No time is asserted."""
+"""The benchmark: its yardsticks draw what `generate` draws, and its figures are there.
+
+No time is asserted."""
 
 import json
 import subprocess
@@ -11,60 +13,72 @@ import torch
 from conftest import tiny_model
 
 import argrpo
-from benchmarks import bench
+from benchmarks import bench, yardsticks
+from benchmarks.yardsticks import full_mask_sampler, uncached_sampler
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--device", "cpu", "--size", "toy", "--tokens", "16", "--prompts", "2", "--group", "2", "--repeats", "2"]
+QUICK = ["--device", "cpu", "--size", "toy", "--tokens", "16", "--prompts", "2", "--group", "2",
+         "--repeats", "2"]
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 def test_all_samplers_draw_the_same_greedy_tokens(cfg_scale):
     model, labels = tiny_model(), torch.arange(3)
-    expected, _ = argrpo.generate(model, labels, samples_per_prompt=2, cfg_scale=cfg_scale, greedy=True)
-    assert len(expected.unique(dim=0)) == 3 and len(expected.unique()) > 3       # the labels and the past matter
-    assert torch.equal(bench.full_mask_sampler(model, labels, 2, cfg_scale, greedy=True), expected)
-    assert torch.equal(bench.uncached_sampler(model, labels, 2, cfg_scale, greedy=True), expected)
+    expected, _ = argrpo.generate(model, labels, samples_per_prompt=2, cfg_scale=cfg_scale,
+                                  greedy=True)
+    assert len(expected.unique(dim=0)) == 3 and len(expected.unique()) > 3   # not all the same
+    for sampler in (full_mask_sampler, uncached_sampler):
+        assert torch.equal(sampler(model, labels, 2, cfg_scale, greedy=True), expected)
 
 
 def test_a_yardstick_that_draws_something_else_is_not_timed(monkeypatch):
-    zeros = torch.zeros(6, 36, dtype=torch.long)
-    monkeypatch.setattr(bench, "full_mask_sampler", lambda *args, **how: zeros)
+    def zeros(*args, **how):
+        return torch.zeros(6, 36, dtype=torch.long)
+    monkeypatch.setattr(yardsticks, "full_mask_sampler", zeros)
     with pytest.raises(RuntimeError, match="greedy tokens differ"):
         bench.main(QUICK)
 
 
 def test_yardsticks_follow_the_policy():
-    """First codes of 4000 images against the known probabilities: a frequency's standard error is at most 0.008,
-    so a false alarm, at five of them, is rarer than one in 100,000."""
+    """First codes of 4000 images against the known probabilities: a frequency's standard error is
+    at most 0.008, so a false alarm, at five of them, is rarer than one in 100,000."""
     model, label = tiny_model(block_size=1), torch.tensor([2])
+    nothing = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
-        p = argrpo.policy_logits(model, torch.zeros(1, 1, dtype=torch.long), label, cfg_scale=2.0).softmax(-1)[0, 0]
-    for sampler in (bench.full_mask_sampler, bench.uncached_sampler):
+        cond, null = (model(nothing, c) for c in (label, model.null_cond(label)))
+        p = (null + 2.0 * (cond - null)).softmax(-1)[0, 0]
+    for sampler in (full_mask_sampler, uncached_sampler):
         codes = sampler(model, label, 4000, 2.0)[:, 0]
         torch.testing.assert_close(codes.bincount(minlength=11) / 4000, p, rtol=0, atol=0.04)
 
 
 def test_bytes_that_a_rollout_reads_by_hand():
-    """16 channels, 2 layers of 4 * 16 * 16 + 3 * 16 * 48 weights and 2 norms, an output of 11 codes, 4 tokens, 3 rows.
-    The decoding steps see 2, 3 and 4 positions, with a key and a value in each layer.  2 bytes each."""
+    """16 channels, 2 layers of 4 * 16 * 16 + 3 * 16 * 48 weights and 2 norms, an output of 11
+    codes, 4 tokens, 3 rows.  The decoding steps see 2, 3 and 4 positions, with a key and a value in
+    each layer.  2 bytes each."""
     model = tiny_model(block_size=4).bfloat16()
     assert model.layers[0].feed_forward.w1.out_features == 48
     weights = 2 * (4 * 16 * 16 + 3 * 16 * 48 + 2 * 16) + 16 + 11 * 16
-    assert bench.rollout_bytes(model, rows=3) == 2 * (4 * weights + (2 + 3 + 4) * 3 * 2 * 2 * 16)
+    expected = 2 * (4 * weights + (2 + 3 + 4) * 3 * 2 * 2 * 16)
+    assert bench.rollout_bytes(model, rows=3) == expected
 
 
 def leaves(value):
-    return [leaf for part in value.values() for leaf in leaves(part)] if isinstance(value, dict) else [value]
+    if not isinstance(value, dict):
+        return [value]
+    return [leaf for part in value.values() for leaf in leaves(part)]
 
 
 def test_the_figures_are_there(tmp_path, capsys):
     out = tmp_path / "new" / "bench.json"
     bench.main(QUICK + ["--cfg-scale", "2", "--uncached-positions", "3", "--out", str(out)])
     result, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert set(result) == {"options", "machine", "parameters", "rollout", "ratio", "step", "step_peak_gb", "bandwidth"}
+    assert set(result) == {"options", "machine", "parameters", "rollout", "ratio", "step",
+                           "step_peak_gb", "bandwidth"}
     assert {"torch", "device", "threads"} <= set(result["machine"])
-    assert result["options"] == vars(replace(bench.Options(), **result["options"]))           # all of them
-    assert result["options"]["uncached_positions"] == 3 and result["options"]["device"] == "cpu"
+    options = result["options"]
+    assert options == vars(replace(bench.Options(), **options))              # all of them
+    assert options["uncached_positions"] == 3 and options["device"] == "cpu"
     assert list(result["rollout"]) == ["generate", "full_mask", "uncached"]
     for figures in result["rollout"].values():
         assert set(figures) == {"seconds", "seconds_min", "tokens_per_s", "images_per_s", "peak_gb"}
@@ -74,13 +88,22 @@ def test_the_figures_are_there(tmp_path, capsys):
     assert set(result["ratio"]) == {"full_mask", "uncached"}
     assert set(result["bandwidth"]) == {"rollout_gb", "copy_gb_per_s", "share"}
     assert list(result["step"]) == ["rollout", "decode", "reward", "reference", "update", "step"]
-    numbers = leaves({name: part for name, part in result.items() if name not in ("machine", "options")})
-    assert len(numbers) == 1 + 3 * 5 + 2 * 2 + 6 * 3 + 1 + 3 and all(number > 0 for number in numbers)
+    numbers = leaves({name: part for name, part in result.items()
+                      if name not in ("machine", "options")})
+    assert len(numbers) == 1 + 3 * 5 + 2 * 2 + 6 * 3 + 1 + 3
+    assert all(number > 0 for number in numbers)
     assert "x full_mask" in text and "3 evenly spread positions, times 16" in text
 
 
+def test_the_parts_of_a_step_add_up():
+    result = bench.main(QUICK + ["--skip-uncached", "--repeats", "1"])       # one round: no medians
+    seconds = {part: figures["seconds"] for part, figures in result["step"].items()}
+    assert seconds.pop("step") == pytest.approx(sum(seconds.values()), rel=1e-6)
+
+
 def test_parts_can_be_left_out():
-    result = bench.main(QUICK + ["--group", "1", "--skip-uncached", "--skip-step", "--repeats", "1"])
+    skip = ["--skip-uncached", "--skip-step"]
+    result = bench.main(QUICK + ["--group", "1", "--repeats", "1", *skip])
     assert list(result["rollout"]) == ["generate", "full_mask"] and "step" not in result
 
 

@@ -1,4 +1,4 @@
-"""Captions: reading files of them, composing and understanding them, and encoding them as LlamaGen's training did."""
+"""Captions: reading files, composing and understanding, encoding as LlamaGen's training did."""
 
 import json
 
@@ -6,10 +6,15 @@ import pytest
 import torch
 from conftest import tiny_model
 
-import captions
 from argrpo import token_logp
-from captions import T5Captions, clean, compose, read_captions, requirements
-
+from harness.captions import (
+    T5Captions,
+    clean,
+    coco_objects,
+    compose,
+    read_captions,
+    requirements,
+)
 
 # --- reading ---------------------------------------------------------------------------------
 
@@ -28,8 +33,10 @@ FILES = {
     "list.json": json.dumps(["A red bird", "two dogs"]),
     "records.json": json.dumps([{"caption": "A red bird"}, {"caption": "Two dogs", "id": 3}]),
     "records.jsonl": '{"prompt": "A red bird", "tag": "colors"}\n\n{"text": "two dogs"}\n',
-    "geneval.jsonl": '{"tag": "colors", "include": [{"class": "bird", "count": 1, "color": "red"}], "prompt": "a red bird"}\n'
-                     '{"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}\n',
+    "geneval.jsonl":
+        '{"tag": "colors", "include": [{"class": "bird", "count": 1, "color": "red"}], '
+        '"prompt": "a red bird"}\n'
+        '{"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}\n',
     "byte order mark.txt": "\ufeffa red bird\ntwo dogs",
 }
 
@@ -43,9 +50,11 @@ def test_every_kind_of_file(name, content, tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("empty.txt", b"\n  \n", "holds no captions"),
     ("empty.json", b"[]", "holds no captions"),
-    ("latin.txt", "ein Vogel\nein roter V\u00f6gel".encode("latin-1"), r"latin.txt, line 2: byte 0xf6 is not UTF-8"),
+    ("latin.txt", "ein Vogel\nein roter V\u00f6gel".encode("latin-1"),
+     r"latin.txt, line 2: byte 0xf6 is not UTF-8"),
     ("broken.json", b"[1, 2", "broken.json is not JSON"),
-    ("other.jsonl", b'{"prompt": "a"}\n{"title": "b"}', r"other.jsonl, record 2: no caption there, nor under caption, prompt, text"),
+    ("other.jsonl", b'{"prompt": "a"}\n{"title": "b"}',
+     r"other.jsonl, record 2: no caption there, nor under caption, prompt, text"),
     ("numbers.json", b"[1]", "record 1: no caption there"),
 ])
 def test_files_that_hold_no_captions(name, content, message, tmp_path):
@@ -63,30 +72,40 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_what_is_composed_is_understood():
     composed = compose(600)
-    assert len(set(composed)) == 600 and composed == compose(600) and composed != compose(600, seed=1)
+    assert len(set(composed)) == 600
+    assert composed == compose(600) and composed != compose(600, seed=1)
     wanted = [requirements(caption) for caption in composed]
-    assert all(demand["class"] in captions.coco_objects() for demands in wanted for demand in demands)
-    kinds = [(len(w), w[0]["count"] > 1, "color" in w[0], "position" in w[-1]) for w in wanted]
-    # One object, counted, coloured, two, placed, two colours: two-object templates are rarely exhausted, the others can be.
-    for kind in [(1, False, False, False), (1, True, False, False), (1, False, True, False), (2, False, False, False),
-                 (2, False, False, True), (2, False, True, False)]:
+    kinds = []                                   # objects, counted, coloured, placed
+    for demands in wanted:
+        assert all(demand["class"] in coco_objects() for demand in demands)
+        first, last = demands[0], demands[-1]
+        kinds.append((len(demands), first["count"] > 1, "color" in first, "position" in last))
+    # Templates of one object can be exhausted: they may come up less often.
+    for kind in [
+        (1, False, False, False), (1, True, False, False), (1, False, True, False),
+        (2, False, False, False), (2, False, False, True), (2, False, True, False),
+    ]:
         assert kinds.count(kind) >= 40, kind
 
 
 @pytest.mark.parametrize("caption, wanted", [
     ("a photo of a dog", [{"class": "dog", "count": 1}]),
     ("a photo of four knives", [{"class": "knife", "count": 4}]),
-    ("a photo of an orange traffic light", [{"class": "traffic light", "count": 1, "color": "orange"}]),
+    ("a photo of an orange traffic light",
+     [{"class": "traffic light", "count": 1, "color": "orange"}]),
     ("a photo of an orange", [{"class": "orange", "count": 1}]),
-    ("a photo of a computer mouse and two benches", [{"class": "mouse", "count": 1}, {"class": "bench", "count": 2}]),
+    ("a photo of a computer mouse and two benches",
+     [{"class": "mouse", "count": 1}, {"class": "bench", "count": 2}]),
     ("A photo of a red bus above a TV remote",
-     [{"class": "remote", "count": 1}, {"class": "bus", "count": 1, "color": "red", "position": ["above", 0]}]),
+     [{"class": "remote", "count": 1},
+      {"class": "bus", "count": 1, "color": "red", "position": ["above", 0]}]),
 ])
 def test_requirements_by_hand(caption, wanted):
     assert requirements(caption) == wanted
 
 
-@pytest.mark.parametrize("caption", ["a photo of a unicorn", "a photo of five dogs", "a dog near a cat", ""])
+@pytest.mark.parametrize("caption", [
+    "a photo of a unicorn", "a photo of five dogs", "a dog near a cat", ""])
 def test_captions_that_are_no_composition(caption):
     with pytest.raises(ValueError, match="as a composition"):
         requirements(caption)
@@ -96,19 +115,24 @@ def test_captions_that_are_no_composition(caption):
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
-    """A folder like google/flan-t5-xl's, with a random T5 of one layer, 6 numbers a word, and a few words."""
+    """A folder like google/flan-t5-xl's: a random T5 of one layer, 6 numbers a word, few words."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "bird", "two", "dogs", "photo", "of"])}
-    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "bird", "two", "dogs", "photo", "of"]
+    numbered = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(numbered, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
     folder = tmp_path_factory.mktemp("t5")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=10, d_model=6, d_kv=3, d_ff=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")).save_pretrained(folder)
+    config = transformers.T5Config(
+        vocab_size=len(words), d_model=6, d_kv=3, d_ff=8, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu")
+    transformers.T5EncoderModel(config).save_pretrained(folder)
     return folder
 
 
@@ -120,7 +144,7 @@ def test_captions_are_padded_on_the_left_with_zeros(t5_folder):
     prompts = T5Captions(str(t5_folder), length=LENGTH)(CAPTIONS)
     texts, cond, mask = prompts.pick(torch.tensor([1, 2]), torch.device("cpu"))
     assert texts == ["two dogs", "a photo of a red bird"] and cond.shape == (2, LENGTH, 6)
-    assert mask.sum(dim=1).tolist() == [3, 7]                            # the words and T5's end mark
+    assert mask.sum(dim=1).tolist() == [3, 7]              # the words and T5's end mark
     assert mask[0].tolist() == [False] * 5 + [True] * 3
     assert (cond[~mask] == 0).all() and (cond[mask] != 0).any(dim=-1).all()
 
@@ -130,14 +154,19 @@ def test_features_are_those_of_the_caption_alone(t5_folder):
     encode = T5Captions(str(t5_folder), length=LENGTH, batch=3)
     prompts = encode(CAPTIONS)
     for i, caption in enumerate(CAPTIONS):
+        input_ids = encode.tokenizer(caption, return_tensors="pt").input_ids
         with torch.no_grad():
-            alone = encode.model(input_ids=encode.tokenizer(caption, return_tensors="pt").input_ids).last_hidden_state[0]
-        torch.testing.assert_close(prompts.pick(torch.tensor([i]), torch.device("cpu"))[1][0, -len(alone):], alone)
+            alone = encode.model(input_ids=input_ids).last_hidden_state[0]
+        _, cond, _ = prompts.pick(torch.tensor([i]), torch.device("cpu"))
+        torch.testing.assert_close(cond[0, -len(alone):], alone)
 
 
 def test_each_distinct_caption_is_encoded_once(t5_folder):
     encode, seen = T5Captions(str(t5_folder), length=LENGTH, batch=2), []
-    encode.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+
+    def count(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+    encode.model.register_forward_pre_hook(count, with_kwargs=True)
     encode(CAPTIONS * 5)
     encode(["two dogs", "a dog"])
     assert seen == [2, 1, 1]
@@ -166,5 +195,6 @@ def test_a_missing_t5_is_a_clear_error(monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no network")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match="https://huggingface.co/google/flan-t5-xl .*--t5 PATH"):
+    message = "https://huggingface.co/google/flan-t5-xl .*--t5 PATH"
+    with pytest.raises(FileNotFoundError, match=message):
         T5Captions()

@@ -1,4 +1,6 @@
-"""What goes wrong in long runs, done on purpose: kills, full disks, damaged files, bad numbers, dying processes."""
+"""What goes wrong in long runs, done on purpose.
+
+Kills, full disks, damaged files, bad numbers, dying processes."""
 
 import json
 import math
@@ -15,18 +17,22 @@ import torch
 from conftest import tiny_model
 
 import argrpo
-import experiment
 import toy
 import train_c2i
+from harness.checkpoints import load_checkpoint, save_checkpoint, write_atomically, write_count
+from harness.models import check_models
+from harness.speed import frozen_copy
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--preset", "toy", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "8", "--save-every", "2"]
+QUICK = ["--preset", "toy", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "8",
+         "--save-every", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
 def start(*options, program=(sys.executable,), **how):
-    return subprocess.Popen([*program, str(ROOT / "train_c2i.py"), *map(str, options)], env=ENVIRONMENT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    command = [*program, str(ROOT / "train_c2i.py"), *map(str, options)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **how)
 
 
 def finish(process, timeout=120):
@@ -35,8 +41,8 @@ def finish(process, timeout=120):
 
 
 def read_metrics(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if "seconds" not in name} for line in lines]
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in m.items() if "seconds" not in name} for m in steps]
 
 
 def weights(out):
@@ -51,7 +57,7 @@ def assert_same_run(a, b):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A run of 12 steps that nothing ever happened to, in a process like those of the other tests."""
+    """A run of 12 steps that nothing ever happened to, in a process like the other tests'."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert finish(start(*QUICK, "--steps", 12, "--out", out))[0] == 0
     return out
@@ -59,19 +65,26 @@ def whole_run(tmp_path_factory):
 
 # --- kills -----------------------------------------------------------------------------------
 
-def soak(out, whole, steps, kills, seed, options=()):
-    """Kills a run at random moments, with signals of all kinds, and resumes it; how often it was hit.
+def start_or_resume(out, steps, options):
+    if (out / "config.json").exists():
+        return start("--resume", out)
+    return start(*QUICK, *options, "--steps", steps, "--out", out)
 
-    The moments are spread over everything that a run does: start, evaluation, steps, checkpoints, pictures."""
+
+def soak(out, whole, steps, kills, seed, options=()):
+    """Kills a run at random moments, with signals of all kinds, and resumes it: how often it was
+    hit.
+
+    The moments are spread over everything that a run does: start, evaluation, steps, checkpoints,
+    pictures."""
+    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
     rng, hit = random.Random(seed), 0
     for _ in range(kills):
-        arguments = ("--resume", out) if (out / "config.json").exists() else (*QUICK, *options, "--steps", steps, "--out", out)
-        process = start(*arguments)
+        process = start_or_resume(out, steps, options)
         time.sleep(rng.uniform(2, 6))
-        process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        process.send_signal(rng.choice(signals))
         hit += finish(process)[0] != 0
-    arguments = ("--resume", out) if (out / "config.json").exists() else (*QUICK, *options, "--steps", steps, "--out", out)
-    status, _, errors = finish(start(*arguments), timeout=600)
+    status, _, errors = finish(start_or_resume(out, steps, options), timeout=600)
     assert status == 0, errors
     assert_same_run(out, whole)
     return hit
@@ -79,7 +92,9 @@ def soak(out, whole, steps, kills, seed, options=()):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_path):
-    """A soak of a minute, with what rehearsal remembers; `python tests/test_faults.py MINUTES` makes it as long as you like."""
+    """A soak of a minute, with what rehearsal remembers.
+
+    `python tests/test_faults.py MINUTES` makes it as long as you like."""
     diverse = ("--recipe", "diverse")
     assert finish(start(*QUICK, *diverse, "--steps", 50, "--out", tmp_path / "whole"))[0] == 0
     assert soak(tmp_path / "run", tmp_path / "whole", 50, kills=5, seed=0, options=diverse) > 0
@@ -109,7 +124,8 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path, whole_run):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     status, _, errors = finish(process)
-    assert status == 128 + signal.SIGTERM and f"continue with: python train_c2i.py --resume {out}" in errors
+    assert status == 128 + signal.SIGTERM
+    assert f"continue with: python train_c2i.py --resume {out}" in errors
     assert finish(start("--resume", out))[0] == 0
     assert_same_run(out, whole_run)
 
@@ -134,7 +150,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, whole_run):
     finish(process)
     good = (out / "last.pt").read_bytes()
     status, _, errors = finish(start("--resume", out, preexec_fn=small_files_only))
-    assert status == 1 and f"cannot write {out}/new.pt" in errors and "Traceback" not in errors
+    assert status == 1 and "Traceback" not in errors
+    assert f"cannot write {out}/new.pt" in errors
     assert (out / "last.pt").read_bytes() == good and not list(out.glob("*.tmp"))
     assert finish(start("--resume", out))[0] == 0                        # once there is room again
     assert_same_run(out, whole_run)
@@ -145,13 +162,27 @@ def test_a_truncated_checkpoint_is_named_with_the_last_good_one(keep, tmp_path):
     model = tiny_model()
     optimizer = argrpo.make_optimizer(model, argrpo.GRPOConfig())
     for step in (2, 4):
-        experiment.save_checkpoint(tmp_path / "last.pt", step, model, optimizer)
-    data = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.pt").write_bytes(data[:int(keep * len(data))])
-    with pytest.raises(OSError, match=f"{tmp_path}/last.pt is damaged.*the one before it is {tmp_path}/previous.pt"):
-        experiment.load_checkpoint(tmp_path / "last.pt", model, optimizer)
-    os.replace(tmp_path / "previous.pt", tmp_path / "last.pt")
-    assert experiment.load_checkpoint(tmp_path / "last.pt", model, optimizer) == 2
+        save_checkpoint(tmp_path / "last.pt", step, model, optimizer)
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    data = last.read_bytes()
+    last.write_bytes(data[:int(keep * len(data))])
+    with pytest.raises(OSError, match=f"{last} is damaged.*the one before it is {previous}"):
+        load_checkpoint(last, model, optimizer)
+    os.replace(previous, last)
+    assert load_checkpoint(last, model, optimizer) == 2
+
+
+def test_a_failing_write_keeps_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    write_atomically(path, lambda file: file.write(b"good"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"good"
 
 
 def test_resuming_from_a_damaged_checkpoint_changes_nothing(tmp_path, capsys):
@@ -169,7 +200,8 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
         train_c2i.main([*QUICK, "--out", str(tmp_path / "file" / "run")])
-    assert stop.value.code == 2 and f"cannot write into {tmp_path}/file" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"cannot write into {tmp_path}/file" in capsys.readouterr().err
 
 
 # --- bad numbers -----------------------------------------------------------------------------
@@ -194,48 +226,50 @@ def test_a_bad_reward_stops_the_run_after_saving(value, tmp_path, monkeypatch):
     file.write_text(SPOILED)
     options = [*QUICK, "--steps", 6, "--save-every", 1000, "--reward", f"{file}:light"]
     assert finish(start(*options, "--out", tmp_path / "whole"))[0] == 0
-    monkeypatch.setitem(ENVIRONMENT, "SPOIL_CALL", "5")                  # one call before training, so this is step 3
+    monkeypatch.setitem(ENVIRONMENT, "SPOIL_CALL", "5")  # one call before training, so step 3
     monkeypatch.setitem(ENVIRONMENT, "SPOIL_WITH", value)
     status, _, errors = finish(start(*options, "--out", tmp_path / "run"))
     assert status == 1 and f"reward 'light' gave {value} to image 1, prompt '" in errors
     assert "stopped in step 3 of 6, saved up to there" in errors and "Traceback" not in errors
     monkeypatch.delitem(ENVIRONMENT, "SPOIL_CALL")
-    assert finish(start("--resume", tmp_path / "run"))[0] == 0           # the reward is repaired: nothing was lost
+    assert finish(start("--resume", tmp_path / "run"))[0] == 0   # the reward is repaired again
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+FAILS = """
+calls = 0
+def fails(images, prompts):
+    global calls
+    calls += 1
+    return images[:, 0, 0, 0] if calls < 4 else images.no_such_thing
+"""
 
 
 @pytest.mark.slow
 def test_an_error_in_the_users_reward_keeps_its_traceback(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("calls = []\ndef fails(images, prompts):\n    calls.append(0)\n    return images[:, 0, 0, 0] / (len(calls) < 4 and 1)\n"
-                    .replace("(len(calls) < 4 and 1)", "(1 if len(calls) < 4 else images.no_such_thing)"))
-    status, _, errors = finish(start(*QUICK, "--steps", 6, "--reward", f"{file}:fails", "--out", tmp_path / "run"))
-    assert status == 1 and "Traceback" in errors and "mine.py" in errors and "stopped in step 2 of 6, saved up to there" in errors
+    file.write_text(FAILS)
+    options = (*QUICK, "--steps", 6, "--reward", f"{file}:fails", "--out", tmp_path / "run")
+    status, _, errors = finish(start(*options))
+    assert status == 1 and "Traceback" in errors and "mine.py" in errors
+    assert "stopped in step 2 of 6, saved up to there" in errors
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
 
 
-def test_numbers_that_are_not_finite_are_named():
-    texts = ["a cat", "a dog", "a dog", "a cow"]
-    argrpo.check_finite(3, texts, reward=torch.zeros(4), log_probabilities=torch.zeros(4, 16))
-    logp = torch.zeros(4, 16)
-    logp[1, 5], logp[2, 3] = -math.inf, math.nan
-    with pytest.raises(FloatingPointError, match="step 3: log probabilities not finite for 2 of 4 images, of the prompts 'a dog'$"):
-        argrpo.check_finite(3, texts, reward=torch.zeros(4), log_probabilities=logp)
-
-
 def test_a_model_that_overflows_stops_before_its_update(tmp_path, monkeypatch, capsys):
-    """The weights are made infinite during step 2; steps 0 and 1 are saved."""
-    honest, calls = argrpo.logp_and_entropy, []
+    """The log-probs of step 2 are made infinite; steps 0 and 1 are saved."""
+    honest, calls = argrpo.token_logp, []
 
-    def overflowing(*args):
-        logp, entropy = honest(*args)
-        calls.append(0)
-        return (logp - math.inf if len(calls) == 6 else logp), entropy     # a reference and a policy pass in each step
-    monkeypatch.setattr(argrpo, "logp_and_entropy", overflowing)
+    def overflowing(*args, **how):
+        logp, entropy = honest(*args, **how)
+        calls.append(0)                  # the reference's pass and the policy's in each step
+        return (logp - math.inf if len(calls) == 6 else logp), entropy
+    monkeypatch.setattr(argrpo, "token_logp", overflowing)
     with pytest.raises(SystemExit) as stop:
-        train_c2i.main([*QUICK, "--steps", "6", "--save-every", "1000", "--out", str(tmp_path / "run")])
+        train_c2i.main([*QUICK, "--steps", "6", "--save-every", "1000",
+                        "--out", str(tmp_path / "run")])
     errors = capsys.readouterr().err
-    assert stop.value.code == 1 and "step 2: log probabilities not finite for 8 of 8 images, of the prompts '" in errors
+    assert stop.value.code == 1 and "error: step 2: the gradient's norm is nan" in errors
     assert "stopped in step 2 of 6, saved up to there" in errors
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
 
@@ -243,12 +277,12 @@ def test_a_model_that_overflows_stops_before_its_update(tmp_path, monkeypatch, c
 def test_every_write_to_the_training_state_is_noticed():
     model = tiny_model()
     optimizer = argrpo.make_optimizer(model, argrpo.GRPOConfig())
-    counts = [experiment.write_count(model, optimizer)]
+    counts = [write_count(model, optimizer)]
     for _ in range(2):
         model(torch.zeros(1, 16, dtype=torch.long), torch.tensor([0])).sum().backward()
-        assert experiment.write_count(model, optimizer) == counts[-1]    # gradients are no state
+        assert write_count(model, optimizer) == counts[-1]       # gradients are no state
         optimizer.step()
-        counts.append(experiment.write_count(model, optimizer))
+        counts.append(write_count(model, optimizer))
     assert counts[0] < counts[1] < counts[2]
 
 
@@ -256,16 +290,18 @@ def test_every_write_to_the_training_state_is_noticed():
 
 def test_tokenizer_and_transformer_must_share_the_codebook():
     model, vq = toy.load("c2i")
-    experiment.check_models(model, vq)
+    check_models(model, vq)
     with pytest.raises(ValueError, match="11 codes in one, 128 in the other"):
-        experiment.check_models(tiny_model(), vq)
+        check_models(tiny_model(), vq)
 
 
 def test_processes_must_share_the_prompts_equally(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit) as stop:
         train_c2i.main([*QUICK, "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2 and "prompts_per_step 2 cannot be shared equally by 3 processes" in capsys.readouterr().err
+    assert stop.value.code == 2
+    message = "prompts_per_step 2 cannot be shared equally by 3 processes"
+    assert message in capsys.readouterr().err
 
 
 # --- several processes -----------------------------------------------------------------------
@@ -280,22 +316,34 @@ def test_two_processes_are_one_with_two_micro_batches(tmp_path):
     assert finish(start(*options, "--out", tmp_path / "one"))[0] == 0
     status, output, errors = finish(start(*options, "--out", tmp_path / "two", program=TORCHRUN))
     assert status == 0, errors
-    assert output.count("before:") == 2 and "on cpu and 1 more" in output            # one process speaks
+    assert output.count("before:") == 2 and "on cpu and 1 more" in output    # one process speaks
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert len(one) == len(two) == 4
-    for a, b in zip(one, two):
-        assert {name: a[name] for name in b} == pytest.approx(b, rel=1e-3, abs=1e-4)        # one alone also measures D
-    for name, tensor in weights(tmp_path / "one").items():
-        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-4)
+    for a, b in zip(one, two):                           # one process alone also measures D
+        assert {name: a[name] for name in b} == pytest.approx(b, rel=1e-3, abs=1e-4)
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
     assert finish(start("--resume", tmp_path / "two", "--steps", 6, program=TORCHRUN))[0] == 0
     assert len(read_metrics(tmp_path / "two")) == 6
+
+
+DIES = """
+import os
+calls = 0
+def dies(images, prompts):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == 2:
+        os._exit(7)
+    return images.mean(dim=(1, 2, 3))
+"""
 
 
 @pytest.mark.slow
 def test_a_dying_process_ends_the_run(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("import os\ncalls = []\ndef dies(images, prompts):\n    calls.append(0)\n"
-                    "    if os.environ['RANK'] == '1' and len(calls) == 2:\n        os._exit(7)\n    return images.mean(dim=(1, 2, 3))\n")
+    file.write_text(DIES)
     options = (*QUICK, "--steps", 50, "--reward", f"{file}:dies", "--out", tmp_path / "run")
     status, _, errors = finish(start(*options, program=TORCHRUN), timeout=90)
     assert status != 0 and "exitcode  : 7" in errors
@@ -315,7 +363,8 @@ def test_memory_does_not_grow(tmp_path):
     model, vq = toy.load("c2i")
     config = argrpo.GRPOConfig(steps=500, prompts_per_step=2, group_size=4)
     prompts = argrpo.Prompts(toy.CLASSES, torch.arange(27))
-    for _ in argrpo.train(model, argrpo.frozen_copy(model), vq, prompts, resident, config, argrpo.make_optimizer(model, config)):
+    for _ in argrpo.train(model, frozen_copy(model), vq, prompts, resident, config,
+                          argrpo.make_optimizer(model, config)):
         pass
     assert len(sizes) == 500 and max(sizes[100:]) < 1.05 * sizes[100]
 
@@ -327,7 +376,8 @@ if __name__ == "__main__":
         steps, began, hits, rounds = 100, time.time(), 0, 0
         assert finish(start(*QUICK, "--steps", steps, "--out", Path(folder) / "whole"))[0] == 0
         while time.time() - began < 60 * minutes:
-            hits += soak(Path(folder) / f"run{rounds}", Path(folder) / "whole", steps, kills=8, seed=rounds)
+            hits += soak(Path(folder) / f"run{rounds}", Path(folder) / "whole", steps, kills=8,
+                         seed=rounds)
             rounds += 1
-        print(f"{rounds} runs of {steps} steps, hit {hits} times in {(time.time() - began) / 60:.1f} minutes: "
-              "all ended as the one that was left alone")
+        print(f"{rounds} runs of {steps} steps, hit {hits} times in "
+              f"{(time.time() - began) / 60:.1f} minutes: all ended as the one that was left alone")

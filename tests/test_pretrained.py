@@ -1,4 +1,4 @@
-"""The published models: every format of their files, strict loading, finding them, and ImageNet's names."""
+"""The published models: every format, strict loading, finding them, and ImageNet's names."""
 
 import argparse
 import json
@@ -10,14 +10,17 @@ from conftest import tiny_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-import experiment
 import pretrained
-from argrpo import Transformer, load_weights
+from argrpo import Transformer
+from harness.models import choose_classes
+from pretrained import load_weights
 from vqgan import VQConfig, VQModel
 
 
 def tiny_vq():
-    return VQModel(VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5, codebook_embed_dim=4))
+    return VQModel(
+        VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5, codebook_embed_dim=4)
+    )
 
 
 MODELS = {"transformer": tiny_model, "tokenizer": tiny_vq}
@@ -40,11 +43,14 @@ def assert_same(module, weights):
 # Formats.  Each writes `weights` into a folder and returns the path to load.
 # ---------------------------------------------------------------------------------------------
 
+
 def pt(wrap, name="model.pt", **options):
     """The format of one file that holds wrap(weights)."""
+
     def write(weights, folder):
         torch.save(wrap(weights), folder / name, **options)
         return folder / name
+
     return write
 
 
@@ -58,16 +64,20 @@ def one_file_folder(weights, folder):
 
 
 def shards(save, stem, ending):
-    """The format of a Hugging Face folder that splits the weights in three, with the index that says where each is."""
+    """A Hugging Face folder that splits the weights in three, with the index of them."""
+
     def write(weights, folder):
         names, index = list(weights), {}
         for k in range(3):
             file = f"{stem}-0000{k + 1}-of-00003.{ending}"
             save({name: weights[name] for name in names[k::3]}, folder / file)
             index |= dict.fromkeys(names[k::3], file)
-        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / f"{stem}.{ending}.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index})
+        )
         (folder / "config.json").write_text("{}")
         return folder
+
     return write
 
 
@@ -76,10 +86,18 @@ FORMATS = {
     "model": pt(lambda weights: {"model": weights}),
     "module": pt(lambda weights: {"module": weights}),
     "state_dict": pt(lambda weights: {"state_dict": weights}),
-    "training": pt(lambda weights: {"model": weights, "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": []},
-                                    "steps": 300000, "args": argparse.Namespace(gpt_model="GPT-B", lr=1e-4, resume=None)}),
+    "training": pt(
+        lambda weights: {
+            "model": weights,
+            "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": []},
+            "steps": 300000,
+            "args": argparse.Namespace(gpt_model="GPT-B", lr=1e-4, resume=None),
+        }
+    ),
     "freqs_cis": pt(lambda weights: {"model": weights | {"freqs_cis": torch.zeros(17, 4, 2)}}),
-    "before torch 1.6": pt(lambda weights: weights, "model.pth", _use_new_zipfile_serialization=False),
+    "before torch 1.6": pt(
+        lambda weights: weights, "model.pth", _use_new_zipfile_serialization=False
+    ),
     "safetensors": safetensors_file,
     "folder": one_file_folder,
     "safetensors shards": shards(save_file, "model", "safetensors"),
@@ -96,11 +114,18 @@ def test_every_format_gives_the_same_weights(make, write, tmp_path):
     assert_same(module, weights)
 
 
-@pytest.mark.parametrize("write", [one_file_folder, FORMATS["safetensors shards"], FORMATS["bin shards"]],
-                         ids=["folder", "safetensors shards", "bin shards"])
+@pytest.mark.parametrize(
+    "write",
+    [one_file_folder, FORMATS["safetensors shards"], FORMATS["bin shards"]],
+    ids=["folder", "safetensors shards", "bin shards"],
+)
 def test_a_folder_of_both_models_loads_into_each(write, tmp_path):
     gpt, vq = weights_of(tiny_model()), weights_of(tiny_vq())
-    folder = write({f"gpt_model.{name}": w for name, w in gpt.items()} | {f"vq_model.{name}": w for name, w in vq.items()}, tmp_path)
+    folder = write(
+        {f"gpt_model.{name}": w for name, w in gpt.items()}
+        | {f"vq_model.{name}": w for name, w in vq.items()},
+        tmp_path,
+    )
     assert_same(load_weights(tiny_model(), folder), gpt)
     assert_same(load_weights(tiny_vq(), folder), vq)
 
@@ -110,12 +135,16 @@ def test_a_folder_of_both_models_loads_into_each(write, tmp_path):
 @pytest.mark.parametrize("write", [FORMATS["model"], safetensors_file], ids=["pt", "safetensors"])
 def test_half_precision_is_widened(make, dtype, write, tmp_path):
     halves = {name: w.to(dtype) for name, w in weights_of(make()).items()}
-    assert_same(load_weights(make(), write(halves, tmp_path)), {name: w.float() for name, w in halves.items()})
+    assert_same(
+        load_weights(make(), write(halves, tmp_path)),
+        {name: w.float() for name, w in halves.items()},
+    )
 
 
 # ---------------------------------------------------------------------------------------------
 # Strictness.  norm.weight is a vector of 16.
 # ---------------------------------------------------------------------------------------------
+
 
 def failure(weights, folder):
     """What load_weights says of these weights."""
@@ -127,7 +156,10 @@ def failure(weights, folder):
 def test_a_missing_parameter_is_named(tmp_path):
     weights = weights_of(tiny_model())
     del weights["norm.weight"]
-    assert failure(weights, tmp_path) == f"{tmp_path}/model.pt does not fit this Transformer: norm.weight is missing"
+    assert (
+        failure(weights, tmp_path)
+        == f"{tmp_path}/model.pt does not fit this Transformer: norm.weight is missing"
+    )
 
 
 def test_an_unexpected_parameter_is_named(tmp_path):
@@ -142,12 +174,17 @@ def test_both_shapes_of_a_wrong_parameter_are_named(tmp_path):
 
 def test_the_first_few_of_many_problems_are_named_and_the_rest_counted(tmp_path):
     weights = weights_of(tiny_model()) | {f"extra.{k}": torch.zeros(1) for k in range(10)}
-    assert failure(weights, tmp_path).endswith(": extra.0 is unexpected; extra.1 is unexpected; extra.2 is unexpected; "
-                                               "extra.3 is unexpected and 6 more")
+    assert failure(weights, tmp_path).endswith(
+        ": extra.0 is unexpected; extra.1 is unexpected; extra.2 is unexpected; "
+        "extra.3 is unexpected and 6 more"
+    )
 
 
-@pytest.mark.parametrize("change", [{"norm.weight": torch.zeros(2, 8)}, {"extra": torch.zeros(1)}, {"norm.weight": None}],
-                         ids=["shape", "unexpected", "missing"])
+@pytest.mark.parametrize(
+    "change",
+    [{"norm.weight": torch.zeros(2, 8)}, {"extra": torch.zeros(1)}, {"norm.weight": None}],
+    ids=["shape", "unexpected", "missing"],
+)
 def test_a_failed_load_changes_nothing(change, tmp_path):
     module, before = tiny_model(), None
     before = weights_of(module)
@@ -157,13 +194,16 @@ def test_a_failed_load_changes_nothing(change, tmp_path):
 
 
 def test_the_other_kind_of_model_does_not_fit(tmp_path):
-    with pytest.raises(ValueError, match="does not fit this VQModel: encoder.conv_in.weight is missing; .* more"):
+    with pytest.raises(
+        ValueError, match="does not fit this VQModel: encoder.conv_in.weight is missing; .* more"
+    ):
         load_weights(tiny_vq(), FORMATS["model"](weights_of(tiny_model()), tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------
 # Files that are no checkpoint
 # ---------------------------------------------------------------------------------------------
+
 
 class Hostile:
     """Creates a file when it is unpickled by a trusting reader."""
@@ -175,10 +215,16 @@ class Hostile:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("hide", [lambda hostile: hostile, lambda hostile: {"model": weights_of(tiny_model()), "args": hostile},
-                                  lambda hostile: {"model": {"norm.weight": hostile}},
-                                  lambda hostile: {"model": {}, "args": argparse.Namespace(lr=hostile)}],
-                         ids=["the file", "beside the weights", "as a weight", "in the options"])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda hostile: hostile,
+        lambda hostile: {"model": weights_of(tiny_model()), "args": hostile},
+        lambda hostile: {"model": {"norm.weight": hostile}},
+        lambda hostile: {"model": {}, "args": argparse.Namespace(lr=hostile)},
+    ],
+    ids=["the file", "beside the weights", "as a weight", "in the options"],
+)
 @pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])
 def test_a_checkpoint_cannot_run_code(hide, name, tmp_path):
     created = tmp_path / "created"
@@ -186,15 +232,19 @@ def test_a_checkpoint_cannot_run_code(hide, name, tmp_path):
     with pytest.raises(ValueError, match=name):
         load_weights(tiny_model(), tmp_path / name if name == "model.pt" else tmp_path)
     assert not created.exists()
-    torch.load(tmp_path / name, weights_only=False)                  # it was dangerous indeed
+    torch.load(tmp_path / name, weights_only=False)  # it was dangerous indeed
     assert created.exists()
 
 
-@pytest.mark.parametrize("write", [FORMATS["model"], FORMATS["before torch 1.6"], safetensors_file], ids=["pt", "old pt", "safetensors"])
+@pytest.mark.parametrize(
+    "write",
+    [FORMATS["model"], FORMATS["before torch 1.6"], safetensors_file],
+    ids=["pt", "old pt", "safetensors"],
+)
 @pytest.mark.parametrize("keep", [0, 0.5, 0.99])
 def test_a_truncated_file_is_named(write, keep, tmp_path):
     path = write(weights_of(tiny_model()), tmp_path)
-    path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(ValueError, match=str(path)):
         load_weights(tiny_model(), path)
 
@@ -227,6 +277,7 @@ def test_an_empty_folder_is_named(tmp_path):
 # Presets
 # ---------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("preset, model", pretrained.MODELS.items(), ids=pretrained.MODELS)
 def test_a_token_is_16_by_16_pixels(preset, model):
     config = pretrained.gpt_config(preset)
@@ -238,7 +289,11 @@ def test_a_token_is_16_by_16_pixels(preset, model):
 def small_sizes(monkeypatch):
     """The published models, but so narrow that they fit into a test."""
     widths = {"GPT-B": 8, "GPT-L": 16, "GPT-XL": 24, "GPT-XXL": 32, "GPT-3B": 40}
-    monkeypatch.setattr(pretrained, "GPT_SIZES", {size: dict(n_layer=1, n_head=2, dim=dim) for size, dim in widths.items()})
+    monkeypatch.setattr(
+        pretrained,
+        "GPT_SIZES",
+        {size: dict(n_layer=1, n_head=2, dim=dim) for size, dim in widths.items()},
+    )
 
 
 def small_gpt(preset):
@@ -263,8 +318,13 @@ def test_load_gpt_gives_the_model_that_was_saved(preset, small_sizes, tmp_path):
 
 
 def test_load_gpt_gives_a_model_to_train(small_sizes, tmp_path):
-    model = pretrained.load_gpt("B-256", FORMATS["model"](small_gpt("B-256").state_dict(), tmp_path))
-    assert all(p.requires_grad and p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+    model = pretrained.load_gpt(
+        "B-256", FORMATS["model"](small_gpt("B-256").state_dict(), tmp_path)
+    )
+    assert all(
+        p.requires_grad and p.dtype == torch.float32 and p.device.type == "cpu"
+        for p in model.parameters()
+    )
 
 
 def test_load_vq_gives_the_tokenizer_that_was_saved_and_freezes_it(monkeypatch, tmp_path):
@@ -282,11 +342,15 @@ def test_load_vq_gives_the_tokenizer_that_was_saved_and_freezes_it(monkeypatch, 
 def small_tokenizers(monkeypatch):
     """VQ-16 and VQ-8 with few channels."""
     for name, config in pretrained.VQ_CONFIGS.items():
-        monkeypatch.setitem(pretrained.VQ_CONFIGS, name, VQConfig(ch=8, ch_mult=config.ch_mult, z_channels=8))
+        monkeypatch.setitem(
+            pretrained.VQ_CONFIGS, name, VQConfig(ch=8, ch_mult=config.ch_mult, z_channels=8)
+        )
 
 
 @pytest.mark.parametrize("name, tokens", [("VQ-16", 256), ("VQ-8", 1024)])
-def test_the_tokenizer_says_how_many_tokens_an_image_has(name, tokens, small_sizes, small_tokenizers, tmp_path):
+def test_the_tokenizer_says_how_many_tokens_an_image_has(
+    name, tokens, small_sizes, small_tokenizers, tmp_path
+):
     (tmp_path / "vq").mkdir()
     vq_path = FORMATS["model"](VQModel(pretrained.VQ_CONFIGS[name]).state_dict(), tmp_path / "vq")
     gpt_path = FORMATS["model"](small_gpt("B-256").state_dict(), tmp_path)
@@ -302,28 +366,44 @@ def test_published_transformers_do_not_go_with_vq_8(small_tokenizers, tmp_path):
         pretrained.load("B-256", "", vq_path)
 
 
-FITTING = {"B-256": ["B-256", "B-384"], "XXL-384": ["XXL-384"], "t2i-XL-512": ["t2i-XL-256", "t2i-XL-512"]}
+FITTING = {
+    "B-256": ["B-256", "B-384"],
+    "XXL-384": ["XXL-384"],
+    "t2i-XL-512": ["t2i-XL-256", "t2i-XL-512"],
+}
 
 
 @pytest.mark.parametrize("preset, fitting", FITTING.items(), ids=FITTING)
 def test_presets_that_fit(preset, fitting, small_sizes, tmp_path):
-    """The resolution is not to be seen in a checkpoint: nothing in it depends on the number of tokens."""
-    assert pretrained.presets_that_fit(FORMATS["training"](small_gpt(preset).state_dict(), tmp_path)) == fitting
+    """A checkpoint does not show the resolution: nothing in it depends on the number of tokens."""
+    assert (
+        pretrained.presets_that_fit(FORMATS["training"](small_gpt(preset).state_dict(), tmp_path))
+        == fitting
+    )
 
 
-@pytest.mark.parametrize("extra", [{}, {"gpt_model.freqs_cis": torch.zeros(17, 4, 2)}], ids=["", "freqs_cis"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"gpt_model.freqs_cis": torch.zeros(17, 4, 2)}], ids=["", "freqs_cis"]
+)
 def test_presets_that_fit_a_folder_of_both_models(extra, small_sizes, tmp_path):
     """It reads a checkpoint as load_weights does, which takes both of these."""
     gpt, vq = small_gpt("L-256"), tiny_vq()
-    folder = one_file_folder({f"gpt_model.{name}": w for name, w in gpt.state_dict().items()}
-                             | {f"vq_model.{name}": w for name, w in vq.state_dict().items()} | extra, tmp_path)
+    folder = one_file_folder(
+        {f"gpt_model.{name}": w for name, w in gpt.state_dict().items()}
+        | {f"vq_model.{name}": w for name, w in vq.state_dict().items()}
+        | extra,
+        tmp_path,
+    )
     assert_same(pretrained.load_gpt("L-256", folder), weights_of(gpt))
     assert pretrained.presets_that_fit(folder) == ["L-256", "L-384"]
 
 
 def test_another_models_checkpoint_is_told_its_preset(small_sizes, tmp_path):
     path = FORMATS["model"](small_gpt("L-384").state_dict(), tmp_path)
-    with pytest.raises(ValueError, match=r"has shape \(1001, 16\), not \(1001, 8\).*; it fits --preset L-256 or L-384$"):
+    with pytest.raises(
+        ValueError,
+        match=r"has shape \(1001, 16\), not \(1001, 8\).*; it fits --preset L-256 or L-384$",
+    ):
         pretrained.load_gpt("B-256", path)
 
 
@@ -337,9 +417,10 @@ def test_a_checkpoint_of_no_published_model_is_told_none(small_sizes, tmp_path):
 # Finding the files.  The hub is played by a function: no test uses the network.
 # ---------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub whose every repository is a folder with model.pt in it; what is asked of it gets listed."""
+    """A hub whose every repository is a folder with model.pt in it; it lists what is asked."""
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.pt").touch()
     asked = []
@@ -347,6 +428,7 @@ def hub(monkeypatch, tmp_path):
     def snapshot_download(repo, allow_patterns):
         asked.append((repo, allow_patterns))
         return str(tmp_path / "snapshot")
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return asked
 
@@ -354,10 +436,13 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture
 def no_hub(monkeypatch):
     """hub fails with the error that it is given."""
+
     def fail_with(error):
         def snapshot_download(*args, **kwargs):
             raise error
+
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
     return fail_with
 
 
@@ -371,8 +456,11 @@ def test_what_is_there_is_not_downloaded(name, hub, monkeypatch, tmp_path):
 
 
 def test_a_file_of_a_repository(hub, tmp_path):
-    assert pretrained.fetch("me/models:model.pt", "pass --gpt-ckpt PATH") == tmp_path / "snapshot" / "model.pt"
-    assert hub == [("me/models", "model.pt")]                        # and nothing else is downloaded
+    assert (
+        pretrained.fetch("me/models:model.pt", "pass --gpt-ckpt PATH")
+        == tmp_path / "snapshot" / "model.pt"
+    )
+    assert hub == [("me/models", "model.pt")]  # and nothing else is downloaded
 
 
 def test_a_whole_repository(hub, tmp_path):
@@ -386,27 +474,42 @@ def test_a_published_model_is_looked_for_where_it_is_published(hub):
         pretrained.load_gpt("B-256")
     with pytest.raises(FileNotFoundError):
         pretrained.load_vq("t2i-XL-256")
-    assert hub == [("FoundationVision/LlamaGen", "c2i_B_256.pt"), ("peizesun/llamagen_t2i", "vq_ds16_t2i.pt")]
+    assert hub == [
+        ("FoundationVision/LlamaGen", "c2i_B_256.pt"),
+        ("peizesun/llamagen_t2i", "vq_ds16_t2i.pt"),
+    ]
 
 
 def test_a_file_that_is_not_in_the_repository(hub):
-    with pytest.raises(FileNotFoundError, match="there is no other.pt in https://huggingface.co/me/models .*--vq-ckpt PATH"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="there is no other.pt in https://huggingface.co/me/models .*--vq-ckpt PATH",
+    ):
         pretrained.fetch("me/models:other.pt", "pass --vq-ckpt PATH")
 
 
 @pytest.mark.parametrize("spec", ["modle.pt", "/no/such/model.pt", "a/b/c"])
 def test_a_wrong_local_name(spec, hub, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"^{spec}: no such file or folder in {tmp_path}.*--gpt-ckpt PATH"):
+    with pytest.raises(
+        FileNotFoundError, match=f"^{spec}: no such file or folder in {tmp_path}.*--gpt-ckpt PATH"
+    ):
         pretrained.fetch(spec, "pass --gpt-ckpt PATH")
     assert not hub
 
 
 def test_without_a_network(no_hub):
-    no_hub(LocalEntryNotFoundError("An error happened while trying to reach the Hub.\nSecond line."))
+    no_hub(
+        LocalEntryNotFoundError("An error happened while trying to reach the Hub.\nSecond line.")
+    )
     with pytest.raises(FileNotFoundError) as caught:
         pretrained.fetch("me/models:model.pt", "pass --gpt-ckpt PATH")
-    for part in ("model.pt", "https://huggingface.co/me/models", "trying to reach the Hub", "--gpt-ckpt PATH"):
+    for part in (
+        "model.pt",
+        "https://huggingface.co/me/models",
+        "trying to reach the Hub",
+        "--gpt-ckpt PATH",
+    ):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -414,7 +517,9 @@ def test_without_a_network(no_hub):
 def test_without_a_network_and_without_a_reason(no_hub):
     """A timeout often has no message."""
     no_hub(TimeoutError())
-    with pytest.raises(FileNotFoundError, match="https://huggingface.co/me/models .*--gpt-ckpt PATH"):
+    with pytest.raises(
+        FileNotFoundError, match="https://huggingface.co/me/models .*--gpt-ckpt PATH"
+    ):
         pretrained.fetch("me/models:model.pt", "pass --gpt-ckpt PATH")
 
 
@@ -422,46 +527,58 @@ def test_without_a_network_and_without_a_reason(no_hub):
 # Classes
 # ---------------------------------------------------------------------------------------------
 
+
 def test_imagenets_classes():
     names = pretrained.imagenet_classes()
     assert len(names) == 1000
     assert names[207].lower() == "golden retriever" and names[360].lower() == "otter"
-    assert experiment.choose_classes("Golden Retriever, OTTER", names) == [207, 360]
+    assert choose_classes("Golden Retriever, OTTER", names) == [207, 360]
 
 
 def test_every_imagenet_name_can_be_chosen():
     """By itself; of two classes with one name, the first."""
     names = pretrained.imagenet_classes()
-    assert [experiment.choose_classes(name, names) for name in names] == [[names.index(name)] for name in names]
+    assert [choose_classes(name, names) for name in names] == [
+        [names.index(name)] for name in names
+    ]
 
 
 ANIMALS = ["Tench", "goldfish", "great white shark", "Crane", "crane"]
-CHOICES = {"all": [0, 1, 2, 3, 4], "2": [2], "4,0": [4, 0], "TENCH": [0], "great white shark": [2], " Goldfish , 0,tench": [1, 0, 0],
-           "crane": [3]}
+CHOICES = {
+    "all": [0, 1, 2, 3, 4],
+    "2": [2],
+    "4,0": [4, 0],
+    "TENCH": [0],
+    "great white shark": [2],
+    " Goldfish , 0,tench": [1, 0, 0],
+    "crane": [3],
+}
 
 
 @pytest.mark.parametrize("text, chosen", CHOICES.items(), ids=CHOICES)
 def test_choose_classes(text, chosen):
-    assert experiment.choose_classes(text, ANIMALS) == chosen
+    assert choose_classes(text, ANIMALS) == chosen
 
 
 def test_a_misspelt_class_gets_a_suggestion():
     with pytest.raises(ValueError, match="no class is named 'goldfisch': did you mean 'goldfish'"):
-        experiment.choose_classes("0,goldfisch", ANIMALS)
+        choose_classes("0,goldfisch", ANIMALS)
 
 
 def test_an_unknown_class_gets_no_suggestion():
     with pytest.raises(ValueError, match="no class is named 'xylophone'$"):
-        experiment.choose_classes("xylophone", ANIMALS)
+        choose_classes("xylophone", ANIMALS)
 
 
 @pytest.mark.parametrize("number", ["5", "-1", "1000"])
 def test_a_number_out_of_range(number):
-    with pytest.raises(ValueError, match=f"class {number} does not exist: they are numbered from 0 to 4"):
-        experiment.choose_classes(f"0,{number}", ANIMALS)
+    with pytest.raises(
+        ValueError, match=f"class {number} does not exist: they are numbered from 0 to 4"
+    ):
+        choose_classes(f"0,{number}", ANIMALS)
 
 
 @pytest.mark.parametrize("text", ["", "1,", "1,,2"])
 def test_an_empty_class(text):
     with pytest.raises(ValueError, match="no class is named ''"):
-        experiment.choose_classes(text, ANIMALS)
+        choose_classes(text, ANIMALS)

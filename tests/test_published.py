@@ -1,4 +1,4 @@
-"""LlamaGen at full size with random weights: on the meta device in no time, and for real on the CPU (slow)."""
+"""LlamaGen at full size with random weights: on the meta device, and (slow) on the CPU."""
 
 import dataclasses
 import json
@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import argrpo
-import experiment
 import pretrained
-import reward
 import sample
 import train_c2i
 import train_t2i
+from harness.fid import as_uint8
+from harness.memory import fitting_micro_batch, memory_estimate, out_of_memory_advice
+from rewards import clip
 from vqgan import VQConfig, VQModel
 
 
@@ -25,85 +26,102 @@ def test_every_published_model_runs_forward(preset):
     tokens = torch.zeros(2, config.block_size, dtype=torch.long, device="meta")
     cond, mask = torch.zeros(2, dtype=torch.long, device="meta"), None
     if config.model_type == "t2i":
-        cond, mask = torch.zeros(2, 120, 2048, device="meta"), torch.ones(2, 120, dtype=torch.bool, device="meta")
+        cond = torch.zeros(2, 120, 2048, device="meta")
+        mask = torch.ones(2, 120, dtype=torch.bool, device="meta")
     logp, entropy = argrpo.token_logp(model, tokens, cond, mask, cfg_scale=2.0)
     assert logp.shape == entropy.shape == (2, config.block_size)
 
 
-@pytest.mark.parametrize("preset, millions", [("B-256", 111), ("L-384", 343), ("XL-384", 775), ("XXL-384", 1400), ("3B-384", 3100)])
+@pytest.mark.parametrize("preset, millions", [
+    ("B-256", 111), ("L-384", 343), ("XL-384", 775), ("XXL-384", 1400), ("3B-384", 3100)])
 def test_sizes_are_the_published_ones(preset, millions):
     model = pretrained.without_memory(lambda: argrpo.Transformer(pretrained.gpt_config(preset)))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
 
 
+def published_presets(script, task):
+    """The settings of a script's presets but the toy's, which must be all published models."""
+    names = set(script.PRESETS) - {"toy"}
+    assert names == {name for name, model in pretrained.MODELS.items() if model.task == task}
+    return [script.Settings(**script.PRESETS[name]) for name in names]
+
+
 def test_every_t2i_model_has_a_preset_with_the_papers_settings():
-    assert set(train_t2i.PRESETS) - {"toy"} == {name for name, model in pretrained.MODELS.items() if model.task == "t2i"}
-    for name in set(train_t2i.PRESETS) - {"toy"}:
-        settings = train_t2i.Settings(**train_t2i.PRESETS[name])
-        assert (settings.group_size, settings.cfg_scale, settings.kl_beta, settings.lr, settings.steps) == (8, 4.0, 1.0, 1e-5, 600)
-        assert settings.prompts_per_step * settings.group_size == 64 and settings.other_cfg_scales() == [1.0, 7.5]
+    for s in published_presets(train_t2i, "t2i"):
+        assert (s.group_size, s.cfg_scale, s.kl_beta, s.lr, s.steps) == (8, 4.0, 1.0, 1e-5, 600)
+        assert s.prompts_per_step * s.group_size == 64 and s.other_cfg_scales() == [1.0, 7.5]
 
 
 def test_every_c2i_model_has_a_preset_with_the_papers_settings():
-    assert set(train_c2i.PRESETS) - {"toy"} == {name for name, model in pretrained.MODELS.items() if model.task == "c2i"}
-    for name in set(train_c2i.PRESETS) - {"toy"}:
-        settings = train_c2i.Settings(**train_c2i.PRESETS[name])
-        assert (settings.group_size, settings.cfg_scale, settings.kl_beta, settings.lr, settings.steps) == (8, 2.0, 0.1, 1e-5, 400)
+    for s in published_presets(train_c2i, "c2i"):
+        assert (s.group_size, s.cfg_scale, s.kl_beta, s.lr, s.steps) == (8, 2.0, 0.1, 1e-5, 400)
 
 
 def test_the_memory_estimate_by_hand():
-    """GPT-B: 111M parameters, each 4 bytes of weight, 4 of gradient, 8 of AdamW and 4 of reference."""
+    """GPT-B: 111M parameters, each 4 bytes of weight, 4 of gradient, 8 of AdamW, 4 of reference."""
     with torch.device("meta"):
         model, vq = argrpo.Transformer(pretrained.gpt_config("B-256")), VQModel(VQConfig())
     settings = train_c2i.Settings(**train_c2i.PRESETS["B-256"] | dict(micro_batch=1))
-    parts = experiment.memory_estimate(model, vq, settings)
-    P = sum(p.numel() for p in model.parameters())
-    assert parts["weights"] + parts["gradients"] + parts["optimizer"] + parts["reference"] == 20 * P
-    # 4 prompts x 8 samples x 2 branches, 256 positions, keys and values, 12 layers, 768 channels, float32 on this device.
+    parts = memory_estimate(model, vq, settings)
+    parameters = sum(p.numel() for p in model.parameters())
+    fixed = ("weights", "gradients", "optimizer", "reference")
+    assert sum(parts[name] for name in fixed) == 20 * parameters
+    # 4 prompts x 8 samples x 2 branches, 256 positions, keys and values, 12 layers, 768 channels,
+    # float32 on this device.
     assert parts["KV cache, 64 rows"] == 64 * 256 * 2 * 12 * 768 * 4
-    # 4 images x 2 branches, 256 positions, 768 channels, 100 bytes in each of 12 layers; and one chunk of logits.
-    more = experiment.memory_estimate(model, vq, dataclasses.replace(settings, micro_batch=4))
-    assert more["activations, 8 rows"] == 8 * 256 * 768 * 100 * 12 + 24 * argrpo.CHUNK and "KV cache, 64 rows" not in more
-    fixed = sum(more.values()) - more["weights"] - more["tokenizer"] - more["activations, 8 rows"]
+    # 4 images x 2 branches, 256 positions, 768 channels, 100 bytes in each of 12 layers; and one
+    # chunk of logits.
+    more = memory_estimate(model, vq, dataclasses.replace(settings, micro_batch=4))
+    assert more["activations, 8 rows"] == 8 * 256 * 768 * 100 * 12 + 24 * argrpo.CHUNK
+    assert "KV cache, 64 rows" not in more
+    there = ("weights", "tokenizer", "activations, 8 rows")
+    rest = sum(size for name, size in more.items() if name not in there)
     for size in (4, 8, 16):                                      # that much fits, and no more
-        free = (fixed + 2 * size * 256 * 768 * 1200 + 24 * argrpo.CHUNK) / 0.8
-        assert experiment.fitting_micro_batch(model, vq, settings, 1.01 * free) == size
-    assert experiment.fitting_micro_batch(model, vq, settings, free=0) == 1
-    saving = experiment.memory_estimate(model, vq, dataclasses.replace(settings, micro_batch=64, checkpointing=True))
+        free = (rest + 2 * size * 256 * 768 * 1200 + 24 * argrpo.CHUNK) / 0.8
+        assert fitting_micro_batch(model, vq, settings, 1.01 * free) == size
+    assert fitting_micro_batch(model, vq, settings, free=0) == 1
+    large = dataclasses.replace(settings, micro_batch=64, checkpointing=True)
+    saving = memory_estimate(model, vq, large)
     assert saving["activations, 128 rows"] < 16 * 0.3 * more["activations, 8 rows"]
 
 
 def test_running_out_of_gpu_memory_says_what_to_lower():
     with pytest.raises(SystemExit, match=r"lower --micro-batch \(now 3"):
-        with experiment.out_of_memory_advice(train_c2i.Settings(micro_batch=3)):
+        with out_of_memory_advice(train_c2i.Settings(micro_batch=3)):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
 
 def test_sample_draws_a_grid_and_an_npz(tmp_path, capsys):
-    sample.main(["--classes", "one red circle,26", "--samples", "3", "--out", str(tmp_path / "grid.png")])
-    assert "one red circle, three blue triangles" in capsys.readouterr().out and (tmp_path / "grid.png").stat().st_size > 0
+    grid = tmp_path / "grid.png"
+    sample.main(["--classes", "one red circle,26", "--samples", "3", "--out", str(grid)])
+    assert "one red circle, three blue triangles" in capsys.readouterr().out
+    assert grid.stat().st_size > 0
     for name in "ab":
-        sample.main(["--npz", str(tmp_path / f"{name}.npz"), "--images", "40", "--cfg-scale", "2", "--top-k", "50"])
+        sample.main(["--npz", str(tmp_path / f"{name}.npz"), "--images", "40", "--cfg-scale", "2",
+                     "--top-k", "50"])
     a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
     assert a.shape == (40, 24, 24, 3) and a.dtype == np.uint8 and (a == b).all() and a.std() > 0
 
 
 def test_sample_draws_captions(tmp_path, capsys):
-    sample.main(["--caption", "a  Blue triangle above a green square", "--samples", "2", "--out", str(tmp_path / "one.png")])
+    sample.main(["--caption", "a  Blue triangle above a green square", "--samples", "2",
+                 "--out", str(tmp_path / "one.png")])
     assert "a row each of a blue triangle above a green square" in capsys.readouterr().out
     (tmp_path / "captions.txt").write_text("two red circles\none blue square\n")
-    sample.main(["--prompts", str(tmp_path / "captions.txt"), "--npz", str(tmp_path / "a.npz"), "--images", "6"])
+    sample.main(["--prompts", str(tmp_path / "captions.txt"), "--npz", str(tmp_path / "a.npz"),
+                 "--images", "6"])
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == (6, 24, 24, 3)
 
 
 def test_large_pictures_are_resized_to_256():
-    assert sample.as_uint8(torch.rand(2, 3, 384, 384), 256).shape == (2, 256, 256, 3)
-    white = sample.as_uint8(torch.ones(1, 3, 256, 256), 256)
+    assert as_uint8(torch.rand(2, 3, 384, 384), 256).shape == (2, 256, 256, 3)
+    white = as_uint8(torch.ones(1, 3, 256, 256), 256)
     assert white.min() == 255
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--preset", "t2i-XL-256"], "preset t2i-XL-256 draws captions: give it --caption TEXT or --prompts FILE"),
+    (["--preset", "t2i-XL-256"],
+     "preset t2i-XL-256 draws captions: give it --caption TEXT or --prompts FILE"),
     (["--preset", "B-256", "--caption", "a dog"], "preset B-256 draws classes"),
     (["--preset", "XL-256"], "unknown preset 'XL-256': there are toy, B-256"),
     (["--caption", "two pink circles"], "the toy cannot draw or verify 'two pink circles'"),
@@ -115,25 +133,37 @@ def test_sample_explains_bad_options(options, message, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         sample.main(options)
-    assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def random_tower(name, device):
+    """A full-size ViT-B/32 with random weights in the place of any tower."""
+    name = "ViT-B-32-quickgelu"
+    return clip.tower_of(open_clip.create_model(name, load_weights=False), name, device)
 
 
 @pytest.mark.slow
 def test_gpt_b_256_at_full_size(tmp_path, capsys, monkeypatch):
-    """The whole way of a published model: load, sample 8 images with guidance, score them with the default reward, one
-    GRPO step, export, load again.  Both of the reward's towers are full-size ViT-B/32s with random weights."""
-    monkeypatch.setattr(reward, "open_clip_tower", lambda name, device: reward.tower_of(
-        open_clip.create_model("ViT-B-32-quickgelu", load_weights=False), "ViT-B-32-quickgelu", device))
+    """The whole way of a published model: load, sample 8 images with guidance, score them with the
+    default reward, one GRPO step, export, load again."""
+    monkeypatch.setattr(clip, "open_clip_tower", random_tower)
     gpt, vq = argrpo.Transformer(pretrained.gpt_config("B-256")), VQModel(VQConfig())
     torch.nn.init.normal_(gpt.output.weight, std=0.02)
     torch.save({"model": gpt.half().state_dict(), "steps": 1}, tmp_path / "gpt.pt")
     torch.save({"model": vq.half().state_dict()}, tmp_path / "vq.pt")
-    train_c2i.main(["--preset", "B-256", "--device", "cpu", "--gpt-ckpt", str(tmp_path / "gpt.pt"), "--vq-ckpt", str(tmp_path / "vq.pt"),
-                    "--classes", "207", "--steps", "1", "--prompts-per-step", "1", "--micro-batch", "4",
-                    "--warmup-steps", "1", "--eval-images", "4", "--out", str(tmp_path / "run")])
-    assert "110.9M parameters, 256 tokens per image, 1 prompts x 8 samples = 8 images" in capsys.readouterr().out
-    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert metrics["ratio_max"] == 1 and metrics["mismatch"] < 1e-3 and metrics["grad_norm"] > 0
-    assert {"reward/clip", "reward/clip_bin", "reward/hpsv2", "reward/hpsv2_bin", "reward/clip_iqa"} <= set(metrics)
-    trained = pretrained.load_gpt("B-256", str(tmp_path / "run" / "model.pt"))
-    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), gpt.float().parameters()))
+    out = tmp_path / "run"
+    train_c2i.main([
+        "--preset", "B-256", "--device", "cpu", "--gpt-ckpt", str(tmp_path / "gpt.pt"),
+        "--vq-ckpt", str(tmp_path / "vq.pt"), "--classes", "207", "--steps", "1",
+        "--prompts-per-step", "1", "--micro-batch", "4", "--warmup-steps", "1",
+        "--eval-images", "4", "--out", str(out)])
+    sizes = "110.9M parameters, 256 tokens per image, 1 prompts x 8 samples = 8 images"
+    assert sizes in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.jsonl").read_text())
+    assert metrics["ratio_max"] == 1 and metrics["grad_norm"] > 0 and metrics["mismatch"] < 1e-3
+    rewards = {"clip", "clip_bin", "hpsv2", "hpsv2_bin", "clip_iqa"}
+    assert {f"reward/{name}" for name in rewards} <= set(metrics)
+    trained = pretrained.load_gpt("B-256", str(out / "model.pt"))
+    pairs = zip(trained.parameters(), gpt.float().parameters())
+    assert any(not torch.equal(a, b) for a, b in pairs)

@@ -1,20 +1,26 @@
 """The reward signature, the registry, weights, and rewards from a user's own file."""
 
+import importlib
+import io
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from reward import REGISTRY, RewardSet, build_rewards, register
+import reward
+from reward import BATCH_CACHES, MODULES, REGISTRY, RewardSet, build_rewards, items_of, register
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 IMAGES = torch.rand(4, 3, 24, 24)
 PROMPTS = ["one red circle"] * 4
 
 
-def test_weighted_sum_of_unweighted_parts():
-    total, parts = build_rewards("brightness:2, contrast:-0.5", CPU)(IMAGES, PROMPTS)
-    torch.testing.assert_close(parts["brightness"], IMAGES.mean(dim=(1, 2, 3)))
-    torch.testing.assert_close(total, 2 * parts["brightness"] - 0.5 * parts["contrast"])
-
+# --- rewards of a few lines --------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["shapes", "jpeg", "jpeg_large", "brightness", "contrast"])
 def test_rewards_without_a_model_score_a_batch(name):
@@ -30,11 +36,75 @@ def test_jpeg_prefers_the_plain_picture():
     torch.testing.assert_close(large(noise, ["a"])[0], -small(noise, ["a"])[0])
 
 
+def test_jpeg_counts_the_bytes_of_torchvisions_picture():
+    from torchvision.transforms.functional import to_pil_image
+    sizes = []
+    for image in IMAGES:
+        file = io.BytesIO()
+        to_pil_image(image).save(file, format="jpeg", quality=95)
+        sizes.append(len(file.getvalue()))
+    assert (1000 * reward.jpeg_kilobytes(IMAGES)).round().int().tolist() == sizes
+
+
 def test_contrast_by_hand():
     half = torch.zeros(1, 3, 2, 2)
-    half[..., 0] = 1                                             # std of (1, 0, 1, 0), unbiased: 1 / sqrt(3)
-    torch.testing.assert_close(build_rewards("contrast", CPU)(half, ["a"])[0], torch.tensor([3 ** -0.5]))
+    half[..., 0] = 1                             # std of (1, 0, 1, 0), unbiased: 1 / sqrt(3)
+    contrast, _ = build_rewards("contrast", CPU)(half, ["a"])
+    torch.testing.assert_close(contrast, torch.tensor([3 ** -0.5]))
 
+
+# --- several rewards, added up -----------------------------------------------------------------
+
+def test_weighted_sum_of_unweighted_parts():
+    total, parts = build_rewards("brightness:2, contrast:-0.5", CPU)(IMAGES, PROMPTS)
+    torch.testing.assert_close(parts["brightness"], IMAGES.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(total, 2 * parts["brightness"] - 0.5 * parts["contrast"])
+
+
+@pytest.mark.parametrize("scores, message", [
+    (torch.zeros(4, 1),
+     r"'mine' must return a tensor of shape \(4,\), one score per image, not \(4, 1\)"),
+    (torch.zeros(3), r"not \(3,\)"),
+    ([0.0] * 4, "not list"),
+    (torch.tensor([0.0, 1.0, float("nan"), 0.0]), "gave nan to image 2, prompt 'one red circle'"),
+    (torch.tensor([0.0, float("inf"), 0.0, 0.0]), "gave inf to image 1"),
+])
+def test_scores_that_are_not_one_finite_number_per_image(scores, message):
+    with pytest.raises(ValueError, match=message):
+        RewardSet({"mine": (lambda images, prompts: scores, 1.0)})(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("may_miss", [False, True])
+def test_only_a_reward_that_may_miss_may_give_nan(may_miss):
+    def shy(images, prompts):
+        return torch.tensor([float("nan"), 1.0])
+
+    shy.may_miss = may_miss
+    rewards = RewardSet({"shy": (shy, 1.0), "one": (lambda images, prompts: torch.ones(2), 2.0)})
+    if may_miss:                                 # a part that is missing makes the total missing
+        total, parts = rewards(IMAGES[:2], PROMPTS[:2])
+        assert total.isnan().tolist() == [True, False] and total[1] == 3
+        assert parts["one"].tolist() == [1.0, 1.0]
+    else:
+        with pytest.raises(ValueError, match="reward 'shy' gave nan to image 0"):
+            rewards(IMAGES[:2], PROMPTS[:2])
+
+
+def test_what_rewards_remember_of_a_batch_is_forgotten_after_it():
+    cache = {}
+    BATCH_CACHES.append(cache)
+    try:
+        def remembers(images, prompts):
+            cache["images"] = images
+            return torch.zeros(4)
+
+        RewardSet({"remembers": (remembers, 1.0)})(IMAGES, PROMPTS)
+        assert cache == {}
+    finally:
+        BATCH_CACHES.remove(cache)
+
+
+# --- from a text to a RewardSet ----------------------------------------------------------------
 
 def test_a_reward_from_the_users_own_file(tmp_path):
     file = tmp_path / "mine.py"
@@ -71,17 +141,19 @@ def test_specs_that_cannot_be_understood(spec, message):
         build_rewards(spec, CPU)
 
 
-@pytest.mark.parametrize("scores, message", [
-    (torch.zeros(4, 1), r"'mine' must return a tensor of shape \(4,\), one score per image, not \(4, 1\)"),
-    (torch.zeros(3), r"not \(3,\)"),
-    ([0.0] * 4, "not list"),
-    (torch.tensor([0.0, 1.0, float("nan"), 0.0]), "gave nan to image 2, prompt 'one red circle'"),
-    (torch.tensor([0.0, float("inf"), 0.0, 0.0]), "gave inf to image 1"),
-])
-def test_scores_that_are_not_one_finite_number_per_image(scores, message):
-    with pytest.raises(ValueError, match=message):
-        RewardSet({"mine": (lambda images, prompts: scores, 1.0)})(IMAGES, PROMPTS)
+def test_the_papers_mixtures():
+    eight = reward.PAPER.split(",")
+    assert eight == ["clip", "clip_bin", "hpsv2", "hpsv2_bin", "maniqa",
+                     "qwen_label", "qwen_fake", "qwen_weird"]
+    for name in ("paper_c2i", "paper_t2i"):
+        assert list(items_of(name)) == [(None, part, 1.0) for part in eight]
+    assert set(eight) <= set(MODULES)
+    lite = ("clip", "clip_bin", "hpsv2", "hpsv2_bin", "clip_iqa")
+    assert list(items_of("paper_lite:0.5,jpeg")) == [
+        *((None, part, 0.5) for part in lite), (None, "jpeg", 1.0)]
 
+
+# --- names -------------------------------------------------------------------------------------
 
 def test_registering_a_reward():
     @register("constant")
@@ -90,7 +162,58 @@ def test_registering_a_reward():
 
     try:
         assert build_rewards("constant:2", CPU)(IMAGES, PROMPTS)[0].tolist() == [2.0] * 4
+        assert "constant" in reward.known_rewards()
     finally:
         del REGISTRY["constant"]
-    with pytest.raises(ValueError, match="already a reward named 'jpeg'"):
-        register("jpeg")(constant)
+
+
+@pytest.mark.parametrize("name, file", [("jpeg", "reward.py"), ("ocr", "ocr.py")])
+def test_a_name_is_taken_once_even_if_its_file_is_not_imported_yet(name, file, monkeypatch):
+    monkeypatch.delitem(REGISTRY, "ocr", raising=False)
+    with pytest.raises(ValueError, match=f"already a reward named '{name}', in .*{file}"):
+        register(name)(lambda device: None)
+    assert name == "jpeg" or name not in REGISTRY
+
+
+def test_each_module_registers_the_rewards_that_the_table_promises():
+    for name, module in MODULES.items():
+        assert importlib.import_module(module).__name__ == REGISTRY[name].__module__, name
+
+
+def test_names_are_known_without_any_of_the_large_libraries():
+    code = ("import sys, reward\n"
+            "print(reward.known_rewards())\n"
+            "heavy = {'torchvision', 'open_clip', 'transformers', 'PIL'}\n"
+            "print(*heavy & set(sys.modules))\n")
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    names, heavy = output.splitlines()
+    assert names.startswith("aesthetic, brightness, clip, ") and "paper_lite" in names
+    assert "qwen_weird, shapes, and your own as file.py:function" in names
+    assert heavy == ""
+
+
+def test_run_as_a_script_it_has_one_registry(tmp_path, monkeypatch, capsys):
+    """A user's file registers with the module `reward`, and the script finds the name there."""
+    file = tmp_path / "mine.py"
+    file.write_text("""
+import torch
+from reward import register
+
+def one(images, prompts):
+    return torch.ones(len(prompts))
+
+@register("two")
+def two(device):
+    return lambda images, prompts: torch.full((len(prompts),), 2.0)
+""")
+    picture = str(ROOT / "docs" / "toy_curves.png")
+    monkeypatch.setattr(sys, "argv", ["reward.py", "--reward", f"{file}:one,two", "--device", "cpu",
+                                      picture])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "reward.py"), run_name="__main__")
+    finally:
+        REGISTRY.pop("two", None)
+    assert stop.value.code == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores == {"image": picture, "reward": 3, "one": 1, "two": 2}

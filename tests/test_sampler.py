@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_condition, tiny_model
 
-from argrpo import draw, filter_logits, generate, policy_logits, token_logp
+from argrpo import filter_logits, generate, sample_inverse_cdf, token_logp
 
 BOTH = pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 
@@ -19,9 +19,10 @@ def test_cached_logits_equal_uncached_ones(model_type):
     tokens = torch.randint(11, (3, 16))
     with torch.no_grad():
         logits, cache = model.prefill(cond, mask)
-        visible = None if mask is None else torch.nn.functional.pad(mask, (0, 15), value=True)[:, None, None]
-        steps = [logits] + [model.decode(tokens[:, i], i, cache, visible) for i in range(15)]
-        torch.testing.assert_close(torch.stack(steps, dim=1), model(tokens, cond, mask), rtol=1e-4, atol=1e-4)
+        steps = [logits] + [model.decode_step(tokens[:, i], i, cache, mask) for i in range(15)]
+        torch.testing.assert_close(
+            torch.stack(steps, dim=1), model(tokens, cond, mask), rtol=1e-4, atol=1e-4
+        )
 
 
 @BOTH
@@ -51,62 +52,71 @@ def test_samples_of_a_prompt_are_neighbours(model_type):
 
 
 def test_padding_does_not_matter():
-    """What stands in the masked positions of a caption changes nothing, with and without guidance."""
+    """What stands in a caption's masked positions changes nothing, guided or not."""
     model, (cond, mask) = tiny_model("t2i"), tiny_condition("t2i")
     tokens, junk = torch.randint(11, (3, 16)), torch.where(mask[..., None], cond, 100.0)
     for cfg_scale in (1.0, 4.0):
-        expected = policy_logits(model, tokens, cond, mask, cfg_scale=cfg_scale)
-        torch.testing.assert_close(policy_logits(model, tokens, junk, mask, cfg_scale=cfg_scale), expected)
+        expected = token_logp(model, tokens, cond, mask, cfg_scale=cfg_scale)
+        given = token_logp(model, tokens, junk, mask, cfg_scale=cfg_scale)
+        torch.testing.assert_close(given, expected)
 
 
 def test_a_caption_without_words_is_still_finite():
     model, cond, mask = tiny_model("t2i"), torch.randn(1, 4, 6), torch.zeros(1, 4, dtype=torch.bool)
     tokens, sampled = generate(model, cond, mask)
-    torch.testing.assert_close(sampled, token_logp(model, tokens, cond, mask)[0].detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sampled, token_logp(model, tokens, cond, mask)[0].detach(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_generator_makes_it_repeatable():
     model, (cond, mask) = tiny_model(), tiny_condition("c2i")
-    a, b, c = (generate(model, cond, mask, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2))
+    a, b, c = (
+        generate(model, cond, mask, generator=torch.Generator().manual_seed(seed))[0]
+        for seed in (1, 1, 2)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_draws_follow_the_distribution():
-    """20000 draws from five known probabilities.  A frequency's standard error is at most 0.0036, so
+    """20000 draws from five known probabilities.  A frequency's standard error is at most 0.0036:
     five of them make a false alarm rarer than one in a million."""
     p = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
-    codes = draw(p.log().expand(20000, 5), torch.Generator().manual_seed(0))
+    codes = sample_inverse_cdf(p.log().expand(20000, 5), torch.Generator().manual_seed(0))
     torch.testing.assert_close(codes.bincount(minlength=5) / 20000, p, rtol=0, atol=0.018)
     assert (codes != 4).all()
 
 
 def test_a_draw_from_nothing_is_still_a_code():
-    """Where a model has broken down, its log-probabilities will say so; the sampler must not index out of range."""
-    assert draw(torch.full((2, 5), torch.nan)).tolist() == [4, 4]
+    """A broken model's log-probabilities will say so; the sampler must not index out of range."""
+    assert sample_inverse_cdf(torch.full((2, 5), torch.nan)).tolist() == [4, 4]
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packed weights need oneDNN")
-def test_packed_weights_are_the_same_policy(monkeypatch):
-    """Only large matrices are packed, so this model is wide: its five layer matrices are, its output is not.  Afterwards
-    all is as before."""
-    model, labels = tiny_model(dim=512, n_layer=1, n_head=8), torch.arange(3)
-    packed, prefill = [], model.prefill
-    monkeypatch.setattr(model, "prefill", lambda *given, **how: packed.extend(
-        name for name, module in model.named_modules() if "forward" in module.__dict__) or prefill(*given, **how))
-    tokens, sampled = generate(model, labels, samples_per_prompt=4, cfg_scale=2.0)
-    assert packed == [f"layers.0.{name}" for name in ("attention.wqkv", "attention.wo", "feed_forward.w1",
-                                                      "feed_forward.w3", "feed_forward.w2")]
-    logp, _ = token_logp(model, tokens, labels.repeat_interleave(4), cfg_scale=2.0)
-    torch.testing.assert_close(sampled, logp.detach(), rtol=1e-3, atol=1e-3)
-    assert not any("forward" in module.__dict__ for module in model.modules())
+@BOTH
+def test_a_prefix_is_kept_and_the_rest_is_drawn(model_type):
+    """Its log-probabilities are those of the policy, and what follows depends on it."""
+    model, (cond, mask) = tiny_model(model_type), tiny_condition(model_type)
+    prefix = torch.randint(11, (6, 5))
+    tokens, sampled = generate(
+        model, cond, mask, samples_per_prompt=2, cfg_scale=2.0, prefix=prefix
+    )
+    assert torch.equal(tokens[:, :5], prefix)
+    logp, _ = token_logp(model, tokens, repeat(cond, 2), repeat(mask, 2), cfg_scale=2.0)
+    torch.testing.assert_close(sampled, logp.detach(), rtol=1e-4, atol=1e-4)
+    whole, _ = generate(model, cond, mask, samples_per_prompt=2, prefix=tokens)
+    assert torch.equal(whole, tokens)
+    with pytest.raises(ValueError, match="6 rows"):
+        generate(model, cond, mask, samples_per_prompt=2, prefix=prefix[:3])
 
 
 @pytest.mark.slow
 def test_the_compiled_step_is_the_same_policy():
     model, (cond, mask) = tiny_model("t2i"), tiny_condition("t2i")
     plain = generate(model, cond, mask, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
-    model.decode = torch.compile(model.decode, dynamic=True)
-    compiled = generate(model, cond, mask, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
+    model.decode_step = torch.compile(model.decode_step, dynamic=True)
+    compiled = generate(
+        model, cond, mask, cfg_scale=2.0, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(plain[0], compiled[0])
     torch.testing.assert_close(plain[1], compiled[1], rtol=1e-4, atol=1e-4)
 
@@ -118,16 +128,29 @@ def test_top_k_and_top_p_by_hand():
         return torch.isfinite(filter_logits(logits, **how))[0].tolist()
 
     assert kept(top_k=2) == [True, True, False, False]
-    assert kept(top_p=0.4) == [True, False, False, False]        # the first always stays
-    assert kept(top_p=0.7) == [True, True, False, False]         # 0.5 does not reach 0.7, so the second belongs to it
+    assert kept(top_p=0.4) == [True, False, False, False]  # the first always stays
+    assert kept(top_p=0.7) == [
+        True,
+        True,
+        False,
+        False,
+    ]  # 0.5 does not reach 0.7, so the second belongs to it
     assert kept() == [True] * 4
     # The log-probability that generate reports is that of the filtered, renormalised distribution.
     model, (cond, mask) = tiny_model(), tiny_condition("c2i")
     assert (generate(model, cond, mask, top_k=1)[1] == 0).all()
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=0.0), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1),
-                                 dict(samples_per_prompt=0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(temperature=0.0),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+        dict(top_k=-1),
+        dict(samples_per_prompt=0),
+    ],
+)
 def test_settings_out_of_range(bad):
     with pytest.raises(ValueError, match="generate needs"):
         generate(tiny_model(), torch.arange(2), **bad)

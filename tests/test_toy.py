@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import toy
-from argrpo import paint
+import toy.pretraining
+from argrpo import to_images
 
 PROMPTS = toy.CLASSES + toy.PAIRS
 
@@ -25,7 +26,7 @@ def test_the_verifier_passes_every_rendered_scene():
 
 
 def test_the_verifier_reads_what_was_drawn():
-    prompts, made = scenes(seed=2, times=1)
+    _, made = scenes(seed=2, times=1)
     for drawn, read in zip(made, toy.read_scenes(toy.render(made))):
         for a, b in zip(sorted(drawn), sorted(read)):
             assert (a.colour, a.shape) == (b.colour, b.shape)
@@ -43,24 +44,32 @@ def test_the_wrong_prompt_fails():
 def test_relations():
     """A circle at the top left of a square: above it and left of it, and nothing else."""
     things = [toy.Thing("red", "circle", 5, 5, 8, 8), toy.Thing("blue", "square", 18, 18, 8, 8)]
-    verdict = {relation: toy.verify(toy.render([things]), [f"a red circle {relation} a blue square"]).item()
-               for relation in toy.RELATIONS}
+    image = toy.render([things])
+    verdict = {place: toy.verify(image, [f"a red circle {place} a blue square"]).item()
+               for place in toy.PLACES}
     assert verdict == {"above": 1, "below": 0, "left of": 1, "right of": 0}
-    beside = [things[0], toy.Thing("blue", "square", 18, 6, 8, 8)]           # a pixel lower is not below
-    assert toy.verify(toy.render([beside]), ["a blue square below a red circle"]).item() == 0
+    a_pixel_lower = [things[0], toy.Thing("blue", "square", 18, 6, 8, 8)]
+    assert toy.verify(toy.render([a_pixel_lower]), ["a blue square below a red circle"]).item() == 0
 
 
 def junk():
     tokens = torch.randint(toy.VQ_CONFIG.codebook_size, (54, 36))
-    solid = torch.tensor([*toy.COLOURS.values(), (1, 1, 1), (0, 0, 0)]).view(-1, 3, 1, 1).expand(-1, -1, 24, 24)
+    solid = torch.tensor([*toy.PALETTE.values(), (1, 1, 1), (0, 0, 0)])
     blank = toy.GROUND.view(1, 3, 1, 1).expand(27, -1, 24, 24)
-    big = toy.render([[toy.Thing(colour, "square", 12, 12, 20, 20)] for colour in toy.COLOURS])
-    small = toy.render([[toy.Thing(colour, "circle", 12, 12, 4, 4)] for colour in toy.COLOURS])
-    return {"noise": torch.rand(54, 3, 24, 24), "blank": blank, "solid": solid, "too big": big, "too small": small,
-            "random tokens": paint(toy.load("c2i")[1], tokens)}
+    return {
+        "noise": torch.rand(54, 3, 24, 24),
+        "blank": blank,
+        "solid": solid.view(-1, 3, 1, 1).expand(-1, -1, 24, 24),
+        "too big": toy.render([[toy.Thing(colour, "square", 12, 12, 20, 20)]
+                               for colour in toy.PALETTE]),
+        "too small": toy.render([[toy.Thing(colour, "circle", 12, 12, 4, 4)]
+                                 for colour in toy.PALETTE]),
+        "random tokens": to_images(toy.load("c2i")[1], tokens),
+    }
 
 
-@pytest.mark.parametrize("kind", ["noise", "blank", "solid", "too big", "too small", "random tokens"])
+@pytest.mark.parametrize(
+    "kind", ["noise", "blank", "solid", "too big", "too small", "random tokens"])
 def test_junk_fails(kind):
     for scene in toy.read_scenes(junk()[kind]):
         assert not any(toy.fulfils(scene, prompt) for prompt in toy.CLASSES)
@@ -76,10 +85,10 @@ def test_a_good_scene_with_a_stray_stroke_fails():
 
 
 def test_the_tokenizer_keeps_scenes_right():
-    """On fresh scenes: nearly all of the classes, and most of the pairs, some of which it has never seen."""
+    """On fresh scenes: nearly all of the classes, and most of the pairs, some of them unseen."""
     prompts, made = scenes(seed=4, times=4)
     _, vq = toy.load("c2i")
-    images = paint(vq, vq.encode(toy.render(made) * 2 - 1))
+    images = to_images(vq, vq.encode(toy.render(made) * 2 - 1))
     right = toy.verify(images, prompts)
     is_class = torch.tensor([prompt in toy.CLASSES for prompt in prompts])
     assert right[is_class].mean() >= 0.98 and right[~is_class].mean() >= 0.9
@@ -89,40 +98,65 @@ def test_every_scene_is_complete_and_has_gaps():
     for prompt, scene in zip(*scenes(seed=5)):
         assert sorted((t.colour, t.shape) for t in scene) == sorted(toy.parse(prompt).things)
         for i, a in enumerate(scene):
-            assert 0 <= a.x - a.width / 2 and a.x + a.width / 2 <= 24 and 0 <= a.y - a.height / 2 and a.y + a.height / 2 <= 24
-            assert all(any(toy.holds(r, a, b, gap=2) for r in toy.RELATIONS) for b in scene[:i])
+            assert 0 <= a.x - a.width / 2 and a.x + a.width / 2 <= 24
+            assert 0 <= a.y - a.height / 2 and a.y + a.height / 2 <= 24
+            for b in scene[:i]:
+                assert any(toy.holds(place, a, b, gap=2) for place in toy.PLACES)
 
 
 def test_unseen_compositions_are_kept_apart():
     seen, unseen = toy.SEEN_CLASSES + toy.SEEN_PAIRS, toy.UNSEEN_CLASSES + toy.UNSEEN_PAIRS
-    assert len(toy.UNSEEN_CLASSES) == 3 and len(toy.UNSEEN_PAIRS) == 40 and sorted(seen + unseen) == sorted(PROMPTS)
-    pairs = {frozenset(toy.parse(prompt).things) for prompt in toy.UNSEEN_PAIRS}     # in either order, in any relation
-    assert not any(frozenset(toy.parse(prompt).things) in pairs for prompt in toy.SEEN_PAIRS)
-    assert {word for prompt in unseen for word in prompt.split()} <= {word for prompt in seen for word in prompt.split()}
+    assert len(toy.UNSEEN_CLASSES) == 3 and len(toy.UNSEEN_PAIRS) == 40
+    assert sorted(seen + unseen) == sorted(PROMPTS)
+
+    def things(prompts):                         # of pairs in either order, in any relation
+        return {frozenset(toy.parse(prompt).things) for prompt in prompts}
+
+    def words(prompts):
+        return {word for prompt in prompts for word in prompt.split()}
+
+    assert not things(toy.UNSEEN_PAIRS) & things(toy.SEEN_PAIRS)
+    assert words(unseen) <= words(seen)
 
 
-@pytest.mark.parametrize("prompt", ["", "four red circles", "a red circle", "one pink circle", "a red circle on a blue square"])
+@pytest.mark.parametrize("prompt", [
+    "", "four red circles", "a red circle", "one pink circle", "a red circle on a blue square"])
 def test_prompts_outside_the_world(prompt):
     with pytest.raises(ValueError, match="the toy cannot draw or verify"):
         toy.parse(prompt)
 
 
 def test_captions_are_padded_on_the_left():
-    features, mask = toy.encode_captions(["two red circles", "a blue triangle left of a green square"])
+    features, mask = toy.encode_captions(
+        ["two red circles", "a blue triangle left of a green square"])
     assert features.shape == (2, 8, toy.CAPTION_DIM)
     assert mask[0].tolist() == [False] * 5 + [True] * 3 and mask[1].all()
     assert (features[0, :5] == 0).all() and (features[mask].sum(-1) == 1).all()
-    red, again = (toy.encode_captions([f"a red circle {relation} a blue square"])[0][0, 1] for relation in ("above", "below"))
-    assert not torch.equal(red, again)                                   # a word in another context is another feature
+
+
+def test_a_word_in_another_context_is_another_feature():
+    features, _ = toy.encode_captions(
+        ["a red circle above a blue square", "a red circle below a blue square"])
+    assert features[:, 2].sum().item() == 2                              # "red", at the same place
+    assert not torch.equal(features[0, 2], features[1, 2])
 
 
 def test_class_indices_are_the_prompts():
-    assert len(toy.CLASSES) == 27 and toy.CLASSES[0] == "one red circle" and toy.CLASSES[-1] == "three blue triangles"
+    assert len(toy.CLASSES) == 27
+    assert toy.CLASSES[0] == "one red circle" and toy.CLASSES[-1] == "three blue triangles"
 
 
 def test_weights_are_small():
-    sizes = [path.stat().st_size for path in toy.WEIGHTS.glob("toy_*.pt")]
+    sizes = [path.stat().st_size for path in toy.FOLDER.glob("toy_*.pt")]
     assert len(sizes) == 3 and sum(sizes) <= 4_000_000
+
+
+def test_pretraining_writes_what_load_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.pretraining, "STEPS", {"vq": 2, "c2i": 2, "t2i": 2})
+    toy.main(["--out", str(tmp_path), "--scenes", "64"])
+    for task in ("c2i", "t2i"):
+        model, vq = toy.load(task, tmp_path)
+        assert model.config == toy.CONFIGS[task] and vq.config == toy.VQ_CONFIG
 
 
 # --- how varied the right pictures are -------------------------------------------------------
@@ -140,9 +174,10 @@ def spread_of(scenes, prompts):
 def test_spread_of_one_layout_is_none_and_of_many_is_large():
     rng, prompt = random.Random(0), "one red circle"
     same = spread_of([toy.make_scene(prompt, rng)] * 16, [prompt] * 16)
-    assert same["distance"] == 0 and same["centres"] == 0 and same["sizes"] == 0 and same["layouts"] == 1
+    assert same == {"distance": 0, "centres": 0, "sizes": 0, "layouts": 1}
     varied = spread_of([toy.make_scene(prompt, rng) for _ in range(64)], [prompt] * 64)
-    # Places are multiples of 4 from 4 to 20 (size 8) or 6 to 18 (size 12): standard deviations 5.7 and 4.5; sizes 8 or 12: 2.
+    # Places are multiples of 4 from 4 to 20 (size 8) or 6 to 18 (size 12): standard deviations 5.7
+    # and 4.5.  Sizes are 8 or 12: standard deviation 2.
     assert 4 < varied["centres"] < 6.5 and 1.8 < varied["sizes"] < 2.2 and varied["layouts"] > 4
 
 

@@ -1,0 +1,1 @@
+"""What surrounds a training run, one concern a file."""

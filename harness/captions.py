@@ -1,0 +1,286 @@
+"""Captions for text-to-image: reading, cleaning, composing and encoding them.
+
+LlamaGen reads a caption as the features that Flan-T5-XL's encoder gives to its words:
+
+    "a red bird"  --T5-->  4 features of 2048 numbers  --padded on the left-->  (120, 2048), a mask
+
+so that the last caption position, from which the first code is predicted, is always a real one.
+Every distinct caption is encoded once, before training, and T5 is gone when training starts.
+
+Compositional captions ("a photo of two dogs", "a photo of a red bus left of a bench") follow the
+six templates of GenEval (arXiv 2310.11513) over COCO's object names.  `compose` writes them and
+`requirements` reads them back, for the reward "geneval" must know what to look for.
+"""
+
+import html
+import json
+import random
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from argrpo import Prompts
+from pretrained import fetch
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------
+
+FIELDS = ("caption", "prompt", "text")           # where a JSON record may hold its caption
+
+
+def clean(caption):
+    """A caption as LlamaGen's training saw ordinary ones.
+
+    Repaired encoding, no HTML entities, lower case, single spaces."""
+    from ftfy import fix_text
+    return " ".join(html.unescape(fix_text(caption)).lower().split())
+
+
+def read_text(path):
+    """The text of a UTF-8 file.  Raises ValueError, naming the line, if it is none."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        byte = error.object[error.start]
+        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; "
+                         "convert the file, for instance with: iconv -t utf-8") from None
+
+
+def read_records(path):
+    """The records of a file, each with its number: [(number, text or JSON value), ...]."""
+    text = read_text(path)
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+            if not isinstance(values, list):
+                values = [values]
+            return list(enumerate(values, start=1))
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1)
+                 if line.strip()]
+        if path.suffix == ".jsonl":
+            return [(number, json.loads(line)) for number, line in lines]
+        return lines
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def caption_of(record):
+    """The caption of a record, or None: the record itself, or its first field of FIELDS."""
+    if isinstance(record, dict):
+        record = next((record[field] for field in FIELDS if field in record), None)
+    if isinstance(record, str) and record.strip():
+        return record
+    return None
+
+
+def read_captions(path):
+    """The captions of a file, cleaned, without repetitions, in the file's order.
+
+    .json holds a list and .jsonl one record a line: texts, or objects with a field caption, prompt
+    or text, such as GenEval's metadata.  Any other file holds one caption a line; empty lines do
+    not count.  Raises ValueError, naming file and line, for what is no caption or no UTF-8."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file of captions: {path} (looked in {Path.cwd()})")
+    captions = []
+    for number, record in read_records(path):
+        caption = caption_of(record)
+        if caption is None:
+            raise ValueError(f"{path}, record {number}: no caption there, "
+                             f"nor under {', '.join(FIELDS)}")
+        captions.append(clean(caption))
+    if not captions:
+        raise ValueError(f"{path} holds no captions: write one a line, "
+                         "or JSON with a field caption")
+    return list(dict.fromkeys(captions))
+
+
+# ---------------------------------------------------------------------------------------------
+# Composing: GenEval's templates over COCO's objects
+# ---------------------------------------------------------------------------------------------
+
+COLOUR_NAMES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black",
+                "white")
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+POSITIONS = ("left of", "right of", "above", "below")
+# GenEval's names of objects that COCO calls otherwise, and the plurals that no rule gives.
+ALIASES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+PLURALS = {"person": "people", "sheep": "sheep", "skis": "skis", "scissors": "scissors",
+           "knife": "knives", "mouse": "mice", "computer mouse": "computer mice"}
+
+
+@cache
+def coco_objects():
+    """COCO's 80 object names, as torchvision's detectors number them: {name: number}."""
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
+    names = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
+    return {name: number for number, name in enumerate(names)
+            if name not in ("__background__", "N/A")}
+
+
+def plural(name):
+    if name in PLURALS:
+        return PLURALS[name]
+    ending = "es" if re.search(r"(s|sh|ch|x)$", name) else "s"
+    return name + ending
+
+
+def with_article(name):
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name}"
+
+
+def random_composition(rng):
+    """One caption of each of the six templates, over two random objects and two colours."""
+    one, two = rng.sample(list(coco_objects()), 2)
+    colour_one, colour_two = rng.sample(COLOUR_NAMES, 2)
+    number, position = rng.choice(list(NUMBERS)), rng.choice(POSITIONS)
+    a_one, a_two = with_article(one), with_article(two)
+    coloured_one = with_article(f"{colour_one} {one}")
+    coloured_two = with_article(f"{colour_two} {two}")
+    texts = [
+        a_one,                                   # one object
+        f"{a_one} and {a_two}",                  # two
+        f"{number} {plural(one)}",               # counted
+        coloured_one,                            # coloured
+        f"{a_one} {position} {a_two}",           # placed
+        f"{coloured_one} and {coloured_two}",    # coloured pair
+    ]
+    return [f"a photo of {text}" for text in texts]
+
+
+def compose(n, seed=0):
+    """n different captions, equally often of each template."""
+    rng = random.Random(seed)
+    captions = {}                                # a dict keeps the order, and each caption once
+    while len(captions) < n:
+        new = random_composition(rng)
+        room = n - len(captions)
+        if room <= 6 or len(captions) % 6 != 0:  # all six are taken as long as all six are new
+            new = [rng.choice(new)]
+        captions |= dict.fromkeys(new)
+    return list(captions)[:n]
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading compositions back
+# ---------------------------------------------------------------------------------------------
+
+@cache
+def thing_pattern():
+    """A pattern for one thing of a composition, with groups (number, colour, name), and the names.
+
+    The names map every singular and plural to COCO's: {name: COCO's name}."""
+    names = {name: name for name in coco_objects()} | ALIASES
+    names |= {plural(name): coco for name, coco in names.items()}
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    article = rf"(?:an?|one|({'|'.join(NUMBERS)}))"
+    colour = rf"(?:({'|'.join(COLOUR_NAMES)}) )?"
+    return rf"{article} {colour}({'|'.join(longest_first)})", names
+
+
+def requirements(caption):
+    """What a compositional caption asks for, as in GenEval's metadata.
+
+    A list of {"class", "count", "color", "position"}, where position is [relation, number of the
+    thing it relates to].  "color" and "position" only stand where they are asked for.
+
+    Raises ValueError for a caption that follows none of the templates."""
+    thing, names = thing_pattern()
+    links = "|".join(("and", *POSITIONS))
+    match = re.fullmatch(rf"(?:a photo of )?{thing}(?: ({links}) {thing})?", clean(caption))
+    if match is None:
+        raise ValueError(f"cannot read {caption!r} as a composition: write for instance "
+                         "'a photo of two dogs' or 'a photo of a red bus left of a bench', "
+                         "with objects of COCO")
+    number, colour, name, link, *second = match.groups()
+    things = [(number, colour, name)]
+    if link:
+        things.append(tuple(second))
+    wanted = []
+    for number, colour, name in things:
+        demand = {"class": names[name], "count": NUMBERS.get(number, 1)}
+        if colour:
+            demand["color"] = colour
+        wanted.append(demand)
+    if link in POSITIONS:                        # "A left of B": A's place is checked against B's
+        wanted.reverse()
+        wanted[1]["position"] = [link, 0]
+    return wanted
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoding.  Shapes: M captions, P of them picked, T condition positions, C numbers a word.
+# ---------------------------------------------------------------------------------------------
+
+class PaddedFeatures:
+    """Features of M captions, stored without padding.
+
+    Indexed with (P,) it gives (P, T, C), padded on the left.  At 120 positions of 2048 numbers,
+    ten thousand padded captions would fill ten gigabytes."""
+
+    def __init__(self, features, length):
+        self.features = features                 # M tensors (words, C)
+        self.length = length                     # T
+
+    def __getitem__(self, index):
+        rows = []
+        for i in index.tolist():
+            words = self.features[i]                                       # (words, C)
+            rows.append(F.pad(words, (0, 0, self.length - len(words), 0)))
+        return torch.stack(rows)                                           # (P, T, C)
+
+
+class T5Captions:
+    """Flan-T5's encoder: called with captions, it returns Prompts.
+
+    Every distinct caption is encoded once.  bfloat16 on a GPU, as for LlamaGen's training.
+    Raises FileNotFoundError where the model cannot be had."""
+
+    def __init__(self, spec="google/flan-t5-xl", device="cpu", length=120, batch=32):
+        from transformers import AutoTokenizer, T5EncoderModel
+        device = torch.device(device)
+        patterns = ["*.safetensors", "*.json", "*.model"]
+        folder = fetch(spec, "pass a local folder with --t5 PATH", patterns)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = T5EncoderModel.from_pretrained(folder, dtype=dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.length, self.batch = length, batch
+        self.features = {}                       # caption -> (words, C)
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """Prompts whose conditions are T5's features of the captions.
+
+        Captions of more than `length` tokens, T5's end mark included, lose their end; one warning
+        counts them."""
+        distinct = dict.fromkeys(captions)
+        new = [caption for caption in distinct if caption not in self.features]
+        long = sum(len(self.tokenizer(caption).input_ids) > self.length for caption in new)
+        if long:
+            warnings.warn(f"{long} of {len(new)} captions are longer than {self.length} tokens "
+                          "and lose their end")
+        for start in tqdm(range(0, len(new), self.batch), desc="T5", unit="batch"):
+            self.encode(new[start:start + self.batch])
+        chosen = [self.features[caption] for caption in captions]
+        lengths = torch.tensor([len(features) for features in chosen])
+        mask = torch.arange(self.length) >= self.length - lengths[:, None]
+        return Prompts(list(captions), PaddedFeatures(chosen, self.length), mask)     # mask (M, T)
+
+    def encode(self, captions):
+        """Remembers the features of one batch of captions, without T5's own padding."""
+        tokens = self.tokenizer(captions, max_length=self.length, truncation=True, padding=True,
+                                return_tensors="pt").to(self.model.device)
+        output = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        states = output.last_hidden_state.cpu()
+        real = tokens.attention_mask.bool().cpu()
+        for caption, state, is_word in zip(captions, states, real):
+            self.features[caption] = state[is_word]

@@ -1,0 +1,85 @@
+"""From names to what they stand for: models, classes, the encoder of captions."""
+
+import difflib
+import re
+from pathlib import Path
+
+import argrpo
+import pretrained
+import toy
+from harness.captions import T5Captions
+
+
+def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
+    """The transformer and the tokenizer of a preset for the task "c2i" or "t2i", on the CPU.
+
+    folder is that of the toy's weights."""
+    if preset == "toy":
+        model, vq = toy.load(task, folder, gpt_ckpt, vq_ckpt)
+    elif preset in pretrained.MODELS:
+        model, vq = pretrained.load(preset, gpt_ckpt, vq_ckpt)
+    else:
+        raise ValueError(f"unknown preset {preset!r}: there are toy, "
+                         f"{', '.join(pretrained.MODELS)}")
+    check_models(model, vq)
+    return model, vq
+
+
+def check_models(model, vq):
+    """Raises ValueError if the transformer writes tokens that the tokenizer cannot decode."""
+    if model.config.vocab_size != vq.config.codebook_size:
+        raise ValueError("transformer and tokenizer do not go together: "
+                         f"{model.config.vocab_size} codes in one, "
+                         f"{vq.config.codebook_size} in the other")
+
+
+def toy_folder(settings, task):
+    """Where the toy's weights are.
+
+    With --from-scratch in the run's folder, pretrained now if they are not there."""
+    if not settings.from_scratch:
+        return toy.FOLDER
+    if settings.preset != "toy":
+        raise ValueError("--from-scratch is for the toy: "
+                         "a published model is not pretrained in minutes")
+    folder = Path(settings.out) / "weights"
+    if not (folder / f"toy_{task}.pt").exists():
+        toy.main(["--out", str(folder), "--seed", str(settings.seed)])
+    return folder
+
+
+def caption_encoder(preset, t5, device):
+    """What turns captions into Prompts: for the toy its own features, else Flan-T5's.
+
+    Let go of it to unload T5."""
+    if preset == "toy":
+        return lambda texts: argrpo.Prompts(texts, *toy.encode_captions(texts))
+    return T5Captions(t5, device)
+
+
+def choose_classes(text, names):
+    """Class indices from "all", numbers or names, separated by commas.
+
+    Raises ValueError for what is no class."""
+    if text == "all":
+        return list(range(len(names)))
+    index = {}
+    for k, name in enumerate(names):
+        index.setdefault(name.lower(), k)                # of two equal names the first counts
+    return [choose_class(item.strip(), index, len(names)) for item in text.split(",")]
+
+
+def choose_class(item, index, count):
+    """The index of one class, given by its number or, by `index`, by its name in lower case."""
+    if re.fullmatch(r"-?[0-9]+", item):
+        if not 0 <= int(item) < count:
+            raise ValueError(f"class {item} does not exist: "
+                             f"they are numbered from 0 to {count - 1}")
+        return int(item)
+    if item.lower() in index:
+        return index[item.lower()]
+    close = difflib.get_close_matches(item.lower(), index, n=3)
+    hint = ""
+    if close:
+        hint = ": did you mean " + " or ".join(repr(name) for name in close) + "?"
+    raise ValueError(f"no class is named {item!r}{hint}")

@@ -1,0 +1,252 @@
+"""Options of the commands: a dataclass of settings, its checks, and the command line.
+
+A dataclass has one comment a field, which is also the field's help text:
+
+    steps: int = 180     # rollouts      ->      --steps int    rollouts (default: 180)
+
+What is not given on the command line comes from the recipe, the preset and the defaults,
+in this order.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import argrpo
+
+MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "compile", "device")
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings of a run
+# ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Settings(argrpo.GRPOConfig):
+    """The options of a training script: the loop's, and these."""
+    preset: str = ""                     # models and settings to start from, see the list below
+    recipe: str = "paper"                # "paper", or "diverse": keeps a prompt's pictures varied
+    reward: str = ""                     # what to maximise: "name:weight,..." or
+                                         # "my_file.py:function"
+    out: str = ""                        # folder of the run; default runs/<script>-<preset>
+    resume: str = ""                     # folder of a run to continue
+    device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
+    gpt_ckpt: str = ""                   # transformer weights of your own: a file, a folder,
+                                         # or a Hugging Face repo or repo:file
+    vq_ckpt: str = ""                    # tokenizer weights, likewise
+    from_scratch: bool = False           # toy: pretrain the models first, which takes minutes
+    checkpointing: bool = False          # save memory: the backward pass computes the layers again
+    compile: bool = False                # torch.compile the sampler's decoding step: minutes at
+                                         # first, meant for GPUs
+    diversity_bonus: float = 0.0         # reward moved, among a group's right images, to those
+                                         # that differ from the others
+    bonus_distance: str = "pixels"       # what the diversity bonus compares: "pixels" or "codes"
+    rehearsal: float = 0.0               # weight of the likelihood of what the pretrained model
+                                         # gets right (diversity.py)
+    rehearsal_groups: int = 1            # groups of images that the pretrained model draws for
+                                         # that, once for each prompt
+    eval_images: int = 540               # images of the evaluation before and after; whole prompts
+    eval_cfg_scales: str = ""            # guidance scales, such as 1,7.5, to evaluate at besides
+                                         # the rollout's
+    save_every: int = 20                 # steps between two checkpoints
+
+    def __post_init__(self):
+        check_loop(self)
+        check_run(self)
+
+    def other_cfg_scales(self):
+        """The guidance scales of eval_cfg_scales but the rollout's.
+
+        Raises ValueError for what is no number >= 0."""
+        try:
+            scales = [float(text) for text in self.eval_cfg_scales.split(",") if text.strip()]
+        except ValueError:
+            scales = [-1.0]
+        if not all(0 <= scale < float("inf") for scale in scales):
+            raise ValueError("eval_cfg_scales must be numbers of at least 0 such as 1,7.5, "
+                             f"not {self.eval_cfg_scales!r}")
+        return [scale for scale in scales if scale != self.cfg_scale]
+
+
+def check_loop(s):
+    """Raises ValueError, with the value, for a setting of the loop that is out of range."""
+    for name in ("steps", "prompts_per_step", "micro_batch", "update_epochs", "warmup_steps"):
+        value = getattr(s, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if s.rollout_prompts < 0:
+        raise ValueError("rollout_prompts must be at least 1, or 0 for all at once, "
+                         f"not {s.rollout_prompts}")
+    if s.group_size < 2:
+        raise ValueError("group_size must be at least 2, for a group is compared with itself, "
+                         f"not {s.group_size}")
+    for name in ("lr", "lr_end", "weight_decay", "clip_eps", "clip_eps_high", "kl_beta",
+                 "cfg_scale"):
+        check_at_least_0(s, name)
+    for name in ("temperature", "max_grad_norm"):
+        if not 0 < getattr(s, name) < float("inf"):
+            raise ValueError(f"{name} must be a finite number above 0, not {getattr(s, name)}")
+    if s.logprob_cfg not in ("guided", "none"):
+        raise ValueError(f"logprob_cfg must be 'guided' or 'none', not {s.logprob_cfg!r}")
+
+
+def check_run(s):
+    """The same for what surrounds the loop."""
+    if s.save_every < 1 or s.eval_images < 4 or s.rehearsal_groups < 1:
+        raise ValueError("save_every and rehearsal_groups must be at least 1 and eval_images at "
+                         f"least 4, not {s.save_every}, {s.rehearsal_groups} and {s.eval_images}")
+    for name in ("rehearsal", "diversity_bonus"):
+        check_at_least_0(s, name)
+    if s.bonus_distance not in ("pixels", "codes"):
+        raise ValueError(f"bonus_distance must be pixels or codes, not {s.bonus_distance!r}")
+    s.other_cfg_scales()
+
+
+def check_at_least_0(s, name):
+    value = getattr(s, name)
+    if value is not None and not 0 <= value < float("inf"):          # NaN fails this, too
+        raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+def field_comments(cls):
+    """{field: the comment behind it}, for a dataclass and those it extends."""
+    comments = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            # The end of the field's line, and lines below it that hold nothing but comment.
+            found = re.findall(r"^    (\w+): .*?  # (.*(?:\n {30,}# .*)*)$",
+                               inspect.getsource(base), re.MULTILINE)
+            comments |= {name: re.sub(r"\n +# ", " ", comment) for name, comment in found}
+    return comments
+
+
+def read_options(cls, argv, prog, description, epilog=""):
+    """The options given on the command line, {field: value}, for the fields of the dataclass."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = field_comments(cls)
+    for field in dataclasses.fields(cls):
+        kind = field.type
+        if not isinstance(kind, type):
+            kind = typing.get_args(kind)[0]                          # float | None -> float
+        how = dict(type=kind, metavar=kind.__name__)
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        text = comments[field.name]
+        if field.default not in ("", None):
+            text += f" (default: {field.default})"
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, **how, help=text.replace("%", "%%"))
+    return vars(parser.parse_args(argv))
+
+
+@contextmanager
+def one_line_errors():
+    """An error while a run is set up is for the user to read: one line, and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_settings(cls, presets, default_preset, argv, script, description, recipe_weights):
+    """The settings from the command line, over those of recipe and preset, over `cls`'s defaults.
+
+    With --resume the run's own config.json takes the preset's place.  Raises ValueError, naming
+    the option and its value, when one is unknown or out of range."""
+    given = read_options(cls, argv, f"{script}.py", description, "presets: " + ", ".join(presets))
+    if "resume" in given:
+        settings = resumed(cls, given, script)
+    else:
+        settings = preset_settings(cls, presets, default_preset, given, script, recipe_weights)
+    check_processes(settings)
+    check_writable(Path(settings.out))
+    if not settings.resume and (Path(settings.out) / "config.json").exists():
+        raise FileExistsError(f"{settings.out} already holds a run: continue it with --resume "
+                              f"{settings.out}, or give the new one a folder of its own with "
+                              "--out NAME")
+    return settings
+
+
+def preset_settings(cls, presets, default_preset, given, script, recipe_weights):
+    """What is given, over the recipe, over the preset."""
+    name = given.get("preset") or default_preset
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: there are {', '.join(presets)}")
+    recipe = given.get("recipe", "paper")
+    if recipe not in ("paper", "diverse"):
+        raise ValueError(f"unknown recipe {recipe!r}: there are paper and diverse")
+    values = {"out": f"runs/{script}-{name}"} | presets[name]
+    if recipe == "diverse":
+        values |= diverse(cls(**presets[name]), **recipe_weights)
+        values["out"] += "-diverse"
+    return cls(**(values | given | {"preset": name}))
+
+
+def diverse(preset, rehearsal, diversity_bonus, longer):
+    """The recipe that keeps a prompt's pictures varied, on top of a preset's settings.
+
+    Rehearsal takes the place of the KL penalty, and the diversity bonus is added.  A step has
+    twice the prompts, for noise in the update narrows the policy, too.  The recipe learns more
+    slowly: hence larger steps, and `longer` times as many."""
+    return dict(rehearsal=rehearsal, kl_beta=0.0, diversity_bonus=diversity_bonus,
+                lr=1.25 * preset.lr, steps=round(longer * preset.steps),
+                prompts_per_step=2 * preset.prompts_per_step)
+
+
+def resumed(cls, given, script):
+    """The settings of an earlier run, and of what is given that which may change."""
+    config = read_config(given["resume"], script)
+    unknown = set(config) - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{given['resume']} was made by another version of this repository, "
+                         f"with the setting {sorted(unknown)[0]}: resume it with that version")
+    before = cls(**config)
+    for name, value in given.items():
+        if value != getattr(before, name) and name not in MAY_CHANGE:
+            raise ValueError(f"--resume continues a run as it was configured: {name} was "
+                             f"{getattr(before, name)!r} and cannot become {value!r}")
+    return dataclasses.replace(before, **({"out": given["resume"]} | given))
+
+
+def read_config(folder, script):
+    """The settings of an earlier run of the same script."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: there is no {path}")
+    config = json.loads(path.read_text())
+    if config["script"] != script:
+        raise ValueError(f"{folder} holds a run of {config['script']}.py: "
+                         "resume it with that script")
+    return config["settings"]
+
+
+def check_processes(settings):
+    """Raises ValueError if torchrun's processes cannot share a step's prompts equally."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.prompts_per_step % size:
+        raise ValueError(f"prompts_per_step {settings.prompts_per_step} cannot be shared equally "
+                         f"by {size} processes: choose a multiple of {size}")
+
+
+def check_writable(folder):
+    """Raises PermissionError if a run cannot leave its files in the folder, which may not exist."""
+    candidates = [folder, *folder.absolute().parents]
+    existing = next(path for path in candidates if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write into {existing}: "
+                              "choose another folder with --out NAME")

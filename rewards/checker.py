@@ -1,0 +1,151 @@
+"""The command line of `python reward.py`: scores pictures with a reward, or examines the reward.
+
+A reward is examined on pictures that the toy draws before training.  Each finding says in plain
+words whether the reward does what training relies on: one finite number per image, the same for
+the same image, whatever else is in the batch; and different ones within a group, for otherwise
+there is nothing to learn from.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+import toy
+from argrpo import Prompts, draw_images, rng_for
+from reward import build_rewards
+
+PROMPTS, SAMPLES = 4, 8                          # of the toy's pictures: groups, and images of each
+
+
+def toy_batch(device, prompts=PROMPTS, samples=SAMPLES):
+    """Pictures of the toy in groups, (prompts * samples, 3, 24, 24), and the prompt of each."""
+    model, vq = toy.load("c2i")
+    index = torch.linspace(0, len(toy.CLASSES) - 1, prompts).long()
+    classes = Prompts(toy.CLASSES, torch.arange(len(toy.CLASSES)))
+    _, _, images = draw_images(model, vq, classes, index, rng_for("cpu", "check"),
+                               samples_per_prompt=samples)
+    texts, _, _ = classes.pick(index.repeat_interleave(samples), "cpu")
+    return images.to(device), texts
+
+
+def same(scores, total):
+    """Whether two lots of scores of the same images are equal, but for rounding."""
+    largest = total[~total.isnan()].abs().max().item()
+    return torch.allclose(scores, total, rtol=1e-3, atol=1e-4 * max(1.0, largest), equal_nan=True)
+
+
+def verdict(what, good, if_good, if_bad):
+    """A finding: (what was examined, whether it is all right, the finding in plain words)."""
+    return what, good, if_good if good else if_bad
+
+
+def check(rewards, images, prompts, group_size):
+    """Examines a RewardSet on groups of images: yields findings as `verdict` gives them."""
+    original = images.clone()
+    start = time.perf_counter()
+    total, _ = rewards(images, prompts)
+    milliseconds = 1000 * (time.perf_counter() - start) / len(prompts)
+    yield "shape", True, f"one number per image, {tuple(total.shape)} for {len(prompts)} images"
+    yield verdict("input", torch.equal(images, original),
+                  "leaves the images as they are",
+                  "changes the images in place: work on a copy")
+
+    missing = total.isnan().float().mean().item()
+    finding = f"{missing:.0%} of the images got no score"
+    if missing:
+        finding += "; images without a score teach nothing"
+    yield "missing", missing < 0.5, finding
+    known = total[~total.isnan()]
+    if not len(known):
+        return
+    yield "range", True, f"from {known.min():.4g} to {known.max():.4g}, mean {known.mean():.4g}"
+
+    again, _ = rewards(images, prompts)
+    yield verdict("repeatable", same(again, total),
+                  "the same images get the same scores again",
+                  "the same images get other scores the second time: seed what is random in it")
+    backwards, _ = rewards(images.flip(0), prompts[::-1])
+    yield verdict("order", same(backwards.flip(0), total),
+                  "the order of the batch does not matter",
+                  "an image's score depends on its place in the batch")
+    alone = [rewards(images[i:i + 1], prompts[i:i + 1])[0] for i in range(len(prompts))]
+    yield verdict("batch", same(torch.cat(alone), total),
+                  "an image scores alone as it does in the batch",
+                  "an image's score depends on the others in the batch, or on the batch's size")
+
+    groups = total.view(-1, group_size)
+    spread = groups.std(dim=1).nanmean().item()
+    flat = (groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item()
+    finding = (f"standard deviation {spread:.4g} within the groups, "
+               f"{flat:.0%} of them without any")
+    if flat == 1:
+        finding += ": images of one prompt all score the same, so there is nothing to learn from"
+    yield "spread", flat < 1, finding
+
+    reads_prompts = False
+    if len(set(prompts)) > 1:
+        others, _ = rewards(images, prompts[group_size:] + prompts[:group_size])
+        reads_prompts = not same(others, total)
+    finding = "depends on the prompt" if reads_prompts else "does not depend on the prompt"
+    yield "prompt", True, finding
+    yield "speed", True, f"{milliseconds:.2f} ms per image, the first time, on {images.device}"
+
+
+def examine(rewards, prompt, device):
+    """Prints what `check` finds on pictures of the toy.  Returns how many findings are bad."""
+    images, prompts = toy_batch(device)
+    if prompt:
+        prompts = [prompt] * len(prompts)
+    findings = list(check(rewards, images, prompts, SAMPLES))
+    for what, good, finding in findings:
+        mark = "ok " if good else "BAD"
+        print(f"{mark}  {what:<10}  {finding}")
+    return sum(not good for _, good, _ in findings)
+
+
+def score(rewards, path, prompt, device):
+    """Prints the scores of one picture, as a line of JSON."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))         # (H, W, 3)
+    image = pixels.permute(2, 0, 1).to(device) / 255
+    total, parts = rewards(image[None], [prompt])
+    scores = {"image": path, "reward": total.item()}
+    for name, part in parts.items():
+        scores[name] = part.item()
+    print(json.dumps(scores))
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="reward.py",
+        description="Scores pictures with a reward, or examines the reward itself.")
+    parser.add_argument("images", nargs="*", help="pictures to score")
+    parser.add_argument("--reward", metavar="SPEC",
+                        help="the reward, as for training: name:weight,... or file.py:function")
+    parser.add_argument("--check", metavar="SPEC",
+                        help="examine this reward on pictures of the toy")
+    parser.add_argument("--prompt", help="the prompt of the pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if bool(args.check) == bool(args.reward) or (args.reward and not args.images):
+        parser.error("give --check SPEC, or --reward SPEC with pictures")
+    return args
+
+
+def main(argv=None):
+    """Returns the exit status: 0, the number of bad findings, or 2 after an error."""
+    args = arguments(argv)
+    try:
+        rewards = build_rewards(args.check or args.reward, args.device)
+        if args.check:
+            return examine(rewards, args.prompt, args.device)
+        for path in args.images:                 # one by one, for they may differ in size
+            score(rewards, path, args.prompt or "", args.device)
+        return 0
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,108 @@
+"""GenEval (arXiv 2310.11513) as a reward: does the image meet what its composition demands?
+
+The prompt follows one of GenEval's templates over COCO's objects ("a photo of a red bus left of a
+bench"), which `harness.captions` reads.  A COCO detector finds the objects, and CLIP ViT-L/14 names
+the colour of each one, cut out on grey.  A demand is an object in its number (exactly, where it is
+counted), its colour, or its place.
+
+Where this departs from the published GenEval: it detects with torchvision's Mask R-CNN in the place
+of Mask2Former, and it gives the share of the demands that are met, where GenEval gives 1 for all of
+them and else 0.
+"""
+
+import torch
+from torch import nn
+from torchvision.models import detection
+from torchvision.transforms import functional as vision
+
+from harness.captions import COLOUR_NAMES, coco_objects, requirements
+from reward import register
+from rewards.clip import open_clip_tower
+
+COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+
+
+def load_detector(device):
+    """torchvision's Mask R-CNN, trained on COCO."""
+    try:
+        detector = detection.maskrcnn_resnet50_fpn_v2(weights="DEFAULT")
+    except OSError as error:
+        url = detection.MaskRCNN_ResNet50_FPN_V2_Weights.DEFAULT.url
+        raise FileNotFoundError(f"reward 'geneval' cannot download its detector ({error}); "
+                                f"get {url} where there is a network, and put it into "
+                                f"{torch.hub.get_dir()}/checkpoints") from None
+    return detector.to(device).eval().requires_grad_(False)
+
+
+def place_of(box, other, slack=0.1):
+    """Where a box (x1, y1, x2, y2) is, seen from the other one: a set of "left of", "above", ...
+
+    GenEval's rule: the centres must differ by more than a tenth of the two boxes' sizes, and a
+    direction counts if more than half of the distance goes that way."""
+    centre = torch.stack([box[0::2].mean(), box[1::2].mean()])
+    other_centre = torch.stack([other[0::2].mean(), other[1::2].mean()])
+    offset = centre - other_centre
+    sizes = (box[2:] - box[:2]) + (other[2:] - other[:2])
+    clear = (offset.abs() - slack * sizes).clamp(min=0) * offset.sign()
+    x, y = clear / offset.norm().clamp(min=1e-6)
+    shares = {"left of": -x, "right of": x, "above": -y, "below": y}
+    return {place for place, share in shares.items() if share > 0.5}
+
+
+@register("geneval")
+class GenEval:
+    """The share of a composition's demands that are met, 1 if all are."""
+
+    def __init__(self, device, micro_batch=8):
+        self.detector = load_detector(device)
+        self.tower = open_clip_tower("ViT-L-14-quickgelu", device)
+        self.micro_batch = micro_batch
+
+    def colours(self, image, found, name):
+        """The colour of each found object, by name."""
+        grey = torch.full_like(image, 0.6)
+        crops = []
+        for box, mask in zip(found["boxes"], found["masks"]):
+            x1, y1, x2, y2 = box.round().int().tolist()
+            x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)                    # at least one pixel
+            alone = torch.where(mask > 0.5, image, grey)[:, y1:y2, x1:x2]
+            crops.append(vision.resize(alone, [224, 224], antialias=True).clamp(0, 1))
+        texts = [text.format(colour, name) for colour in COLOUR_NAMES for text in COLOUR_TEXTS]
+        features = self.tower.text_features(texts)                       # (colours * texts, C)
+        features = features.view(len(COLOUR_NAMES), len(COLOUR_TEXTS), -1).mean(dim=1)
+        features = nn.functional.normalize(features, dim=-1)             # (colours, C)
+        cosines = self.tower.image_features(torch.stack(crops)) @ features.T
+        return [COLOUR_NAMES[k] for k in cosines.argmax(dim=-1).tolist()]
+
+    def judge(self, image, detections, demands):
+        """The share of demands that one image meets."""
+        met, groups = [], []                     # groups: the found objects of each demand
+        for demand in demands:
+            count = demand["count"]
+            threshold = 0.9 if count > 1 else 0.3            # what is counted must be surer
+            sure = detections["scores"] > threshold
+            sure &= detections["labels"] == coco_objects()[demand["class"]]
+            number = int(sure.sum())
+            enough = number == count if count > 1 else number > 0
+            met.append(enough)
+            # The detector lists its surest finds first.
+            found = {key: value[sure][:count] for key, value in detections.items()}
+            if "color" in demand:
+                right = 0
+                if enough:
+                    right = self.colours(image, found, demand["class"]).count(demand["color"])
+                met.append(right == count)
+            if "position" in demand:
+                place, target = demand["position"]
+                places = [place_of(box, other)
+                          for box in found["boxes"] for other in groups[target]["boxes"]]
+                met.append(bool(places) and all(place in some for some in places))
+            groups.append(found)
+        return sum(met) / len(met)
+
+    def __call__(self, images, prompts):
+        demands = [requirements(prompt) for prompt in prompts]
+        detections = []
+        for chunk in images.float().split(self.micro_batch):
+            detections += self.detector(list(chunk))
+        return torch.tensor([self.judge(*case) for case in zip(images, detections, demands)])

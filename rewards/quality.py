@@ -1,0 +1,90 @@
+"""Quality of an image as such: the prompt does not matter.
+
+Where this departs from what was published:
+
+1. CLIP-IQA runs on CLIP ViT-B/32, which the reward "clip" has loaded already.  Its paper used
+   CLIP's ResNet-50 without positional embedding, for images of any size.  AR-GRPO does not use it:
+   it takes MANIQA's place in the mixture "paper_lite", because it needs no further package.
+2. MANIQA's random crops are the same windows of every image, every time, so that images are
+   compared fairly and a run repeats.  The official code draws new ones for each image.
+"""
+
+import torch
+from torch import nn
+from torchvision.transforms import functional as vision
+
+from pretrained import load_weights
+from reward import register
+from rewards.clip import clip_tower, open_clip_tower
+from rewards.sources import optional, weights_of
+
+
+@register("clip_iqa")
+def clip_iqa(device):
+    """CLIP-IQA (arXiv 2207.12396), quality without a reference.
+
+    Twice the probability that CLIP prefers "Good photo." to "Bad photo." for the image: in [0, 2],
+    the range of MANIQA's reward."""
+    tower = clip_tower(device)
+    antonyms = ["Good photo.", "Bad photo."]
+
+    def reward(images, prompts):
+        cosines = tower.image_features(images) @ tower.text_features(antonyms).T         # (B, 2)
+        return 2 * (100 * cosines).softmax(dim=-1)[:, 0]
+
+    return reward
+
+
+class AestheticHead(nn.Module):
+    """LAION's aesthetic predictor, version 2: CLIP features (B, 768) -> score (B,)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(768, 1024), nn.Dropout(0.2),
+            nn.Linear(1024, 128), nn.Dropout(0.2),
+            nn.Linear(128, 64), nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, features):
+        return self.layers(features)[:, 0]
+
+
+@register("aesthetic")
+def aesthetic(device):
+    """LAION's aesthetic head on CLIP ViT-L/14: about 1 to 10."""
+    tower = open_clip_tower("ViT-L-14-quickgelu", device)
+    head = load_weights(AestheticHead(), weights_of("aesthetic"))
+    head = head.to(device).eval().requires_grad_(False)
+    return lambda images, prompts: head(tower.image_features(images))
+
+
+def random_crops(images, crops=20, size=224):
+    """The same windows of every image, drawn with a fixed seed.
+
+    (B, 3, H, W) -> (B, crops, 3, size, size); an image smaller than a window is enlarged first."""
+    if min(images.shape[2:]) < size:
+        bicubic = vision.InterpolationMode.BICUBIC
+        images = vision.resize(images, size, bicubic, antialias=True).clamp(0, 1)
+    height, width = images.shape[2:]
+    rng = torch.Generator().manual_seed(0)
+    tops = torch.randint(height - size + 1, (crops,), generator=rng).tolist()
+    lefts = torch.randint(width - size + 1, (crops,), generator=rng).tolist()
+    windows = [images[:, :, top:top + size, left:left + size] for top, left in zip(tops, lefts)]
+    return torch.stack(windows, dim=1)
+
+
+@register("maniqa")
+def maniqa(device):
+    """MANIQA (arXiv 2204.08958) trained on KonIQ: twice the mean score of 20 random crops."""
+    pyiqa = optional("pyiqa", "maniqa")
+    metric = pyiqa.create_metric("maniqa", device=device, test_sample=1)
+
+    def reward(images, prompts):
+        crops = random_crops(images)                                     # (B, 20, 3, 224, 224)
+        scores = [metric(chunk).flatten() for chunk in crops.flatten(0, 1).split(40)]
+        return 2 * torch.cat(scores).view(crops.shape[:2]).mean(dim=1)
+
+    return reward

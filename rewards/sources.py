@@ -1,0 +1,29 @@
+"""Where the models of rewards come from, and clear errors for those that cannot be had."""
+
+import importlib
+
+from pretrained import fetch
+
+# A Hugging Face repository, a file of one as repo:file, or a local path of your own.
+SOURCES = {
+    "ViT-B-32-quickgelu": "timm/vit_base_patch32_clip_224.openai:open_clip_model.safetensors",
+    "ViT-L-14-quickgelu": "timm/vit_large_patch14_clip_224.openai:open_clip_model.safetensors",
+    "ViT-H-14": "xswu/HPSv2:HPS_v2.1_compressed.pt",
+    "aesthetic": "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth",
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "qwen": "Qwen/Qwen2.5-VL-3B-Instruct",
+}
+
+
+def weights_of(name):
+    """The local path of a model's weights, downloaded if need be.  Errors are those of `fetch`."""
+    return fetch(SOURCES[name], "download it where there is a network, "
+                                "and set HF_HOME to a copy of that Hugging Face cache")
+
+
+def optional(package, reward):
+    """The imported package, or an ImportError that says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(f"reward {reward!r} needs {package}: pip install {package}") from None

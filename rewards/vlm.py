@@ -1,0 +1,141 @@
+"""Realism: three questions to a vision-language model, Qwen2.5-VL-3B.
+
+Where this departs from the official AR-GRPO code:
+
+1. The questions are reworded.  They ask for the same things with the same points: five criteria
+   for the label, 0 to 5; made by an AI or not, 0 or 1; anything strange or not, 0 or 1.  But the
+   models may answer another wording otherwise.
+2. The answer is greedy: each token is the most likely one.  Only if it holds no points, the model
+   is asked again, with randomness, twice at most.  The official code also asks three times at most,
+   always with the model's own settings.
+3. An image that gets no points is missing (NaN), and is left out of its group.  Officially its
+   reward is 0, as if it had been judged bad.  Points out of range count there, too; here they do
+   not.
+4. The model sees the pixels as they are.  Officially the image is first compressed as a JPEG.
+"""
+
+import functools
+import math
+import re
+
+import torch
+
+from reward import register
+from rewards.sources import weights_of
+
+LABEL = (
+    'This picture was generated for the text: "{prompt}". Judge it by five criteria, each worth '
+    "0 to 1 points: it shows what the text asks for; its subject is complete; it looks real and "
+    "plausible; it is sharp and clear; it has no noise or artifacts. Name the weakest point in a "
+    "few words, then give the sum, from 0 to 5. "
+)
+FAKE = (
+    "Look closely: was this picture made by an AI? Give 0 points if it was and 1 point if it is a "
+    "real photograph. "
+)
+WEIRD = (
+    "Look closely: is anything about this picture strange? Give 0 points if something is and "
+    "1 point if nothing is. "
+)
+# name -> (question, the most points that it gives)
+QUESTIONS = {"label": (LABEL, 5), "fake": (FAKE, 1), "weird": (WEIRD, 1)}
+ANSWER_FORMAT = 'End your answer with one line of JSON: {"score": NUMBER}'
+
+
+def parse_score(answer, highest):
+    """The last "score": NUMBER of an answer, or None where there is none from 0 to `highest`."""
+    found = re.findall(r'"?score"?\s*[:=]\s*(-?\d+(?:\.\d+)?)', answer, re.IGNORECASE)
+    if not found:
+        return None
+    score = float(found[-1])
+    return score if 0 <= score <= highest else None
+
+
+class VisionLanguageModel:
+    """Qwen2.5-VL: images and one question each -> answers as texts, a batch in one call."""
+
+    def __init__(self, device):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        folder = weights_of("qwen")
+        self.processor = AutoProcessor.from_pretrained(folder)
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    def chat(self, question):
+        """One image and a question, in the model's own format."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}],
+                                                  add_generation_prompt=True, tokenize=False)
+
+    def __call__(self, images, questions, attempt):
+        """Attempt 0 is greedy, the others are random.  Each gives the same answers every time."""
+        pictures = list((images * 255).round().to(torch.uint8))
+        inputs = self.processor(text=[self.chat(question) for question in questions],
+                                images=pictures, padding=True, padding_side="left",
+                                return_tensors="pt").to(self.model.device)
+        policy = {"do_sample": False}
+        if attempt > 0:
+            policy = {"do_sample": True, "temperature": 0.6}
+        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            torch.manual_seed(attempt)
+            tokens = self.model.generate(**inputs, **policy, max_new_tokens=128)
+        answers = tokens[:, inputs["input_ids"].shape[1]:]                # without the question
+        return self.processor.batch_decode(answers, skip_special_tokens=True)
+
+
+@functools.cache
+def vision_language_model(device):
+    """The model of all three questions, loaded once."""
+    return VisionLanguageModel(device)
+
+
+class Ask:
+    """The reward from one question: a quarter of the points in the answer, as in the official code.
+
+    An image whose answer has no points is asked about again, twice at most, and is then missing."""
+    may_miss = True
+    attempts = 3
+
+    def __init__(self, question, device, micro_batch=16):
+        self.question, self.highest = QUESTIONS[question]
+        self.micro_batch = micro_batch
+        self.model = vision_language_model(device)
+
+    def ask(self, images, prompts, attempt):
+        """One score per image, NaN where the answer has no points."""
+        questions = [self.question.format(prompt=prompt) + ANSWER_FORMAT for prompt in prompts]
+        answers = self.model(images, questions, attempt)
+        scores = []
+        for _, answer in zip(questions, answers, strict=True):
+            points = parse_score(answer, self.highest)
+            scores.append(math.nan if points is None else points / 4)
+        return torch.tensor(scores)
+
+    def __call__(self, images, prompts):
+        scores = torch.full((len(prompts),), math.nan)
+        for rows in torch.arange(len(prompts)).split(self.micro_batch):
+            for attempt in range(self.attempts):
+                open_rows = rows[scores[rows].isnan()]                   # still without points
+                if len(open_rows):
+                    texts = [prompts[i] for i in open_rows.tolist()]
+                    scores[open_rows] = self.ask(images[open_rows], texts, attempt)
+        return scores
+
+
+@register("qwen_label")
+def qwen_label(device):
+    """How well the image shows its prompt, by five criteria: in [0, 1.25]."""
+    return Ask("label", device)
+
+
+@register("qwen_fake")
+def qwen_fake(device):
+    """0.25 if the model takes the image for a photograph, 0 if for an AI's work."""
+    return Ask("fake", device)
+
+
+@register("qwen_weird")
+def qwen_weird(device):
+    """0.25 if the model finds nothing strange about the image, else 0."""
+    return Ask("weird", device)

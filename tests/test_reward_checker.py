@@ -1,0 +1,88 @@
+"""The command line `python reward.py`: scoring pictures, and examining a reward."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import reward
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_scoring_pictures_from_the_command_line(capsys):
+    picture = str(ROOT / "docs" / "toy_curves.png")
+    assert reward.main(["--reward", "brightness:2,contrast", "--device", "cpu", picture]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["image"] == picture
+    assert line["reward"] == pytest.approx(2 * line["brightness"] + line["contrast"])
+
+
+@pytest.mark.parametrize("spec, picture, message", [
+    ("beauty", "docs/toy_curves.png", "unknown reward 'beauty'"),
+    ("jpeg", "nowhere.png", "nowhere.png"),
+])
+def test_errors_are_one_line(spec, picture, message, capsys):
+    assert reward.main(["--reward", spec, picture]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--reward", "jpeg"],
+                                     ["--reward", "jpeg", "--check", "jpeg", "a.png"]])
+def test_what_is_to_be_done_must_be_said(options, capsys):
+    with pytest.raises(SystemExit):
+        reward.main(options)
+    assert "give --check SPEC, or --reward SPEC with pictures" in capsys.readouterr().err
+
+
+BAD_REWARDS = """
+import torch
+calls = []
+def constant(images, prompts):
+    return torch.ones(len(prompts))
+def relative(images, prompts):
+    light = images.mean(dim=(1, 2, 3))
+    return light - light.mean()
+def moody(images, prompts):
+    calls.append(0)
+    return images.mean(dim=(1, 2, 3)) + 0.1 * len(calls)
+def greedy(images, prompts):
+    images.mul_(0.5)
+    return images.mean(dim=(1, 2, 3))
+def misshapen(images, prompts):
+    return images.mean(dim=(2, 3))
+def first(images, prompts):
+    return torch.arange(len(prompts)).float() + images.mean(dim=(1, 2, 3))
+def shy(images, prompts):
+    return torch.full((len(prompts),), float("nan"))
+shy.may_miss = True
+"""
+
+
+@pytest.mark.parametrize("name, finding", [
+    ("constant", "nothing to learn from"),
+    ("relative", "depends on the others in the batch"),
+    ("moody", "other scores the second time"),
+    ("greedy", "changes the images in place"),
+    ("misshapen", "must return a tensor of shape"),
+    ("first", "its place in the batch"),
+    ("shy", "100% of the images got no score; images without a score teach nothing"),
+])
+def test_check_says_in_plain_words_what_is_wrong(name, finding, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(BAD_REWARDS)
+    assert reward.main(["--check", f"{file}:{name}", "--device", "cpu"]) != 0
+    output = capsys.readouterr()
+    assert finding in output.out + output.err
+
+
+@pytest.mark.parametrize("name, finding", [
+    ("shapes", "depends on the prompt"),
+    ("jpeg", "does not depend on the prompt"),
+    ("contrast", "does not depend on the prompt"),
+])
+def test_check_finds_nothing_wrong_with_a_good_reward(name, finding, capsys):
+    assert reward.main(["--check", name, "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "BAD" not in output and f"  {finding}\n" in output

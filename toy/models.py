@@ -1,0 +1,71 @@
+"""The toy's models, LlamaGen's classes at small size, and the features of its captions."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from argrpo import GPTConfig, Transformer
+from pretrained import load_weights
+from toy.scenes import CLASSES, COUNT_PROMPT, COUNTS, PAIR_PROMPT, PALETTE, PLACES, SHAPES, parse
+from vqgan import VQConfig, VQModel
+
+FOLDER = Path(__file__).parent / "weights"       # the shipped checkpoints
+
+# ---------------------------------------------------------------------------------------------
+# Captions as features: what Flan-T5 does for LlamaGen
+# ---------------------------------------------------------------------------------------------
+
+PLURALS = [shape + "s" for shape in SHAPES]
+PLACE_WORDS = ["above", "below", "left", "right", "of"]
+WORDS = ["a", *COUNTS, *PALETTE, *SHAPES, *PLURALS, *PLACE_WORDS]
+CAPTION_LENGTH = 8
+CONTEXTS = (None, *PLACES)
+CAPTION_DIM = len(CONTEXTS) * CAPTION_LENGTH * len(WORDS)
+
+
+def encode_captions(captions):
+    """Features (B, 8, CAPTION_DIM) and mask (B, 8) of captions, padded on the left as LlamaGen's.
+
+    A word's feature is one-hot in three things together: the word, its position, and the
+    caption's relation.  The position is in it because the transformer cannot tell: without
+    rotation, all condition tokens are alike to its attention.  The relation is in it because T5,
+    too, gives words in their context: the "red" of what stands above is not the "red" of what
+    stands below."""
+    features = torch.zeros(len(captions), CAPTION_LENGTH, CAPTION_DIM)
+    mask = torch.zeros(len(captions), CAPTION_LENGTH, dtype=torch.bool)
+    for b, caption in enumerate(captions):
+        context = CONTEXTS.index(parse(caption).relation)
+        match = COUNT_PROMPT.search(caption) or PAIR_PROMPT.search(caption)
+        words = match.group().split()
+        padding = CAPTION_LENGTH - len(words)
+        for position, word in enumerate(words):
+            block = context * CAPTION_LENGTH + position
+            features[b, padding + position, block * len(WORDS) + WORDS.index(word)] = 1
+            mask[b, padding + position] = True
+    return features, mask
+
+
+# ---------------------------------------------------------------------------------------------
+# The models
+# ---------------------------------------------------------------------------------------------
+
+VQ_CONFIG = VQConfig(ch=16, ch_mult=(1, 2, 2), z_channels=32, codebook_size=128,
+                     codebook_embed_dim=8)
+GPT_CONFIG = GPTConfig(dim=128, n_layer=3, n_head=4, vocab_size=128, block_size=36, multiple_of=8)
+CONFIGS = {
+    "c2i": replace(GPT_CONFIG, num_classes=len(CLASSES)),
+    "t2i": replace(GPT_CONFIG, model_type="t2i", cls_token_num=CAPTION_LENGTH,
+                   caption_dim=CAPTION_DIM),
+}
+
+
+def load(task, folder=FOLDER, gpt_path="", vq_path=""):
+    """The pretrained toy, (Transformer, VQModel), for the task "c2i" or "t2i".
+
+    The paths name files of your own."""
+    gpt_path = gpt_path or Path(folder) / f"toy_{task}.pt"
+    vq_path = vq_path or Path(folder) / "toy_vq.pt"
+    gpt = load_weights(Transformer(CONFIGS[task]), gpt_path)
+    vq = load_weights(VQModel(VQ_CONFIG), vq_path)
+    return gpt, vq.requires_grad_(False)

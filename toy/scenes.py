@@ -1,0 +1,166 @@
+"""The toy's prompts, the scenes that fulfil them, and the pictures of the scenes."""
+
+import re
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+SIZE = 24                                        # pixels
+GROUND = torch.tensor([0.12, 0.12, 0.12])
+PALETTE = {"red": (0.90, 0.20, 0.15), "green": (0.20, 0.80, 0.25), "blue": (0.20, 0.35, 0.95)}
+SHAPES = ("circle", "square", "triangle")
+COUNTS = ("one", "two", "three")
+PLACES = ("above", "below", "left of", "right of")
+THINGS = [(colour, shape) for colour in PALETTE for shape in SHAPES]
+
+# ---------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------
+
+
+def list_classes():
+    """The 27 classes, in the order of their labels."""
+    classes = []
+    for count in COUNTS:
+        ending = "" if count == "one" else "s"
+        for colour, shape in THINGS:
+            classes.append(f"{count} {colour} {shape}{ending}")
+    return classes
+
+
+def list_pairs():
+    """The 288 captions of two different things: 36 pairs, in both orders, in four places."""
+    pairs = []
+    for one, other in combinations(THINGS, 2):
+        for (colour_a, shape_a), (colour_b, shape_b) in ((one, other), (other, one)):
+            for place in PLACES:
+                pairs.append(f"a {colour_a} {shape_a} {place} a {colour_b} {shape_b}")
+    return pairs
+
+
+CLASSES = list_classes()                         # class k is CLASSES[k]
+PAIRS = list_pairs()                             # pair k has the captions PAIRS[8 * k:8 * k + 8]
+
+# Compositions that t2i never sees in pretraining, though all of their words are familiar: three
+# classes, and five of the 36 pairs of things, in all eight relations to each other.
+UNSEEN_CLASSES = ["two green circles", "two red triangles", "three blue squares"]
+UNSEEN_PAIRS = [caption for k in range(3, 36, 7) for caption in PAIRS[8 * k:8 * k + 8]]
+UNSEEN = {*UNSEEN_CLASSES, *UNSEEN_PAIRS}
+SEEN_CLASSES = [caption for caption in CLASSES if caption not in UNSEEN]
+SEEN_PAIRS = [caption for caption in PAIRS if caption not in UNSEEN]
+
+ONE_THING = rf"({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})"
+COUNT_PROMPT = re.compile(rf"({'|'.join(COUNTS)}) {ONE_THING}s?$")
+PAIR_PROMPT = re.compile(rf"a {ONE_THING} ({'|'.join(PLACES)}) a {ONE_THING}$")
+
+
+class Request(NamedTuple):
+    """What a prompt asks for: the things, and the relation of the first to the second, if any."""
+    things: tuple            # of (colour, shape)
+    relation: str | None     # one of PLACES
+
+
+def parse(prompt):
+    """The prompt as a Request.  Raises ValueError if the toy's world has no such thing."""
+    if match := COUNT_PROMPT.search(prompt):
+        count, colour, shape = match.groups()
+        return Request(((colour, shape),) * (COUNTS.index(count) + 1), None)
+    if match := PAIR_PROMPT.search(prompt):
+        colour_a, shape_a, relation, colour_b, shape_b = match.groups()
+        return Request(((colour_a, shape_a), (colour_b, shape_b)), relation)
+    raise ValueError(f"the toy cannot draw or verify {prompt!r}: ask for one of its classes, "
+                     f"such as {CLASSES[9]!r}, or for a pair, such as {PAIRS[0]!r}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Scenes
+# ---------------------------------------------------------------------------------------------
+
+class Thing(NamedTuple):
+    colour: str
+    shape: str
+    x: float                 # centre, in pixels from the left
+    y: float                 # centre, in pixels from the top
+    width: float
+    height: float
+
+
+def holds(relation, a, b, gap=0.0):
+    """Whether thing a stands in the relation to b: clear of it by `gap` pixels that way."""
+    dx = abs(a.x - b.x) - (a.width + b.width) / 2
+    dy = abs(a.y - b.y) - (a.height + b.height) / 2
+    return {
+        "above": a.y < b.y and dy >= gap,
+        "below": a.y > b.y and dy >= gap,
+        "left of": a.x < b.x and dx >= gap,
+        "right of": a.x > b.x and dx >= gap,
+    }[relation]
+
+
+def is_clear(thing, others, gap):
+    """Whether the thing is at least `gap` pixels from each of the others, in some direction."""
+    for other in others:
+        if not any(holds(relation, thing, other, gap) for relation in PLACES):
+            return False
+    return True
+
+
+def make_scene(prompt, rng):
+    """A random scene that fulfils the prompt: a list of Things, at least four pixels apart.
+
+    Boxes are 8 or 12 pixels wide (8 when there are three) and lie on the grid of the tokenizer's
+    patches."""
+    request = parse(prompt)
+    while True:                                  # start over until everything fits
+        things = []
+        for colour, shape in request.things:
+            size = 8 if len(request.things) == 3 else rng.choice((8, 12))
+            left = 4 * rng.randint(0, (SIZE - size) // 4)
+            top = 4 * rng.randint(0, (SIZE - size) // 4)
+            thing = Thing(colour, shape, left + size / 2, top + size / 2, size, size)
+            if is_clear(thing, things, gap=4):
+                things.append(thing)
+        if len(things) < len(request.things):
+            continue
+        if request.relation is None or holds(request.relation, *things, gap=4):
+            return things
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+SUPERSAMPLE = 4                                  # points per pixel, in each direction
+
+
+def stencils(boxes):
+    """How much of each pixel a circle, a square and a triangle in each box would cover.
+
+    boxes (K, 4): centre x, centre y, width, height, in pixels.  Returns (K, 3, SIZE, SIZE) in
+    [0, 1]."""
+    points = (torch.arange(SIZE * SUPERSAMPLE, device=boxes.device) + 0.5) / SUPERSAMPLE
+    x, y, width, height = (column[:, None, None] for column in boxes.unbind(-1))     # (K, 1, 1)
+    u = (points[None, None, :] - x) / (width / 2)        # (K, 1, points), -1 .. 1 within the box
+    v = (points[None, :, None] - y) / (height / 2)       # (K, points, 1)
+    circle = u * u + v * v <= 1
+    square = (u.abs() <= 1) & (v.abs() <= 1)
+    triangle = (v.abs() <= 1) & (u.abs() <= (v + 1) / 2)                             # tip up
+    shapes = torch.stack([circle, square, triangle], dim=1)                # (K, 3, points, points)
+    return F.avg_pool2d(shapes.float(), SUPERSAMPLE)
+
+
+def render(scenes):
+    """Pictures of the scenes: (B, 3, SIZE, SIZE) in [0, 1]."""
+    images = GROUND.view(1, 3, 1, 1).repeat(len(scenes), 1, SIZE, SIZE)
+    for layer in range(max(len(scene) for scene in scenes)):     # all first things, all second ..
+        deep_enough = [i for i, scene in enumerate(scenes) if len(scene) > layer]
+        for rows in torch.tensor(deep_enough).split(500):
+            things = [scenes[i][layer] for i in rows.tolist()]
+            masks = stencils(torch.tensor([thing[2:] for thing in things]))    # (b, 3, SIZE, SIZE)
+            shapes = [SHAPES.index(thing.shape) for thing in things]
+            alpha = masks[range(len(things)), shapes][:, None]                 # (b, 1, SIZE, SIZE)
+            colours = torch.tensor([PALETTE[thing.colour] for thing in things])            # (b, 3)
+            images[rows] = images[rows] * (1 - alpha) + colours[:, :, None, None] * alpha
+    return images
