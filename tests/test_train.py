@@ -208,7 +208,7 @@ def test_images_are_from_0_to_1():
 
 def test_reward_rises_on_the_tiny_model():
     """40 steps towards brightness.  The first step's mean over 16 images of 16 pixels has a
-    standard error of about 0.3 / sqrt(16 * 16) < 0.02: from below 0.6 to above 0.8 is no accident."""
+    standard error of about 0.3 / sqrt(16 * 16) < 0.02, so the rise is no accident."""
     _, metrics, _ = tiny_run(steps=40, prompts_per_step=4, lr=1e-2)
     assert metrics[0]["reward"] < 0.6 and sum(m["reward"] for m in metrics[-5:]) / 5 > 0.8
     assert metrics[-1]["kl"] > 0.01

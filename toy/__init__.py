@@ -21,50 +21,15 @@ Pretraining stops early on purpose: the models know what scenes look like but ge
 them wrong, which leaves reinforcement learning something to do.
 """
 
-# ruff: noqa: F401 (the imports are the names that the package offers)
+# ruff: noqa: F401, I001 (the imports are the names that the package offers)
 
-from toy.models import (
-    CAPTION_DIM,
-    CAPTION_LENGTH,
-    CONFIGS,
-    FOLDER,
-    VQ_CONFIG,
-    WORDS,
-    encode_captions,
-    load,
-)
-from toy.scenes import (
-    CLASSES,
-    COUNTS,
-    GROUND,
-    PAIRS,
-    PALETTE,
-    PLACES,
-    SEEN_CLASSES,
-    SEEN_PAIRS,
-    SHAPES,
-    SIZE,
-    THINGS,
-    UNSEEN,
-    UNSEEN_CLASSES,
-    UNSEEN_PAIRS,
-    Request,
-    Thing,
-    holds,
-    make_scene,
-    parse,
-    render,
-)
-from toy.verifier import (
-    coarse_layout,
-    distinct_in,
-    fulfils,
-    read_scenes,
-    spread,
-    verify,
-    verify_all,
-    verify_by_kind,
-)
+from toy.models import CAPTION_DIM, CAPTION_LENGTH, CONFIGS, FOLDER, VQ_CONFIG, WORDS
+from toy.models import encode_captions, load
+from toy.scenes import CLASSES, COUNTS, GROUND, PAIRS, PALETTE, PLACES, SHAPES, SIZE, THINGS
+from toy.scenes import SEEN_CLASSES, SEEN_PAIRS, UNSEEN, UNSEEN_CLASSES, UNSEEN_PAIRS
+from toy.scenes import Request, Thing, holds, make_scene, parse, render
+from toy.verifier import coarse_layout, distinct_in, fulfils, read_scenes, spread
+from toy.verifier import verify, verify_all, verify_by_kind
 
 
 def main(argv=None):
