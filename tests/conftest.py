@@ -1,4 +1,12 @@
+"""What the tests share: tiny models, a tokenizer that can be read off, and the order of the files.
+
+The files run in the order in which the code is read, from the blocks of the transformer up to the
+loop.  So the first failure names the smallest idea that is wrong, and not what stands on it.
+"""
+
+import copy
 import sys
+from math import isqrt
 from pathlib import Path
 
 import pytest
@@ -6,7 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from argrpo import GPTConfig, Transformer  # noqa: E402
+import argrpo  # noqa: E402
+from argrpo import GPTConfig, GRPOConfig, Prompts, Transformer  # noqa: E402
+
+READING_ORDER = ("test_blocks", "test_transformer", "test_vqgan", "test_sampler", "test_grpo",
+                 "test_diversity", "test_wiring", "test_train", "test_toy_pretraining")
 
 
 def pytest_addoption(parser):
@@ -17,7 +29,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; runs with --slow")
 
 
+def place(item):
+    """The place of a test's file in the reading order; all other files come last."""
+    name = item.path.stem
+    return READING_ORDER.index(name) if name in READING_ORDER else len(READING_ORDER)
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=place)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
@@ -29,11 +48,25 @@ def seeded():
     torch.manual_seed(0)
 
 
+# --- comparisons with a message ----------------------------------------------------------------
+
+def same(ours, right, idea, rtol=1e-4, atol=1e-5):
+    """Fails, with the idea first and the numbers after it, if two tensors differ."""
+    right = torch.as_tensor(right, dtype=ours.dtype)
+    torch.testing.assert_close(ours, right, rtol=rtol, atol=atol,
+                               msg=lambda numbers: f"{idea}\n{numbers}")
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# --- tiny models -------------------------------------------------------------------------------
+
 def tiny_model(model_type="c2i", **changes):
     """A random transformer of 4 x 4 tokens from 11 codes, its predictions far from uniform."""
-    config = dict(
-        dim=16, n_layer=2, n_head=2, vocab_size=11, block_size=16, num_classes=5, multiple_of=8
-    )
+    config = dict(dim=16, n_layer=2, n_head=2, vocab_size=11, block_size=16, num_classes=5,
+                  multiple_of=8)
     if model_type == "t2i":
         config |= dict(model_type="t2i", cls_token_num=4, caption_dim=6)
     model = Transformer(GPTConfig(**(config | changes)))
@@ -49,3 +82,100 @@ def tiny_condition(model_type, rows=3):
         return torch.arange(rows), None
     words = torch.tensor([4, 2, 1])[torch.arange(rows) % 3]
     return torch.randn(rows, 4, 6), torch.arange(4) >= 4 - words[:, None]
+
+
+class Blocks:
+    """A tokenizer without a network: code k of 11 is a grey pixel of brightness k / 10."""
+
+    def decode(self, tokens):
+        side = isqrt(tokens.shape[1])
+        return (tokens.float() / 5 - 1).view(-1, 1, side, side).expand(-1, 3, -1, -1)
+
+
+def brightness(images, texts):
+    scores = images.mean(dim=(1, 2, 3))
+    return scores, {"brightness": scores}
+
+
+@torch.no_grad()
+def obedient_model(model_type="c2i"):
+    """A transformer that writes nothing but code k for class k, or for a caption whose last word
+    is word k.  So one sees in an image which prompt it was drawn from.
+
+    Attention and feed-forward add nothing.  A class, a word and a code each are a direction, and
+    the prediction is the code of the direction that was read last."""
+    model = tiny_model(model_type, block_size=4, num_classes=6)
+    for layer in model.layers:
+        layer.attention.wo.weight.zero_()
+        layer.feed_forward.w2.weight.zero_()
+    directions = 10 * torch.eye(16)
+    model.tok_embeddings.weight.copy_(directions[:11])
+    model.output.weight.copy_(directions[:11])
+    if model_type == "c2i":
+        model.cls_embedding.embedding_table.weight.copy_(directions[:7])
+        return model
+    model.cls_embedding.cap_proj["fc1"].weight.copy_(directions[:, :6])
+    model.cls_embedding.cap_proj["fc2"].weight.copy_(directions)
+    model.cls_embedding.uncond_embedding.zero_()
+    return model
+
+
+NUMBERS = [4, 1, 5, 0, 3, 2]                     # no prompt's number is its place
+
+
+def obedient_prompts(model_type="c2i"):
+    """Six prompts for `obedient_model`: the text "code k" and the condition that makes it so."""
+    texts = [f"code {k}" for k in NUMBERS]
+    if model_type == "c2i":
+        return Prompts(texts, torch.tensor(NUMBERS))
+    cond = torch.zeros(6, 4, 6)
+    cond[range(6), 3, NUMBERS] = 1
+    return Prompts(texts, cond, torch.tensor([[False, False, True, True]] * 6))
+
+
+def came_true(images, texts):
+    """A reward that reads its prompts: 1 where all pixels have the code that the text names."""
+    assert len(images) == len(texts), f"{len(images)} images came with {len(texts)} texts"
+    wanted = torch.tensor([int(text.split()[1]) / 10 for text in texts])
+    right = ((images - wanted.view(-1, 1, 1, 1)).abs() < 0.01).all(dim=(1, 2, 3)).float()
+    return right, {"came true": right}
+
+
+# --- tiny runs ---------------------------------------------------------------------------------
+
+def tiny_run(model_type="c2i", model=None, reward_fn=brightness, first_step=0, optimizer=None,
+             reference=None, seams=None, **changes):
+    """Trains a tiny model: (model, list of metrics, optimizer)."""
+    torch.manual_seed(0)
+    model = tiny_model(model_type) if model is None else model
+    cond, mask = tiny_condition(model_type, rows=5)
+    settings = dict(steps=2, prompts_per_step=2, group_size=4, micro_batch=8, lr=1e-2, lr_end=1.0,
+                    kl_beta=0.05)
+    config = GRPOConfig(**(settings | changes))
+    optimizer = optimizer or argrpo.make_optimizer(model, config)
+    reference = reference or copy.deepcopy(model)
+    prompts = Prompts([f"prompt {i}" for i in range(5)], cond, mask)
+    steps = argrpo.train(model, reference, Blocks(), prompts, reward_fn, config, optimizer,
+                         first_step, **(seams or {}))
+    return model, [step.metrics for step in steps], optimizer
+
+
+class Spy:
+    """Notes every call of a function, and lets it answer.  `calls` has (args, how) of each."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, []
+
+    def __call__(self, *args, **how):
+        self.calls.append((args, how))
+        return self.function(*args, **how)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(module, name) replaces module.name by a Spy on it, and returns the Spy."""
+    def watch(module, name):
+        spied = Spy(getattr(module, name))
+        monkeypatch.setattr(module, name, spied)
+        return spied
+    return watch
