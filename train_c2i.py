@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 import argrpo
-import pretrained
 import reward
 import toy
 from harness import options
-from harness.models import choose_classes, load_models, toy_folder
+from harness.evaluation import with_watched
+from harness.models import choose_classes, class_names, load_models, toy_folder
 from harness.processes import pick_device
 from harness.run import run
 
@@ -54,17 +54,17 @@ def main(argv=None):
                                           __doc__, DIVERSE)
         device = pick_device(settings.device)
         reward_fn = reward.build_rewards(settings.reward, device)
+        names, template = class_names(settings.preset), "a photo of {}"
         measure = spread = None
         if settings.preset == "toy":
-            names, template = toy.CLASSES, "{}"
-            measure, spread = toy.verify_all, toy.spread
-        else:
-            names, template = pretrained.imagenet_classes(), "a photo of {}"
+            template, measure, spread = "{}", toy.verify_all, toy.spread
+        measure = with_watched(measure, settings.watch, device)
         classes = choose_classes(settings.classes, names)
+        texts = [template.format(names[k]) for k in classes]
+        reward_fn.check_prompts(texts)
         model, vq = load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt,
                                 toy_folder(settings, "c2i"))
 
-    texts = [template.format(names[k]) for k in classes]
     prompts = argrpo.Prompts(texts, torch.tensor(classes))
     return run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, "train_c2i",
                measure, spread)

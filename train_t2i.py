@@ -18,6 +18,7 @@ import torch
 import reward
 import toy
 from harness import captions, options
+from harness.evaluation import with_watched
 from harness.models import caption_encoder, load_models, toy_folder
 from harness.processes import pick_device
 from harness.run import run
@@ -76,8 +77,10 @@ def main(argv=None):
         measure = spread = None
         if settings.preset == "toy":
             measure, spread = toy.verify_by_kind, toy.spread
+        measure = with_watched(measure, settings.watch, device)
         texts, eval_texts = choose_captions(settings)
         reward_fn = reward.build_rewards(settings.reward, device)
+        reward_fn.check_prompts([*texts, *eval_texts])
         model, vq = load_models(settings.preset, "t2i", settings.gpt_ckpt, settings.vq_ckpt,
                                 toy_folder(settings, "t2i"))
         encode = caption_encoder(settings.preset, settings.t5, device)

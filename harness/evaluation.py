@@ -1,11 +1,17 @@
 """Evaluation: what a model draws with fixed prompts and seeds, in numbers and in a gallery."""
 
 import math
+from collections import namedtuple
 
 import torch
 
 import argrpo
+import reward
 from diversity import group_diversity
+
+# Pictures of one prompt, for a gallery: images (n, 3, H, W) in [0, 1], rewards and scores {name:
+# numbers} of each, tokens (n, N), and the prompt's number.
+Shown = namedtuple("Shown", "text images rewards scores tokens prompt")
 
 
 @torch.no_grad()
@@ -18,7 +24,7 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
     Returns (scores, gallery).  scores are {"reward", "reward/<name>", "entropy", "diversity", and
     what measure(images, texts) -> {name: (B,)} says}.  Each is the mean over all images but those
     with NaN, where it does not apply, and None where it applies to none.  gallery is a list of
-    (prompt, images, rewards), six images at most of each prompt, for the picture."""
+    Shown, six images at most of each prompt, for the pictures."""
     device = next(model.parameters()).device
     if cfg_scale is None:
         cfg_scale = settings.cfg_scale
@@ -31,7 +37,7 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
         if stop is not None:
             stop.check()
         rng = argrpo.rng_for(device, settings.seed, "evaluation", len(gallery))
-        _, logp, images = argrpo.draw_images(
+        tokens, logp, images = argrpo.draw_images(
             model, vq, prompts, some, rng, samples_per_prompt=samples,
             micro_batch=settings.micro_batch, cfg_scale=cfg_scale, temperature=settings.temperature)
         texts = texts_of(prompts, some, samples)
@@ -46,8 +52,25 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
             columns.setdefault(name, []).append(score.cpu())
         for i in range(0, len(texts), samples):
             rows = slice(i, i + min(6, samples))
-            gallery.append((texts[i], images[rows].cpu(), rewards[rows].tolist()))
+            each = {name: score[rows].tolist() for name, score in scores.items()}
+            gallery.append(Shown(texts[i], images[rows].cpu(), each["reward"], each,
+                                 tokens[rows].cpu(), some[i // samples].item()))
     return {name: known_mean(torch.cat(column)) for name, column in columns.items()}, gallery
+
+
+def with_watched(measure, spec, device):
+    """A measure(images, texts) that also gives "watch/<name>" of each reward of the text spec.
+
+    Like all that `run` measures, they are reported and never trained on."""
+    if not spec:
+        return measure
+    watched = reward.build_rewards(spec, device)
+
+    def both(images, texts):
+        _, parts = watched(images, texts)
+        scores = {} if measure is None else measure(images, texts)
+        return scores | {f"watch/{name}": part for name, part in parts.items()}
+    return both
 
 
 def texts_of(prompts, index, samples):

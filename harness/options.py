@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import argrpo
+from harness.logs import check_loggers
 
-MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "compile", "device")
+MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "compile", "device",
+              "progress_every", "log", "selftest")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -32,6 +35,7 @@ MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "
 @dataclass
 class Settings(argrpo.GRPOConfig):
     """The options of a training script: the loop's, and these."""
+    given = {}                           # what the command line said (no annotation: no option)
     preset: str = ""                     # models and settings to start from, see the list below
     recipe: str = "paper"                # "paper", or "diverse": keeps a prompt's pictures varied
     reward: str = ""                     # what to maximise: "name:weight,..." or
@@ -57,10 +61,15 @@ class Settings(argrpo.GRPOConfig):
     eval_cfg_scales: str = ""            # guidance scales, such as 1,7.5, to evaluate at besides
                                          # the rollout's
     save_every: int = 20                 # steps between two checkpoints
+    progress_every: int = 10             # steps between two pictures of progress.gif; 0 is none
+    watch: str = ""                      # rewards to report but never train on, as in --reward
+    log: str = ""                        # where to log besides the run's files: "tensorboard" or
+                                         # "wandb", or both with a comma
+    selftest: bool = False               # try models and rewards for a minute, and do not train
 
     def __post_init__(self):
-        check_loop(self)
-        check_run(self)
+        check(self)
+        self.other_cfg_scales()
 
     def other_cfg_scales(self):
         """The guidance scales of eval_cfg_scales but the rollout's.
@@ -70,50 +79,33 @@ class Settings(argrpo.GRPOConfig):
             scales = [float(text) for text in self.eval_cfg_scales.split(",") if text.strip()]
         except ValueError:
             scales = [-1.0]
-        if not all(0 <= scale < float("inf") for scale in scales):
+        if not all(0 <= scale < math.inf for scale in scales):
             raise ValueError("eval_cfg_scales must be numbers of at least 0 such as 1,7.5, "
                              f"not {self.eval_cfg_scales!r}")
         return [scale for scale in scales if scale != self.cfg_scale]
 
 
-def check_loop(s):
-    """Raises ValueError, with the value, for a setting of the loop that is out of range."""
-    for name in ("steps", "prompts_per_step", "micro_batch", "update_epochs", "warmup_steps"):
-        value = getattr(s, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    if s.rollout_prompts < 0:
-        raise ValueError("rollout_prompts must be at least 1, or 0 for all at once, "
-                         f"not {s.rollout_prompts}")
-    if s.group_size < 2:
-        raise ValueError("group_size must be at least 2, for a group is compared with itself, "
-                         f"not {s.group_size}")
-    for name in ("lr", "lr_end", "weight_decay", "clip_eps", "clip_eps_high", "kl_beta",
-                 "cfg_scale"):
-        check_at_least_0(s, name)
-    for name in ("temperature", "max_grad_norm"):
-        if not 0 < getattr(s, name) < float("inf"):
-            raise ValueError(f"{name} must be a finite number above 0, not {getattr(s, name)}")
-    if s.logprob_cfg not in ("guided", "none"):
-        raise ValueError(f"logprob_cfg must be 'guided' or 'none', not {s.logprob_cfg!r}")
+def check(settings):
+    """Raises ValueError, with the value, for a setting that is out of range."""
+    def require(names, holds, wanted):
+        for name in names.split():
+            value = getattr(settings, name)
+            if value is not None and not holds(value):               # NaN holds in no range
+                raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
-
-def check_run(s):
-    """The same for what surrounds the loop."""
-    if s.save_every < 1 or s.eval_images < 4 or s.rehearsal_groups < 1:
-        raise ValueError("save_every and rehearsal_groups must be at least 1 and eval_images at "
-                         f"least 4, not {s.save_every}, {s.rehearsal_groups} and {s.eval_images}")
-    for name in ("rehearsal", "diversity_bonus"):
-        check_at_least_0(s, name)
-    if s.bonus_distance not in ("pixels", "codes"):
-        raise ValueError(f"bonus_distance must be pixels or codes, not {s.bonus_distance!r}")
-    s.other_cfg_scales()
-
-
-def check_at_least_0(s, name):
-    value = getattr(s, name)
-    if value is not None and not 0 <= value < float("inf"):          # NaN fails this, too
-        raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+    require("steps prompts_per_step micro_batch update_epochs warmup_steps rehearsal_groups "
+            "save_every", lambda n: n >= 1, "at least 1")
+    require("rollout_prompts", lambda n: n >= 0, "at least 1, or 0 for all at once")
+    require("group_size", lambda n: n >= 2, "at least 2, for a group is compared with itself")
+    require("eval_images", lambda n: n >= 4, "at least 4")
+    require("lr lr_end weight_decay clip_eps clip_eps_high kl_beta cfg_scale rehearsal "
+            "diversity_bonus", lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    require("progress_every", lambda n: n >= 0, "at least 1, or 0 for none")
+    require("log", lambda text: set(text.split(",")) <= {"", "tensorboard", "wandb"},
+            "tensorboard, wandb, or both with a comma")
+    require("temperature max_grad_norm", lambda x: 0 < x < math.inf, "a finite number above 0")
+    require("logprob_cfg", lambda name: name in ("guided", "none"), "'guided' or 'none'")
+    require("bonus_distance", lambda name: name in ("pixels", "codes"), "'pixels' or 'codes'")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,7 +167,8 @@ def parse_settings(cls, presets, default_preset, argv, script, description, reci
         settings = preset_settings(cls, presets, default_preset, given, script, recipe_weights)
     check_processes(settings)
     check_writable(Path(settings.out))
-    if not settings.resume and (Path(settings.out) / "config.json").exists():
+    check_loggers(settings.log)
+    if not (settings.resume or settings.selftest) and (Path(settings.out) / "config.json").exists():
         raise FileExistsError(f"{settings.out} already holds a run: continue it with --resume "
                               f"{settings.out}, or give the new one a folder of its own with "
                               "--out NAME")
@@ -194,7 +187,9 @@ def preset_settings(cls, presets, default_preset, given, script, recipe_weights)
     if recipe == "diverse":
         values |= diverse(cls(**presets[name]), **recipe_weights)
         values["out"] += "-diverse"
-    return cls(**(values | given | {"preset": name}))
+    settings = cls(**(values | given | {"preset": name}))
+    settings.given = given
+    return settings
 
 
 def diverse(preset, rehearsal, diversity_bonus, longer):
@@ -210,7 +205,7 @@ def diverse(preset, rehearsal, diversity_bonus, longer):
 
 def resumed(cls, given, script):
     """The settings of an earlier run, and of what is given that which may change."""
-    config = read_config(given["resume"], script)
+    config, given_before = read_config(given["resume"], script)
     unknown = set(config) - {field.name for field in dataclasses.fields(cls)}
     if unknown:
         raise ValueError(f"{given['resume']} was made by another version of this repository, "
@@ -220,11 +215,13 @@ def resumed(cls, given, script):
         if value != getattr(before, name) and name not in MAY_CHANGE:
             raise ValueError(f"--resume continues a run as it was configured: {name} was "
                              f"{getattr(before, name)!r} and cannot become {value!r}")
-    return dataclasses.replace(before, **({"out": given["resume"]} | given))
+    settings = dataclasses.replace(before, **({"out": given["resume"]} | given))
+    settings.given = given_before | given
+    return settings
 
 
 def read_config(folder, script):
-    """The settings of an earlier run of the same script."""
+    """The settings of an earlier run of the same script, and which of them were given."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume: there is no {path}")
@@ -232,7 +229,7 @@ def read_config(folder, script):
     if config["script"] != script:
         raise ValueError(f"{folder} holds a run of {config['script']}.py: "
                          "resume it with that script")
-    return config["settings"]
+    return config["settings"], config.get("given", {})
 
 
 def check_processes(settings):

@@ -18,17 +18,17 @@ def figure(*size):
 def draw_before_after(path, before, after, rows=8):
     """Two blocks of pictures, before and after: a row a prompt, the same seeds, with the rewards.
 
-    before and after are galleries, lists of (prompt, images, rewards), as of `evaluate`."""
+    before and after are galleries, lists of Shown, as of `evaluate`."""
     rows = min(rows, len(before))
     shown = torch.linspace(0, len(before) - 1, rows).long().tolist()
-    columns = len(before[0][1])
+    columns = len(before[0].images)
     fig = figure(2 * columns * 0.85 + 1, rows * 1.05 + 0.5)
     left, right = fig.subfigures(1, 2, wspace=0.02)
     for block, title, gallery in ((left, "before", before), (right, "after", after)):
         block.suptitle(title)
         axes = block.subplots(rows, columns, squeeze=False)
         for row, i in zip(axes, shown):
-            draw_prompt(row, *gallery[i])
+            draw_prompt(row, *gallery[i][:3])
     fig.savefig(path, dpi=110)
 
 

@@ -48,15 +48,22 @@ def rank_and_size():
 
 
 def average_over_processes(values, maximum=()):
-    """Means over all processes of {name: number}, but the largest of the names in `maximum`."""
+    """Means over all processes of {name: number}, but the largest of the names in `maximum`.
+
+    A number that a process could not measure, None, is left out."""
     if rank_and_size()[1] == 1:
         return values
     answers = [None] * dist.get_world_size()
     dist.all_gather_object(answers, values)
     averages = {}
     for name in values:
-        numbers = [answer[name] for answer in answers]
-        averages[name] = max(numbers) if name in maximum else sum(numbers) / len(numbers)
+        numbers = [answer[name] for answer in answers if answer[name] is not None]
+        if not numbers:
+            averages[name] = None
+        elif name in maximum:
+            averages[name] = max(numbers)
+        else:
+            averages[name] = sum(numbers) / len(numbers)
     return averages
 
 

@@ -1,8 +1,9 @@
 """A run: evaluates the model, trains it with `argrpo.train`, and evaluates it again.
 
 A training script chooses models, prompts and rewards, and calls `run`, which leaves in the run's
-folder: config.json, metrics.jsonl, summary.json, before_after.png, curves.png, last.pt (for
---resume) and model.pt (the result, in LlamaGen's format).
+folder: config.json, metrics.jsonl, summary.json, report.html with what it is made from (report.npz
+and the folder progress), progress.gif, before_after.png, curves.png, last.pt (for --resume) and
+model.pt (the result, in LlamaGen's format).
 """
 
 import dataclasses
@@ -19,23 +20,15 @@ from tqdm import tqdm
 import argrpo
 import reward
 from diversity import DiversityBonus, Rehearsal, group_diversity
+from harness import doctor, memory, processes
 from harness.checkpoints import Record, save_weights, write_json
-from harness.evaluation import describe, diversity_kept, evaluate_all, evaluate_spread
+from harness.evaluation import describe, diversity_kept, evaluate_all, evaluate_spread, known_mean
+from harness.evidence import gallery_arrays, mind_arrays, write_evidence
 from harness.interrupts import Interrupted, StopRequest
-from harness.memory import (
-    checkpoint_layers,
-    choose_micro_batch,
-    memory_estimate,
-    out_of_memory_advice,
-    print_memory,
-)
+from harness.logs import Logs
 from harness.pictures import draw_before_after, draw_curves
-from harness.processes import (
-    average_gradients,
-    average_over_processes,
-    rank_and_size,
-    wait_for_all,
-)
+from harness.progress import Progress, write_animation
+from harness.selftest import selftest
 from harness.speed import Sampler, frozen_copy, packed
 from harness.timing import Stopwatch
 
@@ -48,11 +41,13 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=N
     spread(images, texts) is kept, is reported but never trained on.  Returns the summary.  After
     Ctrl-C it exits with status 130 (143 after SIGTERM); after a bad reward, a number that is not
     finite or a full disk with status 1: with everything saved, and a line that says how to go
-    on."""
-    with StopRequest() as stop, out_of_memory_advice(settings):
+    on.  With settings.selftest it exits after `selftest`, with status 0 if all is well, else 1."""
+    with StopRequest() as stop, memory.out_of_memory_advice(settings):
         try:
             this = Run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
                        spread, stop)
+            if settings.selftest:
+                sys.exit(selftest(model, vq, prompts, reward_fn, settings))
             return this.before_training_and_after()
         except Interrupted:
             sys.exit(128 + stop.received)
@@ -70,27 +65,37 @@ class Run:
         self.reward_fn, self.settings, self.script = reward_fn, settings, script
         self.measure, self.spread, self.stop = measure, spread, stop
         self.out = Path(settings.out)
-        self.rank, self.size = rank_and_size()
+        self.rank, self.size = processes.rank_and_size()
         self.sampler = Sampler(settings.compile)
-        self.spread_before = {}
-        settings.micro_batch = settings.micro_batch or choose_micro_batch(model, vq, settings)
+        self.spread_before, self.warned = {}, False
+        if settings.micro_batch is None:
+            settings.micro_batch = memory.choose_micro_batch(model, vq, settings)
 
     def before_training_and_after(self):
         """One process evaluates and writes; the others wait for it."""
         settings, out = self.settings, self.out
         started = time.perf_counter()
+        progress = logs = None
         if self.rank == 0:
             self.print_sizes()
             before, gallery_before = self.evaluate()
             print("before: " + describe(before), flush=True)
             # Model and rewards have shown that they work: only now the folder becomes a run's.
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "config.json", configuration(settings, self.script))
-        wait_for_all()
+            config = configuration(settings, self.script)
+            write_json(out / "config.json", config)
+            write_evidence(out / "report.npz", gallery_arrays(gallery_before, "before"))
+            progress = Progress(self.vq, self.eval_prompts, self.reward_fn, settings, self.measure,
+                                out / "progress", started)
+            logs = Logs(settings, config)
+            logs.numbers(0, {f"evaluation/{name}": value for name, value in before.items()})
+        processes.wait_for_all()
         evaluated = time.perf_counter()
 
-        metrics = self.train()
+        metrics = self.train(progress, logs)
         if self.stop.everywhere():
+            if self.rank == 0:
+                self.write_page()
             raise Interrupted
         trained = time.perf_counter()
         if self.rank > 0:
@@ -98,15 +103,35 @@ class Run:
 
         save_weights(out / "model.pt", self.model)
         after, gallery_after = self.evaluate()
-        draw_before_after(out / "before_after.png", gallery_before, gallery_after)
-        draw_curves(out / "curves.png", metrics)
         seconds = {"evaluation": evaluated - started + time.perf_counter() - trained,
-                   "training": sum(m["seconds"] for m in metrics)}
+                   "training": sum(m["seconds"] for m in metrics), "progress": progress.spent}
         summary = {"before": before, "after": after, "seconds": seconds}
         write_json(out / "summary.json", summary)
+        self.draw(gallery_before, gallery_after, metrics)
+        logs.numbers(settings.steps, {f"evaluation/{name}": x for name, x in after.items()})
+        logs.picture(settings.steps, "before_after", out / "before_after.png")
+        logs.close()
         print("before: " + describe(before) + "\nafter:  " + describe(after))
-        print(f"look at {out}/before_after.png and {out}/curves.png")
+        print("\n".join(doctor.report(metrics, dataclasses.asdict(settings))))
+        print(f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
         return summary
+
+    def draw(self, before, after, metrics):
+        """Leaves the pictures of a finished run, and its page, from the galleries."""
+        out = self.out
+        draw_before_after(out / "before_after.png", before, after)
+        draw_curves(out / "curves.png", metrics)
+        arrays = gallery_arrays(before, "before") | gallery_arrays(after, "after")
+        arrays |= mind_arrays(self.reference, self.model, self.vq, self.eval_prompts, before, after,
+                              self.settings)
+        write_evidence(out / "report.npz", arrays)
+        self.write_page()
+
+    def write_page(self):
+        """progress.gif and report.html, from what is in the folder."""
+        from harness.report import write_page  # with jinja2, which a run needs late
+        write_animation(self.out / "progress", self.out / "progress.gif")
+        write_page([self.out], self.out / "report.html")
 
     def print_sizes(self):
         s, model = self.settings, self.model
@@ -117,7 +142,7 @@ class Run:
               f"{s.prompts_per_step * s.group_size} images per step, "
               f"{s.micro_batch} at a time in the update, {s.steps} steps, "
               f"on {next(model.parameters()).device}{others}, into {s.out}/", flush=True)
-        print_memory(memory_estimate(model, self.vq, s))
+        memory.print_memory(memory.memory_estimate(model, self.vq, s))
 
     def evaluate(self):
         """(scores, gallery) of the model as it is; from the second time on with D."""
@@ -133,18 +158,20 @@ class Run:
             self.spread_before = spread
         return scores, gallery
 
-    def train(self):
+    def train(self, progress, logs):
         """The loop of `argrpo.train`, logged and saved: the metrics of all steps done so far.
+
+        progress and logs are None in all processes but the first.
 
         It continues from the last checkpoint if settings.resume asks for it, and ends early when a
         signal asks for that.  An error in a step is raised after the steps before it are saved."""
         settings, model, vq = self.settings, self.model, self.vq
-        reference = frozen_copy(model)
+        reference = self.reference = frozen_copy(model)
         optimizer = argrpo.make_optimizer(model, settings)
         if settings.checkpointing:
-            checkpoint_layers(model)
+            memory.checkpoint_layers(model)
         seams = {"sampler": self.sampler, "shard": (self.rank, self.size),
-                 "sync": average_gradients}
+                 "sync": processes.average_gradients}
         if settings.diversity_bonus:
             seams["advantage_fn"] = DiversityBonus(vq, settings, settings.diversity_bonus,
                                                    settings.bonus_distance)
@@ -158,19 +185,20 @@ class Run:
         steps = argrpo.train(model, reference, vq, self.prompts, stopwatch.timed(self.reward_fn),
                              settings, optimizer, record.done, **seams)
         try:
-            self.follow(steps, record, stopwatch)
+            self.follow(steps, record, stopwatch, progress, logs)
         finally:
             steps.close()
             record.close()
         return record.metrics
 
-    def follow(self, steps, record, stopwatch):
+    def follow(self, steps, record, stopwatch, progress, logs):
         """Makes and records one step after another, until the last or a signal."""
         settings, first_step = self.settings, record.done
         device = next(self.model.parameters()).device
         quiet = {"disable": True} if self.rank > 0 else {}       # else TQDM_DISABLE may say it
         with tqdm(initial=first_step, total=settings.steps, desc="GRPO", unit="step",
                   **quiet) as bar:
+            self.show(record, progress, logs)
             while record.done < settings.steps and not self.stop.everywhere():
                 stopwatch.start()
                 step = next(steps)
@@ -178,22 +206,42 @@ class Run:
                 if record.done == first_step:
                     warn_of_mismatch(step.metrics, settings, device)
                 record.add(metrics)
+                self.show(record, progress, logs)
+                warning = doctor.early_warning(record.metrics)
+                if warning and self.rank == 0 and not self.warned:
+                    self.warned = True
+                    bar.write(f"step {record.done}: {warning}", file=sys.stderr)
                 bar.set_postfix({name: f"{metrics[name]:.4f}"
                                  for name in ("reward", "kl", "entropy")})
                 bar.update()
 
+    def show(self, record, progress, logs):
+        """Draws the picture of progress after the steps done so far, if it is time, and logs it
+        with the last step's metrics."""
+        if progress is None:
+            return
+        if record.metrics:
+            logs.numbers(record.done - 1, record.metrics[-1])
+        if progress.is_due(record.done):
+            path = progress.draw(self.sampler(self.model), record.done)
+            logs.picture(record.done, "progress", path)
+
     def watch(self, step, seconds):
         """The step's metrics and seconds, averaged over all processes, and its images' diversity.
 
-        Every fifth step of a process alone they also have D as it falls: rough, from the step's few
-        images of a prompt."""
+        Every fifth step also has what is measured and not trained on, and, of a process alone, D as
+        it falls: rough, from the step's few images of a prompt."""
         metrics = step.metrics | seconds
         diversity = group_diversity(step.images, self.settings.group_size)           # (P,)
         metrics["diversity"] = diversity.mean().item()
+        if self.measure is not None and metrics["step"] % 5 == 0:
+            measured = self.measure(step.images, step.texts)
+            metrics |= {name: known_mean(scores) for name, scores in measured.items()}
         if self.spread is not None and self.size == 1 and metrics["step"] % 5 == 0:
             spread = self.spread(step.images, step.texts)
             metrics |= diversity_kept(self.spread_before, spread)
-        return average_over_processes(metrics, maximum=("step", "ratio_max", "mismatch"))
+        largest = ("step", "ratio_max", "mismatch")
+        return processes.average_over_processes(metrics, maximum=largest)
 
 
 def warn_of_mismatch(metrics, settings, device):
@@ -212,7 +260,9 @@ def warn_of_mismatch(metrics, settings, device):
 def configuration(settings, script):
     """What config.json holds."""
     values = dataclasses.asdict(settings) | {"resume": ""}
-    return {"script": script, "settings": values, "torch": torch.__version__, "argrpo": version()}
+    given = {name: value for name, value in settings.given.items() if name != "resume"}
+    return {"script": script, "settings": values, "given": given, "torch": torch.__version__,
+            "argrpo": version()}
 
 
 def version():

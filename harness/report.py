@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def write_page(folders, path):
+    pass
