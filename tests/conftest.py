@@ -18,7 +18,8 @@ import argrpo  # noqa: E402
 from argrpo import GPTConfig, GRPOConfig, Prompts, Transformer  # noqa: E402
 
 READING_ORDER = ("test_blocks", "test_transformer", "test_vqgan", "test_sampler", "test_grpo",
-                 "test_diversity", "test_wiring", "test_train", "test_toy_pretraining")
+                 "test_streams", "test_wiring", "test_settings", "test_train", "test_diversity",
+                 "test_toy", "test_toy_pretraining", "test_evaluation", "test_run")
 
 
 def pytest_addoption(parser):
@@ -55,6 +56,30 @@ def same(ours, right, idea, rtol=1e-4, atol=1e-5):
     right = torch.as_tensor(right, dtype=ours.dtype)
     torch.testing.assert_close(ours, right, rtol=rtol, atol=atol,
                                msg=lambda numbers: f"{idea}\n{numbers}")
+
+
+def check_setting(name, value, before, after, must, may=""):
+    """Fails, naming the setting, unless it changes what it must and leaves the rest as it was.
+
+    before and after are {part: tensor} of two runs; must and may are names of parts, separated by
+    commas.  Numbers may differ by rounding."""
+    must, may = ([part for part in text.split(", ") if part] for text in (must, may))
+    assert set(must + may) <= set(before), "the table names a part that is not observed"
+    for part, old in before.items():
+        new = after[part]
+        moved = old.shape != new.shape or not torch.allclose(old.double(), new.double(),
+                                                             rtol=1e-3, atol=2e-5)
+        if part in must:
+            assert moved, f"{name} = {value!r} must change the {part}: is the setting ignored?"
+        elif part not in may:
+            assert not moved, f"{name} = {value!r} must not change the {part}"
+
+
+def seeds_of(drawn):
+    """The random streams that a Spy on `generate` has seen."""
+    generators = [how.get("generator") for _, how in drawn.calls]
+    assert None not in generators, "a draw without a stream of its own cannot be repeated"
+    return [generator.initial_seed() for generator in generators]
 
 
 def weights(model):
@@ -158,6 +183,45 @@ def tiny_run(model_type="c2i", model=None, reward_fn=brightness, first_step=0, o
     steps = argrpo.train(model, reference, Blocks(), prompts, reward_fn, config, optimizer,
                          first_step, **(seams or {}))
     return model, [step.metrics for step in steps], optimizer
+
+
+# Nothing is at a value that hides it: guidance and temperature are not 1, micro-batches and passes
+# do not divide the images, the gradient and the ratio are clipped.
+BASE = dict(steps=2, prompts_per_step=3, group_size=3, micro_batch=5, rollout_prompts=2,
+            update_epochs=2, lr=1e-2, warmup_steps=2, lr_end=0.5, weight_decay=0.1,
+            max_grad_norm=0.05, clip_eps=0.01, kl_beta=0.3, cfg_scale=2.0, temperature=1.3)
+
+
+class Loop:
+    """A run of `argrpo.train` on a tiny model, whose reference is another model."""
+
+    def __init__(self, model_type="c2i", model=None, prompts=None, reward_fn=brightness, seams=None,
+                 first_step=0, **changes):
+        torch.manual_seed(0)
+        self.model = model or tiny_model(model_type, block_size=4, n_layer=1)
+        self.reference = tiny_model(model_type, block_size=4, n_layer=1)
+        cond, mask = tiny_condition(model_type, rows=5)
+        self.prompts = prompts or Prompts([f"prompt {k}" for k in range(5)], cond, mask)
+        self.config = GRPOConfig(**(BASE | changes))
+        self.optimizer = argrpo.make_optimizer(self.model, self.config)
+        self.start = copy.deepcopy(self.model)
+        self.steps = argrpo.train(self.model, self.reference, Blocks(), self.prompts, reward_fn,
+                                  self.config, self.optimizer, first_step, **(seams or {}))
+
+    def step(self):
+        return next(self.steps)
+
+    def policy(self, model, step):
+        """Log-probabilities (B, N, V) of the step's images, in one plain pass: guidance, then
+        temperature."""
+        images = step.index.repeat_interleave(self.config.group_size)
+        _, cond, mask = self.prompts.pick(images, "cpu")
+        c, u = (model(step.tokens, given, mask) for given in (cond, model.null_cond(cond)))
+        return ((u + self.config.cfg_scale * (c - u)) / self.config.temperature).log_softmax(-1)
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 class Spy:

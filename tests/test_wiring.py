@@ -1,70 +1,33 @@
 """The loop's wiring: every stage gets what it is meant to get.  argrpo.py, sections 4 and 5.
 
 First the stages of one step in their order, each against a plain computation; then the order of
-operations in the update; then a table that says of every setting what it changes and what not.
+operations in the update.  test_streams.py has prompts, images and random streams, test_settings.py
+the settings.
 
 Shapes: P prompts, G samples of each, B = P G images, N tokens, V codes.
 """
 
 import copy
 from contextlib import contextmanager
-from dataclasses import fields
 
 import pytest
 import torch
 from conftest import (
     NUMBERS,
-    Blocks,
+    Loop,
     Spy,
     brightness,
     came_true,
+    gradient,
     obedient_model,
     obedient_prompts,
     same,
-    tiny_condition,
-    tiny_model,
     weights,
 )
 
 import argrpo
-from argrpo import GRPOConfig, Prompts
 
 BOTH = pytest.mark.parametrize("model_type", ["c2i", "t2i"])
-
-# Nothing is at a value that hides it: guidance and temperature are not 1, micro-batches and passes
-# do not divide the images, the gradient and the ratio are clipped.
-BASE = dict(steps=2, prompts_per_step=3, group_size=3, micro_batch=5, rollout_prompts=2,
-            update_epochs=2, lr=1e-2, warmup_steps=2, lr_end=0.5, weight_decay=0.1,
-            max_grad_norm=0.05, clip_eps=0.01, kl_beta=0.3, cfg_scale=2.0, temperature=1.3)
-
-
-class Loop:
-    """A run of `argrpo.train` on a tiny model, whose reference is another model."""
-
-    def __init__(self, model_type="c2i", model=None, prompts=None, reward_fn=brightness, seams=None,
-                 first_step=0, **changes):
-        torch.manual_seed(0)
-        self.model = model or tiny_model(model_type, block_size=4, n_layer=1)
-        self.reference = tiny_model(model_type, block_size=4, n_layer=1)
-        cond, mask = tiny_condition(model_type, rows=5)
-        self.prompts = prompts or Prompts([f"prompt {k}" for k in range(5)], cond, mask)
-        self.config = GRPOConfig(**(BASE | changes))
-        self.optimizer = argrpo.make_optimizer(self.model, self.config)
-        self.start = copy.deepcopy(self.model)
-        self.steps = argrpo.train(self.model, self.reference, Blocks(), self.prompts, reward_fn,
-                                  self.config, self.optimizer, first_step, **(seams or {}))
-
-    def step(self):
-        return next(self.steps)
-
-    def policy(self, model, step):
-        """Log-probabilities (B, N, V) of the step's images, in one plain pass: guidance, then
-        temperature."""
-        images = step.index.repeat_interleave(self.config.group_size)
-        _, cond, mask = self.prompts.pick(images, "cpu")
-        c, u = (model(step.tokens, given, mask) for given in (cond, model.null_cond(cond)))
-        return ((u + self.config.cfg_scale * (c - u)) / self.config.temperature).log_softmax(-1)
-
 
 def of_tokens(logp, tokens):
     """(B, N, V) -> (B, N)"""
@@ -141,10 +104,6 @@ def gradients_by_hand(loop, step, old_logp, model):
     d = step.ref_logp - logp
     loss = (-torch.minimum(ratio * A, clipped * A) + config.kl_beta * (d.exp() - d - 1)).mean()
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
-
-
-def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @BOTH
@@ -415,173 +374,3 @@ def test_shares_of_a_step_add_up_to_it():
     assert torch.equal(whole.tokens, torch.cat([first.tokens, second.tokens])), (
         "pass k of all processes has stream k")
     same((a + b) / 2, right, "the mean of the processes' gradients is the whole step's")
-
-
-# --- random streams ----------------------------------------------------------------------------
-
-def seeds_of(drawn):
-    """The random streams that a Spy on `generate` has seen."""
-    generators = [how.get("generator") for _, how in drawn.calls]
-    assert None not in generators, "a rollout without a stream of its own cannot be repeated"
-    return [generator.initial_seed() for generator in generators]
-
-
-def test_no_two_passes_share_a_random_stream(spy):
-    """Over steps, passes of a step, processes and seeds.  See rng_for and the rollout."""
-    drawn = spy(argrpo, "generate")
-    for seed in (0, 1):
-        for rank in (0, 1):
-            loop = Loop(steps=3, prompts_per_step=4, rollout_prompts=1, seed=seed, update_epochs=1,
-                        seams=dict(shard=(rank, 2)))
-            assert len(list(loop.steps)) == 3
-    seeds = seeds_of(drawn)
-    assert len(seeds) == 2 * 2 * 3 * 2
-    assert len(set(seeds)) == len(seeds), "two passes with the same random numbers"
-
-
-def test_a_steps_stream_depends_on_nothing_before_it(spy):
-    """So a resumed run needs no generator's state."""
-    drawn = spy(argrpo, "generate")
-    list(Loop(steps=3).steps)
-    whole = seeds_of(drawn)
-    drawn.calls.clear()
-    torch.rand(100)                              # torch's own stream is somewhere else by now
-    list(Loop(steps=3, first_step=2).steps)
-    assert seeds_of(drawn) == whole[-2:]
-
-
-def test_rng_for_depends_on_every_part_of_its_key():
-    keys = [(0, "rollout", 0, 0), (1, "rollout", 0, 0), (0, "prompts", 0, 0), (0, "rollout", 1, 0),
-            (0, "rollout", 0, 1), (0, "rollout", 0), (0, "rollout", 1, 1), (0, "rollout", 11)]
-    draws = [torch.rand(4, generator=argrpo.rng_for("cpu", *key)) for key in keys]
-    for i, draw in enumerate(draws):
-        again = torch.rand(4, generator=argrpo.rng_for("cpu", *keys[i]))
-        assert torch.equal(draw, again), "the same key, the same numbers"
-        assert not any(torch.equal(draw, other) for other in draws[:i]), f"{keys[i]} is no new key"
-
-
-def test_images_of_a_prompt_and_prompts_twice_in_a_step_differ():
-    """Four images of each of seven prompts, of which two come twice: no two are the same draw."""
-    step = Loop(prompts_per_step=7, group_size=4, rollout_prompts=0).step()
-    assert len(step.index.unique()) < 7
-    distinct = {tuple(row) for row in step.tokens.tolist()}
-    assert len(distinct) > 20, f"28 images, but only {len(distinct)} different ones"
-
-
-# --- prompts and images ------------------------------------------------------------------------
-
-def test_prompts_come_in_rounds_shuffled_anew():
-    """Every prompt once before any comes again; another order in each round and for each seed."""
-    picked = torch.cat([argrpo.pick_prompts(5, step, 3, seed=7) for step in range(10)]).view(6, 5)
-    for number, one_round in enumerate(picked):
-        assert sorted(one_round.tolist()) == [0, 1, 2, 3, 4], f"round {number} is not all prompts"
-    assert len({tuple(one_round.tolist()) for one_round in picked}) > 3, "shuffled anew each round"
-    other = torch.cat([argrpo.pick_prompts(5, step, 3, seed=8) for step in range(10)]).view(6, 5)
-    assert not torch.equal(picked, other), "another seed, another order"
-    many = argrpo.pick_prompts(2, 1, 7, seed=0)
-    assert len(many) == 7 and sorted(many.tolist())[3] in (0, 1), "more a step than there are"
-
-
-def test_a_prompts_text_condition_and_mask_stay_together():
-    """See Prompts.pick, which may be asked for a prompt twice and in any order."""
-    prompts = Prompts(list("abc"), torch.arange(3.0).view(3, 1, 1), torch.eye(3, dtype=torch.bool))
-    texts, cond, mask = prompts.pick(torch.tensor([2, 0, 2]), "cpu")
-    assert texts == ["c", "a", "c"] and cond.flatten().tolist() == [2, 0, 2]
-    assert mask.int().tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
-    assert Prompts(list("abc"), torch.arange(3)).pick(torch.tensor([1]), "cpu")[2] is None
-
-
-def test_images_go_from_minus_1_1_to_0_1_and_are_cut_there():
-    """The decoder's range is [-1, 1] only nominally.  See to_images."""
-    class Decoder:
-        def decode(self, tokens):
-            return torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])[tokens].view(-1, 1, 1, 1)
-    for micro_batch in (None, 2):
-        ours = argrpo.to_images(Decoder(), torch.arange(5).view(5, 1), micro_batch)
-        same(ours.flatten(), [0.0, 0.0, 0.5, 1.0, 1.0], "(x + 1) / 2, clamped to [0, 1], in order")
-
-
-# --- the settings ------------------------------------------------------------------------------
-
-def observe(monkeypatch, **changes):
-    """What a run looks like from outside: of its first step, unless it says otherwise."""
-    with monkeypatch.context() as patch:
-        generate, token_logp = Spy(argrpo.generate), Spy(argrpo.token_logp)
-        patch.setattr(argrpo, "generate", generate)
-        patch.setattr(argrpo, "token_logp", token_logp)
-        gradients, clipped, rates = [], [], []
-        loop = Loop(seams=dict(sync=lambda model: gradients.append(gradient(model))), **changes)
-
-        def before_update(optimizer, *_):
-            clipped.append(gradient(loop.model).norm())
-            rates.append(optimizer.param_groups[0]["lr"])
-        loop.optimizer.register_step_pre_hook(before_update)
-        first = loop.step()
-        seen = {
-            "prompts": first.index, "images": torch.tensor(first.tokens.shape),
-            "passes": torch.tensor([len(args[1]) for args, _ in generate.calls]),
-            "streams": torch.tensor(seeds_of(generate)), "rollout": first.tokens,
-            "rows at once": torch.tensor([len(args[1]) for args, _ in token_logp.calls]),
-            "advantages": first.advantages, "log-probs": first.logp, "reference": first.ref_logp,
-            "gradient": gradients[0], "clipped norm": clipped[0],
-            "updates": torch.tensor(len(clipped)), "weights": weights(loop.model)}
-        later = list(loop.steps)
-        each = len(clipped) // (1 + len(later))  # updates a step
-        seen["steps"] = torch.tensor(1 + len(later))
-        seen["learning rates"] = torch.tensor(rates[::each])
-    return seen
-
-
-GRADIENT = "gradient, weights"
-ROLLOUT = f"rollout, advantages, log-probs, reference, {GRADIENT}"
-# field: (another value, what must change, what may change besides).  Nothing else may.
-FIELDS = {
-    "steps": (3, "steps, learning rates", ""),
-    "prompts_per_step": (4, f"prompts, images, passes, rows at once, {ROLLOUT}", "streams"),
-    "group_size": (4, f"images, rows at once, {ROLLOUT}", ""),
-    "micro_batch": (7, "rows at once", ""),
-    "rollout_prompts": (3, "passes", f"streams, {ROLLOUT}"),
-    "update_epochs": (1, "updates, rows at once, weights", ""),
-    "lr": (2e-2, "learning rates, weights", ""),
-    "warmup_steps": (1, "learning rates, weights", ""),
-    "lr_end": (1.0, "learning rates", ""),
-    "weight_decay": (0.5, "weights", ""),
-    "max_grad_norm": (0.1, "clipped norm", "weights"),
-    "clip_eps": (0.2, "weights", ""),
-    "clip_eps_high": (0.2, "weights", ""),
-    "kl_beta": (0.0, "gradient, weights", ""),
-    "scale_advantages": (False, "advantages, gradient, weights", ""),
-    "cfg_scale": (1.0, ROLLOUT, ""),
-    "temperature": (0.8, ROLLOUT, ""),
-    "logprob_cfg": ("none", "log-probs, reference, gradient, weights", ""),
-    "seed": (1, f"prompts, streams, {ROLLOUT}", "")}
-
-
-@pytest.fixture(scope="module")
-def base():
-    with pytest.MonkeyPatch.context() as patch:
-        return observe(patch)
-
-
-def test_the_table_names_every_setting():
-    assert set(FIELDS) == {field.name for field in fields(GRPOConfig)}, (
-        "say in FIELDS what a new setting changes")
-    for name, value in BASE.items():
-        assert FIELDS[name][0] != value
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_a_setting_changes_what_it_should_and_nothing_else(name, base, monkeypatch):
-    """See the comments of GRPOConfig: each setting at another value, all else the same."""
-    value, must, may = FIELDS[name]
-    seen = observe(monkeypatch, **{name: value})
-    must, may = ([part for part in text.split(", ") if part] for text in (must, may))
-    assert set(must + may) <= set(base)
-    for part, before in base.items():
-        after = seen[part]
-        moved = before.shape != after.shape or not torch.allclose(
-            before.double(), after.double(), rtol=1e-3, atol=2e-5)
-        if part in must:
-            assert moved, f"{name} = {value!r} must change the {part}: is the setting ignored?"
-        elif part not in may:
-            assert not moved, f"{name} = {value!r} must not change the {part}"
