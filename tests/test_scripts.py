@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,12 +35,24 @@ def without_times(metrics):
     return [{name: value for name, value in m.items() if "seconds" not in name} for m in metrics]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that is over, for tests that only look at it: (its folder, its summary)."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, train_c2i.main(QUICK + ["--out", str(out), "--reward", "shapes,jpeg:0.01"])
+
+
+@pytest.fixture
+def another(finished, tmp_path):
+    """A copy of that run, for tests that change it."""
+    return Path(shutil.copytree(finished[0], tmp_path / "another"))
+
+
 KEPT = ("", "/distance", "/centres", "/sizes", "/layouts")               # D, and its parts
 
 
-def test_a_run_leaves_what_the_design_promises(tmp_path):
-    out = tmp_path / "run"
-    summary = train_c2i.main(QUICK + ["--out", str(out), "--reward", "shapes,jpeg:0.01"])
+def test_a_run_leaves_what_the_design_promises(finished):
+    out, summary = finished
     files = {"config.json", "metrics.jsonl", "summary.json", "before_after.png", "curves.png",
              "last.pt", "previous.pt", "model.pt"}
     assert {path.name for path in out.iterdir()} == files
@@ -56,9 +69,8 @@ def test_a_run_leaves_what_the_design_promises(tmp_path):
     assert config["torch"] == torch.__version__ and config["argrpo"]
 
 
-def test_a_run_logs_every_step(tmp_path):
-    train_c2i.main(QUICK + ["--out", str(tmp_path / "run"), "--reward", "shapes,jpeg:0.01"])
-    metrics = read_metrics(tmp_path / "run")
+def test_a_run_logs_every_step(finished):
+    metrics = read_metrics(finished[0])
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     seconds = [f"seconds_{part}" for part in ("rollout", "reward", "reference", "update")]
     names = {"reward", "reward/shapes", "reward/jpeg", "reward_std", "flat_groups", "kl", "entropy",
@@ -78,16 +90,16 @@ def test_the_gallery_shows_every_prompts_own_pictures(samples):
         return torch.tensor([float(text[-1]) for text in texts]), {}
     model, vq = toy.load("c2i")
     _, gallery = evaluate(model, vq, prompts, reward_fn, settings)
-    for text, pictures, rewards in gallery:
+    for text, pictures, rewards, *_ in gallery:
         assert len(pictures) == len(rewards) == min(samples, 6)
         assert set(rewards) == {float(text[-1])}
 
 
-def test_model_pt_is_the_trained_model_in_llamagens_format(tmp_path):
-    train_c2i.main(QUICK + ["--out", str(tmp_path)])
-    state = torch.load(tmp_path / "model.pt", weights_only=True)
-    trained = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
-    model = load_weights(argrpo.Transformer(toy.CONFIGS["c2i"]), tmp_path / "model.pt")
+def test_model_pt_is_the_trained_model_in_llamagens_format(finished):
+    out, _ = finished
+    state = torch.load(out / "model.pt", weights_only=True)
+    trained = torch.load(out / "last.pt", weights_only=True)["model"]
+    model = load_weights(argrpo.Transformer(toy.CONFIGS["c2i"]), out / "model.pt")
     assert list(state) == ["model"]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, trained[name]) and torch.equal(tensor, state["model"][name])
@@ -95,11 +107,13 @@ def test_model_pt_is_the_trained_model_in_llamagens_format(tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters()))
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        train_c2i.main(QUICK + ["--out", str(tmp_path / name), "--seed", seed])
-    a, b, c = (without_times(read_metrics(tmp_path / name)) for name in "abc")
-    assert a == b and a != c
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
+    for seed in "01":
+        train_c2i.main(QUICK + ["--out", str(tmp_path / seed), "--reward", "shapes,jpeg:0.01",
+                                "--seed", seed])
+    first, same, other = (without_times(read_metrics(out))
+                          for out in (finished[0], tmp_path / "0", tmp_path / "1"))
+    assert first == same and first != other
 
 
 def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path):
@@ -129,47 +143,44 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path):
     assert a == b
 
 
-def test_steps_that_were_logged_but_not_saved_run_again(tmp_path):
+def test_steps_that_were_logged_but_not_saved_run_again(another):
     """As after `kill -9` between two checkpoints: the log is ahead of last.pt."""
-    train_c2i.main(QUICK + ["--out", str(tmp_path)])
-    complete = without_times(read_metrics(tmp_path))
+    complete = without_times(read_metrics(another))
     model, _ = toy.load("c2i")
     optimizer = argrpo.make_optimizer(model, argrpo.GRPOConfig())
-    save_checkpoint(tmp_path / "start.pt", 0, model, optimizer)
-    os.replace(tmp_path / "start.pt", tmp_path / "last.pt")
-    train_c2i.main(["--resume", str(tmp_path)])
-    assert without_times(read_metrics(tmp_path)) == complete
+    save_checkpoint(another / "start.pt", 0, model, optimizer)
+    os.replace(another / "start.pt", another / "last.pt")
+    train_c2i.main(["--resume", str(another)])
+    assert without_times(read_metrics(another)) == complete
 
 
-def test_an_earlier_run_is_never_overwritten(tmp_path, capsys):
-    train_c2i.main(QUICK + ["--out", str(tmp_path)])
-    before = (tmp_path / "metrics.jsonl").read_bytes()
+def test_an_earlier_run_is_never_overwritten(finished, capsys):
+    out, _ = finished
+    before = (out / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        train_c2i.main(QUICK + ["--out", str(tmp_path)])
+        train_c2i.main(QUICK + ["--out", str(out)])
     assert stop.value.code == 2
-    assert f"{tmp_path} already holds a run" in capsys.readouterr().err
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert f"{out} already holds a run" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
-def test_resuming_with_another_setting_is_refused(tmp_path, capsys):
-    train_c2i.main(QUICK + ["--out", str(tmp_path)])
+def test_resuming_with_another_setting_is_refused(finished, capsys):
     with pytest.raises(SystemExit) as stop:
-        train_c2i.main(["--resume", str(tmp_path), "--group-size", "8"])
+        train_c2i.main(["--resume", str(finished[0]), "--group-size", "8"])
     assert stop.value.code == 2
     assert "group_size was 4 and cannot become 8" in capsys.readouterr().err
 
 
-def test_a_run_of_another_version_is_not_resumed(tmp_path, capsys):
+def test_a_run_of_another_version_is_not_resumed(another, capsys):
     """A setting that this version does not know; one that it has in addition gets its default."""
-    train_c2i.main(QUICK + ["--out", str(tmp_path)])
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((another / "config.json").read_text())
     del config["settings"]["save_every"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    train_c2i.main(["--resume", str(tmp_path)])
+    (another / "config.json").write_text(json.dumps(config))
+    train_c2i.main(["--resume", str(another)])
     config["settings"]["inner_epochs"] = 1
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (another / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit) as stop:
-        train_c2i.main(["--resume", str(tmp_path)])
+        train_c2i.main(["--resume", str(another)])
     assert stop.value.code == 2
     assert "another version of this repository, with the setting inner" in capsys.readouterr().err
 
@@ -201,7 +212,7 @@ SCALES = "eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not '1,hi
     (["--preset", "B-256", "--reward", "jpeg", "--gpt-ckpt", "nowhere.pt"],
      "nowhere.pt: no such file or folder in"),
     (["--preset", "toy", "--classes", TYPO], f"no class is named {TYPO!r}: did you mean"),
-    (["--preset", "toy", "--bonus-distance", "clip"], "bonus_distance must be pixels or codes"),
+    (["--preset", "toy", "--bonus-distance", "clip"], "bonus_distance must be 'pixels' or 'codes'"),
     (["--preset", "B-256", "--from-scratch", "--reward", "jpeg"], "--from-scratch is for the toy"),
     (["--resume", "nowhere"], "nothing to resume: there is no nowhere"),
     (["--stepps", "3"], "unrecognized arguments: --stepps 3"),
@@ -230,7 +241,8 @@ def test_bad_options_end_with_one_line_and_leave_nothing(given, message, tmp_pat
     (dict(rehearsal=math.inf), "rehearsal must be a finite number of at least 0, not inf"),
     (dict(temperature=0.0), "temperature must be a finite number above 0"),
     (dict(logprob_cfg="both"), "logprob_cfg must be"),
-    (dict(save_every=0), "save_every and rehearsal_groups must be at least 1"),
+    (dict(save_every=0), "save_every must be at least 1, not 0"),
+    (dict(eval_images=3), "eval_images must be at least 4, not 3"),
 ])
 def test_settings_are_checked(bad, message):
     with pytest.raises(ValueError, match=message):
