@@ -28,6 +28,10 @@ one file a family.  Such a file is imported when one of its rewards is asked for
 
 A reward that cannot judge an image (a language model whose answer makes no sense) says so: it
 carries `may_miss = True` and gives NaN, and the image is left out of its group.
+
+A reward that needs something of its prompts, such as a text in quotes, has a method (or, if it is a
+function, an attribute) `check_prompts(prompts)`, which raises ValueError for those that it cannot
+judge.  All prompts of a run pass it before training.
 """
 
 import importlib
@@ -37,6 +41,8 @@ import io
 import math
 import re
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 
 import torch
@@ -153,7 +159,38 @@ def contrast(device):
 # ---------------------------------------------------------------------------------------------
 
 class BadReward(ValueError):
-    """A reward gave something that is not one finite number per image."""
+    """A reward failed, cannot judge its prompts, or gave no finite number per image."""
+
+
+def described(error):
+    """An error in one line: its type, the first line of its text, and where it was raised.
+
+    Of the calls that led there, that is the innermost one outside of installed packages, such as
+    the line of the user's file that called torch."""
+    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen")
+    calls = [call for call in traceback.extract_tb(error.__traceback__)
+             if not call.filename.startswith(installed)]
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text} ({calls[-1].filename}, line {calls[-1].lineno})"
+
+
+def refusal(reward, prompts):
+    """What the reward's `check_prompts` has against the prompts, or None."""
+    try:
+        if hasattr(reward, "check_prompts"):
+            reward.check_prompts(prompts)
+    except ValueError as error:
+        return str(error)
+    except Exception as error:                   # a bug in the user's check
+        return described(error)
+    return None
+
+
+def some_of(prompts):
+    """The first three different prompts, as a text for messages."""
+    distinct = list(dict.fromkeys(prompts))
+    more = f" and {len(distinct) - 3} more" if len(distinct) > 3 else ""
+    return ", ".join(map(repr, distinct[:3])) + more
 
 
 def checked(name, reward, scores, images, prompts):
@@ -188,16 +225,43 @@ class RewardSet:
     def __init__(self, rewards):
         self.rewards = rewards
 
+    def check_prompts(self, prompts):
+        """Raises BadReward, in one line, if a reward cannot judge some of the prompts.
+
+        Called with all prompts of a run before its training."""
+        distinct = list(dict.fromkeys(prompts))
+        for name, (reward, _) in self.rewards.items():
+            reason = refusal(reward, distinct)
+            if reason is None:
+                continue
+            refused = [prompt for prompt in distinct if refusal(reward, [prompt]) is not None]
+            if refused:
+                reason = refusal(reward, refused[:1])
+            raise BadReward(f"reward {name!r} cannot judge {len(refused) or len(distinct)} of "
+                            f"{len(distinct)} prompts: {some_of(refused or distinct)}; {reason}")
+
+    def ask(self, name, images, prompts):
+        """The checked scores (B,) of one reward.  Its own exception becomes a BadReward."""
+        reward, _ = self.rewards[name]
+        try:
+            scores = reward(images, prompts)
+        except (BadReward, torch.OutOfMemoryError):      # for memory, `harness.run` has advice
+            raise
+        except Exception as error:
+            raise BadReward(f"reward {name!r} failed for the prompts {some_of(prompts)}: "
+                            f"{described(error)}") from error
+        return checked(name, reward, scores, images, prompts)
+
     @torch.no_grad()
     def __call__(self, images, prompts):
         """images (B, 3, H, W) in [0, 1], prompts B strings -> (total (B,), {name: (B,)}).
 
         The parts are unweighted.  NaN means missing, and makes the total missing.  Raises
-        BadReward, with the reward's name and the prompt, for a score that is not one finite
-        number per image, unless the reward may miss."""
+        BadReward, with the reward's name and the prompt, if a reward raises an error, or gives
+        a score that is not one finite number per image, unless the reward may miss."""
         total, parts = 0, {}
-        for name, (reward, weight) in self.rewards.items():
-            parts[name] = checked(name, reward, reward(images, prompts), images, prompts)
+        for name, (_, weight) in self.rewards.items():
+            parts[name] = self.ask(name, images, prompts)
             total = total + weight * parts[name]
         for cache in BATCH_CACHES:
             cache.clear()

@@ -132,6 +132,12 @@ def plural(name):
     return name + ending
 
 
+def geneval_plural(name):
+    """The plural in GenEval's own prompts, which is right for most names: "benchs", "persons"."""
+    ending = "es" if name.endswith("s") else "s"
+    return name + ending
+
+
 def with_article(name):
     article = "an" if name[0] in "aeiou" else "a"
     return f"{article} {name}"
@@ -177,9 +183,10 @@ def compose(n, seed=0):
 def thing_pattern():
     """A pattern for one thing of a composition, with groups (number, colour, name), and the names.
 
-    The names map every singular and plural to COCO's: {name: COCO's name}."""
+    The names map every singular and plural, GenEval's included, to COCO's: {name: COCO's name}."""
     names = {name: name for name in coco_objects()} | ALIASES
-    names |= {plural(name): coco for name, coco in names.items()}
+    for name, coco in list(names.items()):
+        names |= {plural(name): coco, geneval_plural(name): coco}
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
     article = rf"(?:an?|one|({'|'.join(NUMBERS)}))"
     colour = rf"(?:({'|'.join(COLOUR_NAMES)}) )?"

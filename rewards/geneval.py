@@ -13,7 +13,6 @@ them and else 0.
 import torch
 from torch import nn
 from torchvision.models import detection
-from torchvision.transforms import functional as vision
 
 from harness.captions import COLOUR_NAMES, coco_objects, requirements
 from reward import register
@@ -65,13 +64,14 @@ class GenEval:
         for box, mask in zip(found["boxes"], found["masks"]):
             x1, y1, x2, y2 = box.round().int().tolist()
             x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)                    # at least one pixel
-            alone = torch.where(mask > 0.5, image, grey)[:, y1:y2, x1:x2]
-            crops.append(vision.resize(alone, [224, 224], antialias=True).clamp(0, 1))
+            crops.append(torch.where(mask > 0.5, image, grey)[:, y1:y2, x1:x2])
         texts = [text.format(colour, name) for colour in COLOUR_NAMES for text in COLOUR_TEXTS]
         features = self.tower.text_features(texts)                       # (colours * texts, C)
         features = features.view(len(COLOUR_NAMES), len(COLOUR_TEXTS), -1).mean(dim=1)
         features = nn.functional.normalize(features, dim=-1)             # (colours, C)
-        cosines = self.tower.image_features(torch.stack(crops)) @ features.T
+        # One by one, for they differ in size.  The tower keeps their aspect: see `preprocess`.
+        seen = torch.cat([self.tower.image_features(crop[None]) for crop in crops])
+        cosines = seen @ features.T
         return [COLOUR_NAMES[k] for k in cosines.argmax(dim=-1).tolist()]
 
     def judge(self, image, detections, demands):
@@ -99,6 +99,11 @@ class GenEval:
                 met.append(bool(places) and all(place in some for some in places))
             groups.append(found)
         return sum(met) / len(met)
+
+    def check_prompts(self, prompts):
+        """Raises ValueError for a prompt that follows none of the templates."""
+        for prompt in prompts:
+            requirements(prompt)
 
     def __call__(self, images, prompts):
         demands = [requirements(prompt) for prompt in prompts]

@@ -8,7 +8,7 @@ from reward import register
 from rewards.sources import optional
 
 # Straight or curly double quotes around a text that is not blank.
-QUOTED = re.compile('["\u201c]([^"\u201c\u201d]*\\S[^"\u201c\u201d]*)["\u201d]')
+QUOTED = re.compile('["\u201c]([^"\u201c\u201d]*[^"\u201c\u201d\\s][^"\u201c\u201d]*)["\u201d]')
 
 
 def edit_distance(a, b):
@@ -30,25 +30,47 @@ def letters(text):
     return re.sub(r"\s+", "", text).lower()
 
 
+def quoted_texts(prompt):
+    """The texts in double quotes, at least one.  Raises ValueError if there is none."""
+    quoted = QUOTED.findall(prompt)
+    if not quoted:
+        raise ValueError("reward 'ocr' needs a text in double quotes, "
+                         f"but the prompt is {prompt!r}")
+    return quoted
+
+
+def spelled(wanted, read):
+    """Flow-GRPO's rule (arXiv 2505.05470): how well a text is spelled by all that was read.
+
+    1 if it occurs there; else 1 minus the edit distance of the two over the text's length, at
+    least 0.  Case and spaces do not count."""
+    wanted, read = letters(wanted), letters(read)
+    if wanted in read:
+        return 1.0
+    return max(0.0, 1 - edit_distance(read, wanted) / len(wanted))
+
+
 @register("ocr")
-def ocr(device):
-    """1 minus the edit distance over the text's length, at least 0.
+class Ocr:
+    """How well the picture spells the text that its prompt quotes, in [0, 1].
 
-    Case and spaces do not count.  Raises ValueError for a prompt without a quoted text."""
-    easyocr = optional("easyocr", "ocr")
-    reader = easyocr.Reader(["en"], gpu=torch.device(device).type == "cuda", verbose=False)
+    Of several quoted texts, each is looked for by itself, in any place and order, and the score is
+    the mean of theirs; Flow-GRPO looks for the first alone."""
 
-    def reward(images, prompts):
-        scores = []
-        for image, prompt in zip(images, prompts):
-            quoted = QUOTED.findall(prompt)
-            if not quoted:
-                raise ValueError(f"reward 'ocr' needs a text in double quotes, "
-                                 f"but the prompt is {prompt!r}")
-            target = letters("".join(quoted))
+    def __init__(self, device):
+        easyocr = optional("easyocr", "ocr")
+        self.reader = easyocr.Reader(["en"], gpu=torch.device(device).type == "cuda", verbose=False)
+
+    def check_prompts(self, prompts):
+        """Raises ValueError for a prompt without a quoted text."""
+        for prompt in prompts:
+            quoted_texts(prompt)
+
+    def __call__(self, images, prompts):
+        wanted, scores = [quoted_texts(prompt) for prompt in prompts], []
+        for image, texts in zip(images, wanted):
             pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()     # (H, W, 3)
-            read = letters("".join(reader.readtext(pixels, detail=0)))
-            scores.append(max(0.0, 1 - edit_distance(read, target) / len(target)))
+            read = "".join(self.reader.readtext(pixels, detail=0))
+            each = [spelled(text, read) for text in texts]
+            scores.append(sum(each) / len(each))
         return torch.tensor(scores)
-
-    return reward

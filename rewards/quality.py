@@ -6,9 +6,13 @@ Where this departs from what was published:
    CLIP's ResNet-50 without positional embedding, for images of any size.  AR-GRPO does not use it:
    it takes MANIQA's place in the mixture "paper_lite", because it needs no further package.
 2. MANIQA's random crops are the same windows of every image, every time, so that images are
-   compared fairly and a run repeats.  The official code draws new ones for each image.
+   compared fairly and a run repeats.  The official code draws new ones for each image.  They have
+   225 pixels a side, of which pyiqa takes 224: it would enlarge, and so blur, a window of 224.
 """
 
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import nn
 from torchvision.transforms import functional as vision
@@ -61,7 +65,7 @@ def aesthetic(device):
     return lambda images, prompts: head(tower.image_features(images))
 
 
-def random_crops(images, crops=20, size=224):
+def random_crops(images, crops=20, size=225):
     """The same windows of every image, drawn with a fixed seed.
 
     (B, 3, H, W) -> (B, crops, 3, size, size); an image smaller than a window is enlarged first."""
@@ -76,6 +80,17 @@ def random_crops(images, crops=20, size=224):
     return torch.stack(windows, dim=1)
 
 
+@contextmanager
+def numpy_seeded():
+    """numpy's own random numbers are the same every time, and go on as before afterwards."""
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
 @register("maniqa")
 def maniqa(device):
     """MANIQA (arXiv 2204.08958) trained on KonIQ: twice the mean score of 20 random crops."""
@@ -83,8 +98,11 @@ def maniqa(device):
     metric = pyiqa.create_metric("maniqa", device=device, test_sample=1)
 
     def reward(images, prompts):
-        crops = random_crops(images)                                     # (B, 20, 3, 224, 224)
-        scores = [metric(chunk).flatten() for chunk in crops.flatten(0, 1).split(40)]
+        crops = random_crops(images)                                     # (B, 20, 3, 225, 225)
+        scores = []
+        for chunk in crops.flatten(0, 1).split(40):
+            with numpy_seeded():                 # which 224 of 225 pixels pyiqa draws with numpy
+                scores.append(metric(chunk).flatten())
         return 2 * torch.cat(scores).view(crops.shape[:2]).mean(dim=1)
 
     return reward

@@ -15,10 +15,14 @@ SOURCES = {
 }
 
 
+# What is wanted of a repository.  Some hold the same weights as pytorch_model*.bin again.
+FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+
+
 def weights_of(name):
     """The local path of a model's weights, downloaded if need be.  Errors are those of `fetch`."""
-    return fetch(SOURCES[name], "download it where there is a network, "
-                                "and set HF_HOME to a copy of that Hugging Face cache")
+    return fetch(SOURCES[name], "download it where there is a network, and set HF_HOME to a copy "
+                                "of that Hugging Face cache", FILES)
 
 
 def optional(package, reward):

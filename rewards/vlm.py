@@ -42,9 +42,13 @@ QUESTIONS = {"label": (LABEL, 5), "fake": (FAKE, 1), "weird": (WEIRD, 1)}
 ANSWER_FORMAT = 'End your answer with one line of JSON: {"score": NUMBER}'
 
 
+MARKUP = r"""[\s"'*_`]*"""                       # spaces, quotes and bold print beside the colon
+SCORE = re.compile(rf"score{MARKUP}[:=]{MARKUP}(-?(?:\d+\.?\d*|\.\d+))", re.IGNORECASE)
+
+
 def parse_score(answer, highest):
     """The last "score": NUMBER of an answer, or None where there is none from 0 to `highest`."""
-    found = re.findall(r'"?score"?\s*[:=]\s*(-?\d+(?:\.\d+)?)', answer, re.IGNORECASE)
+    found = SCORE.findall(answer)
     if not found:
         return None
     score = float(found[-1])

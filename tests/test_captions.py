@@ -7,14 +7,8 @@ import torch
 from conftest import tiny_model
 
 from argrpo import token_logp
-from harness.captions import (
-    T5Captions,
-    clean,
-    coco_objects,
-    compose,
-    read_captions,
-    requirements,
-)
+from harness import captions
+from harness.captions import T5Captions, clean, coco_objects, compose, read_captions, requirements
 
 # --- reading ---------------------------------------------------------------------------------
 
@@ -102,6 +96,55 @@ def test_what_is_composed_is_understood():
 ])
 def test_requirements_by_hand(caption, wanted):
     assert requirements(caption) == wanted
+
+
+GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+
+
+def genevals_prompts():
+    """All prompts that GenEval's six templates can make of one object, and what each asks for.
+
+    Its plural adds "es" to a name in s, and "s" to any other.  Its article looks at the first
+    letter.  Where the template has two objects, the second is always a dog.  (GenEval's 553 prompts
+    are a random choice, with random second objects.)"""
+    prompts = {}
+    for coco in coco_objects():
+        name = GENEVAL_NAMES.get(coco, coco)
+        article = "an" if name[0] in "aeiou" else "a"
+        plural = name + ("es" if name[-1] == "s" else "s")
+        one = {"class": coco, "count": 1}
+        prompts[f"a photo of {article} {name}"] = [one]
+        for number, count in (("two", 2), ("three", 3), ("four", 4)):
+            prompts[f"a photo of {number} {plural}"] = [{"class": coco, "count": count}]
+        dog = {"class": "dog", "count": 1}
+        prompts[f"a photo of {article} {name} and a dog"] = [one, dog]
+        for place in ("left of", "right of", "above", "below"):
+            placed = one | {"position": [place, 0]}
+            prompts[f"a photo of {article} {name} {place} a dog"] = [dog, placed]
+        for colour in captions.COLOUR_NAMES:
+            a = "an" if colour == "orange" else "a"
+            coloured, red_dog = one | {"color": colour}, dog | {"color": "red"}
+            prompts[f"a photo of {a} {colour} {name}"] = [coloured]
+            prompts[f"a photo of {a} {colour} {name} and a red dog"] = [coloured, red_dog]
+    return prompts
+
+
+def test_all_of_genevals_prompts_are_understood():
+    """Its plurals are mechanical: "two toothbrushs", "three persons", "two sheeps"."""
+    prompts = genevals_prompts()
+    assert len(prompts) == 80 * (1 + 3 + 1 + 4 + 20)
+    for prompt, wanted in prompts.items():
+        assert requirements(prompt) == wanted, prompt
+
+
+@pytest.mark.parametrize("right, mechanical", [
+    ("benches", "benchs"), ("people", "persons"), ("sheep", "sheeps"), ("skis", "skises"),
+    ("knives", "knifes"), ("sandwiches", "sandwichs"), ("scissors", "scissorses"),
+    ("toothbrushes", "toothbrushs"), ("computer mice", "computer mouses"), ("buses", "buses"),
+])
+def test_the_right_plural_is_as_good_as_genevals(right, mechanical):
+    assert requirements(f"two {right}") == requirements(f"two {mechanical}")
+    assert any(captions.plural(GENEVAL_NAMES.get(name, name)) == right for name in coco_objects())
 
 
 @pytest.mark.parametrize("caption", [

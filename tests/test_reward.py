@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import reward
+import train_c2i
+import train_t2i
 from reward import BATCH_CACHES, MODULES, REGISTRY, RewardSet, build_rewards, items_of, register
 
 CPU = torch.device("cpu")
@@ -88,6 +90,96 @@ def test_only_a_reward_that_may_miss_may_give_nan(may_miss):
     else:
         with pytest.raises(ValueError, match="reward 'shy' gave nan to image 0"):
             rewards(IMAGES[:2], PROMPTS[:2])
+
+
+# --- prompts that a reward cannot judge, and rewards that fail ----------------------------------
+
+QUOTING = """
+def quoting(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+def check(prompts):
+    for prompt in prompts:
+        if '"' not in prompt:
+            raise ValueError(f"nothing is quoted in {prompt!r}")
+quoting.check_prompts = check
+
+def broken(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+broken.check_prompts = lambda prompts: {}["missing"]
+
+class Moody:
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, images, prompts):
+        lengths = [len(prompt) for prompt in prompts]
+        return images.new_tensor(lengths).view(2, 3)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(QUOTING)
+    return tmp_path / "mine.py"
+
+
+def test_prompts_that_a_reward_cannot_judge_are_counted_and_named(mine):
+    rewards = build_rewards(f"brightness,{mine}:quoting", CPU)
+    rewards.check_prompts(['"one"', '"two"'])
+    with pytest.raises(reward.BadReward) as caught:
+        rewards.check_prompts(["a", '"one"', "b", "c", "d", "a"])
+    assert str(caught.value) == ("reward 'quoting' cannot judge 4 of 5 prompts: 'a', 'b', 'c' and "
+                                 "1 more; nothing is quoted in 'a'")
+
+
+def test_an_error_in_a_check_of_prompts_is_located(mine):
+    message = "'broken' cannot judge 2 of 2 .*KeyError: 'missing' .*mine.py, line 14"
+    with pytest.raises(reward.BadReward, match=message):
+        build_rewards(f"{mine}:broken", CPU).check_prompts(["a", "b"])
+
+
+def test_the_toys_verifier_refuses_what_the_toy_has_not():
+    verifier = build_rewards("shapes", CPU)
+    verifier.check_prompts(["one red circle", "a red circle above a blue square"])
+    message = "'shapes' cannot judge 1 of 2 prompts: 'an otter'; the toy cannot draw"
+    with pytest.raises(reward.BadReward, match=message):
+        verifier.check_prompts(["one red circle", "an otter"])
+
+
+@pytest.mark.parametrize("script, options", [
+    (train_c2i, ["--classes", "3,1"]),
+    (train_t2i, ["--prompts", "captions.txt"]),
+])
+def test_all_prompts_of_a_run_are_checked_before_its_training(script, options, mine, monkeypatch,
+                                                              capsys):
+    monkeypatch.chdir(mine.parent)
+    (mine.parent / "captions.txt").write_text('one "red" circle\none red square\none red circle\n')
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--preset", "toy", "--reward", f"{mine}:quoting", "--out", "run", *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and not Path("run").exists()
+    assert "reward 'quoting' cannot judge 2 of " in error and "nothing is quoted in 'one " in error
+
+
+def test_a_rewards_own_error_names_reward_prompts_file_and_line(mine):
+    """The line is the user's, though it is torch that fails."""
+    with pytest.raises(reward.BadReward) as caught:
+        build_rewards(f"{mine}:Moody", CPU)(IMAGES, ["one", "two", "one", "three"])
+    message = str(caught.value)
+    assert message.startswith("reward 'Moody' failed for the prompts 'one', 'two', 'three': "
+                              "RuntimeError: shape '[2, 3]' is invalid")
+    assert message.endswith(f"({mine}, line 22)") and "\n" not in message
+    assert isinstance(caught.value.__cause__, RuntimeError)              # with its traceback
+
+
+def test_running_out_of_memory_is_no_bad_reward():
+    def hungry(images, prompts):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        RewardSet({"hungry": (hungry, 1.0)})(IMAGES, PROMPTS)
 
 
 def test_what_rewards_remember_of_a_batch_is_forgotten_after_it():

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -22,7 +23,7 @@ import train_c2i
 from reward import BATCH_CACHES, build_rewards
 from rewards.clip import Tower, binned, clip_tower, hpsv2_tower, open_clip_tower, preprocess
 from rewards.quality import AestheticHead, random_crops
-from rewards.sources import SOURCES
+from rewards.sources import SOURCES, weights_of
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -227,7 +228,39 @@ def test_maniqa_is_twice_the_mean_over_twenty_crops(monkeypatch):
     scores, _ = build_rewards("maniqa", CPU)(images, ["x"] * 3)
     torch.testing.assert_close(scores, 2 * random_crops(images).mean(dim=(1, 2, 3, 4)))
     assert sum(shape[0] for shape in calls) == 60
-    assert all(shape[1:] == (3, 224, 224) for shape in calls)
+
+
+def pyiqas_window(images):
+    """What pyiqa's MANIQA looks at: 224 pixels a side, at a place that numpy draws.
+
+    Images of 224 pixels or fewer it first enlarges, to 225."""
+    if min(images.shape[2:]) <= 224:
+        factor = 225 / min(images.shape[2:])
+        images = torch.nn.functional.interpolate(images, scale_factor=factor, mode="bilinear")
+    top, left = (np.random.randint(0, side - 224 + 1) for side in images.shape[2:])
+    return images[:, :, top:top + 224, left:left + 224]
+
+
+def test_maniqa_sees_the_pixels_as_they_are(monkeypatch):
+    """Nothing is enlarged on the way, and so blurred; and the same pixels are seen every time."""
+    seen = []
+
+    def metric(crops):
+        seen.append(pyiqas_window(crops))
+        return crops.new_zeros(len(crops), 1)
+
+    pyiqa = SimpleNamespace(create_metric=lambda name, device, test_sample: metric)
+    monkeypatch.setitem(sys.modules, "pyiqa", pyiqa)
+    maniqa = build_rewards("maniqa", CPU)
+    images = torch.randint(2, (1, 3, 256, 256)).float()      # a blurred pixel is neither 0 nor 1
+    np.random.seed(5)
+    for _ in range(4):
+        maniqa(images, ["x"])
+    assert all(((window == 0) | (window == 1)).all() for window in seen), "MANIQA's input"
+    assert all(torch.equal(window, seen[0]) for window in seen[1:]), "other windows the next time"
+    after = np.random.rand()
+    np.random.seed(5)
+    assert after == np.random.rand()                         # numpy's random numbers go on
 
 
 def test_crops_are_the_same_windows_of_every_image_every_time():
@@ -235,7 +268,7 @@ def test_crops_are_the_same_windows_of_every_image_every_time():
     a, b = random_crops(image), random_crops(torch.cat([image + 1, image]))
     assert torch.equal(a[0], b[1]) and torch.equal(b[0], a[0] + 1)
     assert len({crop.flatten()[0].item() for crop in a[0]}) > 15         # windows differ
-    assert random_crops(torch.rand(2, 3, 24, 24)).shape == (2, 20, 3, 224, 224)
+    assert random_crops(torch.rand(2, 3, 24, 24)).shape == (2, 20, 3, 225, 225)
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -256,6 +289,24 @@ def test_missing_weights_are_a_clear_error(monkeypatch):
         message = "cannot get .* from https://huggingface.co/.*HF_HOME"
         with pytest.raises(FileNotFoundError, match=message):
             build_rewards(name, CPU)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "qwen_fake"])
+def test_a_model_is_downloaded_in_one_weight_format(name, monkeypatch, tmp_path):
+    """PickScore's repository holds its 4 GB twice, for two ways of loading them."""
+    repository = ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json",
+                  "preprocessor_config.json", "vocab.json", "merges.txt", "README.md"]
+    downloaded = []
+
+    def snapshot_download(repo, allow_patterns):
+        downloaded.extend(huggingface_hub.utils.filter_repo_objects(
+            repository, allow_patterns=allow_patterns))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    weights_of({"pickscore": "pickscore", "qwen_fake": "qwen"}[name])
+    assert "model.safetensors" in downloaded and "pytorch_model.bin" not in downloaded
+    assert {"config.json", "tokenizer.json", "vocab.json", "merges.txt"} <= set(downloaded)
 
 
 def test_an_unknown_reward_is_found_before_a_model_is_loaded(random_towers):

@@ -12,7 +12,7 @@ from harness.captions import COLOUR_NAMES, coco_objects, requirements
 from reward import build_rewards
 from rewards.clip import Tower
 from rewards.geneval import GenEval, place_of
-from rewards.ocr import edit_distance
+from rewards.ocr import edit_distance, spelled
 
 CPU = torch.device("cpu")
 
@@ -61,17 +61,20 @@ def found_things(things):
 
 
 @pytest.fixture
-def judge(monkeypatch):
-    """judge(prompt, things, image): GenEval's score, if the detector finds these things.
-
-    Its CLIP takes the mean of a crop for the crop's colour."""
-    found = []
+def geneval(monkeypatch):
+    """GenEval without a detector.  Its CLIP takes the mean of a crop for the crop's colour."""
     tower = Tower(lambda pixels: pixels.mean(dim=(2, 3)),
                   lambda texts: torch.tensor([shade_of(text) for text in texts]),
                   8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     monkeypatch.setattr(detection, "maskrcnn_resnet50_fpn_v2", lambda weights: torch.nn.Module())
     monkeypatch.setattr(rewards.geneval, "open_clip_tower", lambda name, device: tower)
-    geneval = GenEval(CPU)
+    return GenEval(CPU)
+
+
+@pytest.fixture
+def judge(geneval):
+    """judge(prompt, things, image): GenEval's score, if the detector finds these things."""
+    found = []
     geneval.detector = lambda images: [found.pop(0) for _ in images]
 
     def score(prompt, things, image=None):
@@ -111,9 +114,28 @@ def test_geneval_names_colours(judge):
     assert set(COLOUR_NAMES) >= {"red", "green", "blue"}
 
 
-def test_geneval_refuses_a_prompt_that_it_cannot_read(judge):
+def test_geneval_keeps_the_aspect_of_what_it_names_the_colour_of(judge, geneval):
+    """Like the original, which scales the shorter side and crops the centre.
+
+    The object is wide: blue in its middle, and twice as much red at its ends, which the crop leaves
+    out.  Squeezed into a square it would count as red."""
+    image = torch.zeros(1, 3, 64, 64)
+    image[:, 0, 20:30] = 1
+    image[:, :, 20:30, 22:40] = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1)
+    wide = found_things([("dog", 31, 25)])
+    wide["boxes"] = torch.tensor([[0.0, 20.0, 62.0, 30.0]])
+    wide["masks"] = torch.ones(1, 1, 64, 64)
+    geneval.detector = lambda images: [wide]
+    assert geneval(image, ["a photo of a blue dog"]).item() == 1
+    assert geneval(image, ["a photo of a red dog"]).item() == 0.5
+
+
+def test_geneval_refuses_a_prompt_that_it_cannot_read(judge, geneval):
     with pytest.raises(ValueError, match="cannot read 'a nice day' as a composition"):
         judge("a nice day", [])
+    geneval.check_prompts(["a photo of a dog", "a photo of two toothbrushs"])
+    with pytest.raises(ValueError, match="cannot read 'a nice day' as a composition"):
+        geneval.check_prompts(["a photo of a dog", "a nice day"])
     assert requirements("a photo of a dog left of a cat") == [
         {"class": "cat", "count": 1},
         {"class": "dog", "count": 1, "position": ["left of", 0]},
@@ -138,14 +160,49 @@ def test_edit_distance(a, b, distance):
     assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
-def test_ocr_compares_letters(monkeypatch):
-    said = iter([["Hel lo"], ["HELP"], [], ["hello, hello, hello"]])
-    reader = SimpleNamespace(readtext=lambda pixels, detail: next(said))
-    easyocr = SimpleNamespace(Reader=lambda languages, gpu, verbose: reader)
+@pytest.mark.parametrize("wanted, read, score", [
+    ("Hello", "Hel lo", 1),
+    ("Hello", "Say Hello now", 1),               # it occurs in what was read: Flow-GRPO's rule
+    ("Hello", "hello, hello", 1),
+    ("Hello", "HELP", 1 - 2 / 5),
+    ("Hello", "", 0),
+    ("Hello", "nothing like it at all", 0),      # never below 0
+    ("a b", "AB", 1),
+])
+def test_how_well_a_text_is_spelled(wanted, read, score):
+    assert spelled(wanted, read) == pytest.approx(score)
+
+
+@pytest.fixture
+def ocr(monkeypatch):
+    """ocr(prompt, lines): the reward, if these lines are read off the picture."""
+    def score(prompt, lines):
+        reader = SimpleNamespace(readtext=lambda pixels, detail: lines)
+        easyocr = SimpleNamespace(Reader=lambda languages, gpu, verbose: reader)
+        monkeypatch.setitem(sys.modules, "easyocr", easyocr)
+        return build_rewards("ocr", CPU)(torch.rand(1, 3, 8, 8), [prompt])[0].item()
+    return score
+
+
+def test_ocr_reads_all_lines_together(ocr):
+    assert ocr('a sign that says "Hello World"', ["Hello", "World"]) == 1
+    assert ocr('a sign that says "Hello"', ["Say Hello now"]) == 1
+    assert ocr('a sign that says \u201cHello\u201d', ["HELP"]) == pytest.approx(0.6)
+
+
+def test_of_several_quoted_texts_each_counts_in_any_place(ocr):
+    prompt = 'a door that says "open" beside one that says "exit"'
+    assert ocr(prompt, ["exit", "open"]) == 1
+    assert ocr(prompt, ["open"]) == pytest.approx((1 + 0) / 2)
+
+
+def test_ocr_needs_a_quoted_text(monkeypatch):
+    easyocr = SimpleNamespace(Reader=lambda languages, gpu, verbose: None)
     monkeypatch.setitem(sys.modules, "easyocr", easyocr)
-    images, prompts = torch.rand(4, 3, 8, 8), ['a sign that says "Hello"'] * 4
-    scores, _ = build_rewards("ocr", CPU)(images, prompts)
-    torch.testing.assert_close(scores, torch.tensor([1.0, 1 - 2 / 5, 0.0, 0.0]))
-    message = "needs a text in double quotes, but the prompt is 'a sign'"
+    rewards = build_rewards("ocr", CPU)
+    rewards.check_prompts(['a sign that says "Hello"', "one that says \u201cHi\u201d"])
+    message = "'ocr' cannot judge 2 of 3 prompts: 'a sign', 'a \" \"'; .* text in double quotes"
     with pytest.raises(ValueError, match=message):
-        build_rewards("ocr", CPU)(images[:1], ["a sign"])
+        rewards.check_prompts(["a sign", 'a "b"', 'a " "', "a sign"])
+    with pytest.raises(ValueError, match="text in double quotes, but the prompt is 'a sign'"):
+        rewards(torch.rand(1, 3, 8, 8), ["a sign"])

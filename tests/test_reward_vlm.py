@@ -29,6 +29,16 @@ def fresh_models():
     ('{"score": 7}', None),
     ('{"score": -1}', None),
     ("", None),
+    ("**Score:** 4", 4.0),
+    ("**Score**: 3", 3.0),
+    ("The sum is\n**Score: 2.5**", 2.5),
+    ('{"score": "4.5"}', 4.5),
+    ("{'score': '2'}", 2.0),
+    ('{"score": .5}', 0.5),
+    ('{"score": "-.5"}', None),
+    ("Score: 4.", 4.0),
+    ("I score: nothing.", None),
+    ('{"score": "**"} 4', None),
 ])
 def test_scores_are_read_off_answers(answer, score):
     assert parse_score(answer, 5) == score
