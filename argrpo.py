@@ -164,7 +164,7 @@ class Attention(nn.Module):
         It attends to the filled part of the cache, where mask (B, 1, 1, position + 1) is True."""
         q, k, v = self.qkv(x, rope)
         keys, values = cache                                         # (B, H, positions, C/H) each
-        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        keys[:, :, position:position + 1], values[:, :, position:position + 1] = k, v
         keys, values = keys[:, :, :position + 1], values[:, :, :position + 1]
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.wo(rearrange(y, "b h n c -> b n (h c)"))

@@ -25,16 +25,17 @@ from harness.run import run
 # place of four: the same 32 images a step are 4 prompts of 8.  The paper's whole reward, which
 # needs more packages and memory, is paper_c2i.
 PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, lr=1e-5, lr_end=1.0,
-             kl_beta=0.1, cfg_scale=2.0, eval_images=64, save_every=25, micro_batch=None)
+             kl_beta=0.1, cfg_scale=2.0, eval_images=64, save_every=25, micro_batch=None,
+             rollout_prompts=None)           # None: as much as fits into the memory
 PRESETS = {
     "toy": dict(reward="shapes", rehearsal_groups=4),    # all else as in argrpo.GRPOConfig
     "B-256": PAPER,
     "L-256": PAPER,
     "B-384": PAPER,
-    "L-384": PAPER | dict(rollout_prompts=2),            # the sampler's passes, for 24 GB of memory
-    "XL-384": PAPER | dict(rollout_prompts=1),
-    "XXL-384": PAPER | dict(rollout_prompts=1, checkpointing=True),      # these need more than that
-    "3B-384": PAPER | dict(rollout_prompts=1, checkpointing=True),
+    "L-384": PAPER,
+    "XL-384": PAPER,
+    "XXL-384": PAPER | dict(checkpointing=True),         # these two need more than 24 GB
+    "3B-384": PAPER | dict(checkpointing=True),
 }
 
 # --recipe diverse, see harness.options.diverse.

@@ -28,11 +28,11 @@ from harness.run import run
 # needs more packages and memory, is paper_t2i.
 PAPER = dict(reward="paper_lite", steps=600, prompts_per_step=8, group_size=8, lr=1e-5, lr_end=1.0,
              kl_beta=1.0, cfg_scale=4.0, eval_images=64, eval_cfg_scales="1,7.5", save_every=25,
-             micro_batch=None)
+             micro_batch=None, rollout_prompts=None)         # None: as much as fits into the memory
 PRESETS = {
     "toy": dict(reward="shapes"),                        # all else as in argrpo.GRPOConfig
-    "t2i-XL-256": PAPER | dict(rollout_prompts=1),       # the sampler's passes, for 24 GB of memory
-    "t2i-XL-512": PAPER | dict(rollout_prompts=1),
+    "t2i-XL-256": PAPER,
+    "t2i-XL-512": PAPER,
 }
 
 # --recipe diverse, see harness.options.diverse.  Weaker than for c2i: of thousands of captions,

@@ -2,13 +2,16 @@
 
 import dataclasses
 from contextlib import contextmanager
+from math import ceil
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import argrpo
-from harness.processes import rank_and_size
-from harness.speed import is_large
+from harness import processes
+from harness.speed import is_large, on_gpu
+
+CPU_CACHE = 2 ** 32          # bytes that keys and values may take on a CPU
 
 
 class CheckpointedBlock(argrpo.Block):
@@ -33,22 +36,18 @@ def memory_estimate(model, vq, settings):
 
     The rollout's cache and the update's activations are never there at the same time: the smaller
     of them is left out."""
-    c = model.config
-    gpu = next(model.parameters()).is_cuda
-    branches = 1 if settings.cfg_scale == 1 else 2
-    half = 2 if gpu else 4                       # bytes of a number in the copies and in the cache
+    c, gpu = model.config, on_gpu(model)
+    half = 2 if gpu else 4                       # bytes of a number in the copies
     parameters = sum(p.numel() for p in model.parameters())
     copied = parameters                          # in the sampler's copy: all, or the packed ones
     if not (gpu or settings.compile):
         copied = sum(m.weight.numel() for m in model.modules() if is_large(m))
-    length = c.cls_token_num + c.block_size - 1
-    prompts = settings.rollout_prompts or settings.prompts_per_step // rank_and_size()[1]
-    rollout = prompts * settings.group_size * branches                                  # rows
-    cache = rollout * length * 2 * c.n_layer * c.dim * half
     update = settings.micro_batch                                                       # rows
-    if settings.logprob_cfg == "guided":
-        update *= branches
+    if settings.cfg_scale != 1 and settings.logprob_cfg == "guided":
+        update *= 2
+    length = c.cls_token_num + c.block_size - 1
     activations = update_memory(c, update, length, gpu, settings.checkpointing)
+    rollout, cache = cache_memory(model, settings)
     parts = {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
@@ -63,6 +62,20 @@ def memory_estimate(model, vq, settings):
     else:
         parts[f"activations, {update} rows"] = activations
     return parts
+
+
+def prompts_of_process(settings):
+    return settings.prompts_per_step // processes.rank_and_size()[1]
+
+
+def cache_memory(model, settings):
+    """Rows of a pass of the sampler, and bytes of their keys and values."""
+    c = model.config
+    branches = 1 if settings.cfg_scale == 1 else 2
+    prompts = settings.rollout_prompts or prompts_of_process(settings)
+    rows = prompts * settings.group_size * branches
+    positions = c.cls_token_num + c.block_size - 1
+    return rows, rows * positions * 2 * c.n_layer * c.dim * (2 if on_gpu(model) else 4)
 
 
 def update_memory(config, rows, length, gpu, checkpointing):
@@ -80,26 +93,56 @@ def update_memory(config, rows, length, gpu, checkpointing):
     return rows * length * config.dim * layers + 24 * logits
 
 
-def choose_micro_batch(model, vq, settings):
-    """How many images the update takes at a time, where settings.micro_batch leaves it open.
+def choose_sizes(model, vq, settings):
+    """Sets settings.micro_batch and settings.rollout_prompts where they are open, None: on a GPU
+    to what fits into its free memory.
 
-    On a GPU as many as fit into its free memory.  On a CPU larger passes are no faster: there about
-    a thousand tokens."""
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        return max(1, 1024 // model.config.block_size)
-    torch.cuda.empty_cache()                     # what T5 has left behind is free, too
-    return fitting_micro_batch(model, vq, settings, torch.cuda.mem_get_info(device)[0])
+    On a CPU larger passes of the update are no faster than about a thousand tokens, and a pass of
+    the sampler is as large as CPU_CACHE allows.  All processes take the smallest number that one
+    of them has chosen, for what is drawn depends on it."""
+    gpu, free = on_gpu(model), None
+    if gpu:
+        torch.cuda.empty_cache()                 # what T5 has left behind is free, too
+        free, _ = torch.cuda.mem_get_info(next(model.parameters()).device)
+    if settings.rollout_prompts is None:
+        prompts = fitting_rollout_prompts(model, vq, settings, free)
+        settings.rollout_prompts = min(processes.gather(prompts))
+    if settings.micro_batch is None:
+        size = max(1, 1024 // model.config.block_size)
+        if gpu:
+            size = fitting_micro_batch(model, vq, settings, free)
+        settings.micro_batch = min(processes.gather(size))
+
+
+def fits(model, vq, settings, free):
+    """Whether a run leaves a fifth of the free bytes free: making the images needs some."""
+    parts = memory_estimate(model, vq, settings)
+    return sum(parts.values()) - parts["weights"] - parts["tokenizer"] < 0.8 * free  # 2 are there
+
+
+def fitting_rollout_prompts(model, vq, settings, free=None):
+    """The most prompts of a pass of the sampler that fit, of passes as equal as can be.
+
+    A pass reads all weights at every token, whether for few rows or for many.  free is in bytes,
+    None on a CPU."""
+    own = prompts_of_process(settings)
+    for passes in range(1, own + 1):
+        prompts = ceil(own / passes)
+        some = dataclasses.replace(settings, rollout_prompts=prompts, micro_batch=1)
+        enough = cache_memory(model, some)[1] <= CPU_CACHE
+        if free is not None:
+            enough = fits(model, vq, some, free)
+        if enough:
+            return prompts
+    return 1
 
 
 def fitting_micro_batch(model, vq, settings, free):
-    """The largest power of two, from 1 to 16, that leaves a fifth of the free bytes free.
+    """The largest power of two, from 1 to 16, that fits into the free bytes.
 
-    A larger micro-batch is hardly faster, and making the images needs memory as well."""
+    A larger micro-batch is hardly faster."""
     for size in (16, 8, 4, 2):
-        parts = memory_estimate(model, vq, dataclasses.replace(settings, micro_batch=size))
-        needed = sum(parts.values()) - parts["weights"] - parts["tokenizer"]     # these are there
-        if needed < 0.8 * free:
+        if fits(model, vq, dataclasses.replace(settings, micro_batch=size), free):
             return size
     return 1
 

@@ -36,6 +36,8 @@ MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "
 class Settings(argrpo.GRPOConfig):
     """The options of a training script: the loop's, and these."""
     given = {}                           # what the command line said (no annotation: no option)
+    rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
+                                         # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
     recipe: str = "paper"                # "paper", or "diverse": keeps a prompt's pictures varied
     reward: str = ""                     # what to maximise: "name:weight,..." or

@@ -3,9 +3,14 @@
 Every process of a run takes an equal share of each step's prompts, with a copy of the model of
 its own.  After each backward pass the processes average their gradients, so that all copies take
 the same step.
+
+Whatever the processes do together begins with `gather`.  A process that fails calls it, too, and
+says so: that is how the others, which wait for it there, learn that they must end.
 """
 
 import os
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -32,7 +37,9 @@ def pick_device(name):
 
 
 def join_processes(device):
-    """Joins the processes that torchrun has started, and returns the device of this one."""
+    """Joins the processes that torchrun has started, and returns the device of this one.
+
+    They wait for each other for an hour: so long may the first one's evaluation take."""
     backend = "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -47,15 +54,51 @@ def rank_and_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+@dataclass
+class Failure:
+    """What a failing process gives to `gather`."""
+    error: str
+
+
+class OtherProcessFailed(Exception):
+    """Another process of this run has ended with an error."""
+
+
+def gather(value):
+    """The values of all processes, in their order.  Each must call it.
+
+    Raises OtherProcessFailed if one of them has failed."""
+    if rank_and_size()[1] == 1:
+        return [value]
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, value)
+    for rank, answer in enumerate(answers):
+        if isinstance(answer, Failure):
+            raise OtherProcessFailed(f"process {rank} has failed: {answer.error}")
+    return answers
+
+
+@contextmanager
+def failing_together():
+    """An error in here ends all processes.  Without this the others would wait for this one."""
+    try:
+        yield
+    except OtherProcessFailed:
+        raise
+    except Exception as error:
+        failure = Failure(f"{type(error).__name__}: {error}")
+        with suppress(OtherProcessFailed, RuntimeError):         # they may have gone already
+            gather(failure)
+        raise
+
+
 def average_over_processes(values, maximum=()):
     """Means over all processes of {name: number}, but the largest of the names in `maximum`.
 
     A number that a process could not measure, None, is left out."""
     if rank_and_size()[1] == 1:
         return values
-    answers = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, values)
-    averages = {}
+    answers, averages = gather(values), {}
     for name in values:
         numbers = [answer[name] for answer in answers if answer[name] is not None]
         if not numbers:
@@ -72,6 +115,7 @@ def average_gradients(model):
     size = rank_and_size()[1]
     if size == 1:
         return
+    gather(None)
     for p in model.parameters():
         if p.grad is not None:
             dist.all_reduce(p.grad)
@@ -80,5 +124,4 @@ def average_gradients(model):
 
 def wait_for_all():
     """Returns when all processes have come here."""
-    if dist.is_initialized():
-        dist.barrier()
+    gather(None)

@@ -27,9 +27,10 @@ from harness.evidence import gallery_arrays, mind_arrays, write_evidence
 from harness.interrupts import Interrupted, StopRequest
 from harness.logs import Logs
 from harness.pictures import draw_before_after, draw_curves
+from harness.processes import OtherProcessFailed
 from harness.progress import Progress, write_animation
 from harness.selftest import selftest
-from harness.speed import Sampler, frozen_copy, packed
+from harness.speed import Sampler, allowed_mismatch, frozen_copy, make_optimizer, packed
 from harness.timing import Stopwatch
 
 
@@ -51,7 +52,7 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=N
             return this.before_training_and_after()
         except Interrupted:
             sys.exit(128 + stop.received)
-        except (reward.BadReward, FloatingPointError, OSError) as error:
+        except (reward.BadReward, FloatingPointError, OSError, OtherProcessFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
@@ -68,27 +69,27 @@ class Run:
         self.rank, self.size = processes.rank_and_size()
         self.sampler = Sampler(settings.compile)
         self.spread_before, self.warned = {}, False
-        if settings.micro_batch is None:
-            settings.micro_batch = memory.choose_micro_batch(model, vq, settings)
+        memory.choose_sizes(model, vq, settings)
 
     def before_training_and_after(self):
         """One process evaluates and writes; the others wait for it."""
         settings, out = self.settings, self.out
         started = time.perf_counter()
         progress = logs = None
-        if self.rank == 0:
-            self.print_sizes()
-            before, gallery_before = self.evaluate()
-            print("before: " + describe(before), flush=True)
-            # Model and rewards have shown that they work: only now the folder becomes a run's.
-            out.mkdir(parents=True, exist_ok=True)
-            config = configuration(settings, self.script)
-            write_json(out / "config.json", config)
-            write_evidence(out / "report.npz", gallery_arrays(gallery_before, "before"))
-            progress = Progress(self.vq, self.eval_prompts, self.reward_fn, settings, self.measure,
-                                out / "progress", started)
-            logs = Logs(settings, config)
-            logs.numbers(0, {f"evaluation/{name}": value for name, value in before.items()})
+        with processes.failing_together():
+            if self.rank == 0:
+                self.print_sizes()
+                before, gallery_before = self.evaluate()
+                print("before: " + describe(before), flush=True)
+                # Model and rewards have shown that they work: only now the folder becomes a run's.
+                out.mkdir(parents=True, exist_ok=True)
+                config = configuration(settings, self.script)
+                write_json(out / "config.json", config)
+                write_evidence(out / "report.npz", gallery_arrays(gallery_before, "before"))
+                progress = Progress(self.vq, self.eval_prompts, self.reward_fn, settings,
+                                    self.measure, out / "progress", started)
+                logs = Logs(settings, config)
+                logs.numbers(0, {f"evaluation/{name}": value for name, value in before.items()})
         processes.wait_for_all()
         evaluated = time.perf_counter()
 
@@ -140,7 +141,8 @@ class Run:
         print(f"{parameters / 1e6:.1f}M parameters, {model.config.block_size} tokens per image, "
               f"{s.prompts_per_step} prompts x {s.group_size} samples = "
               f"{s.prompts_per_step * s.group_size} images per step, "
-              f"{s.micro_batch} at a time in the update, {s.steps} steps, "
+              f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
+              f"{s.micro_batch} images in the update, {s.steps} steps, "
               f"on {next(model.parameters()).device}{others}, into {s.out}/", flush=True)
         memory.print_memory(memory.memory_estimate(model, self.vq, s))
 
@@ -158,6 +160,7 @@ class Run:
             self.spread_before = spread
         return scores, gallery
 
+    @processes.failing_together()
     def train(self, progress, logs):
         """The loop of `argrpo.train`, logged and saved: the metrics of all steps done so far.
 
@@ -167,7 +170,7 @@ class Run:
         signal asks for that.  An error in a step is raised after the steps before it are saved."""
         settings, model, vq = self.settings, self.model, self.vq
         reference = self.reference = frozen_copy(model)
-        optimizer = argrpo.make_optimizer(model, settings)
+        optimizer = make_optimizer(model, settings)
         if settings.checkpointing:
             memory.checkpoint_layers(model)
         seams = {"sampler": self.sampler, "shard": (self.rank, self.size),
@@ -249,8 +252,7 @@ def warn_of_mismatch(metrics, settings, device):
 
     With log-probabilities without guidance, that is what the settings ask for."""
     on_policy = settings.logprob_cfg == "guided" or settings.cfg_scale == 1
-    allowed = 0.05 if device.type == "cuda" else 1e-3
-    if on_policy and metrics["mismatch_mean"] > allowed:
+    if on_policy and metrics["mismatch_mean"] > allowed_mismatch(device, settings.cfg_scale):
         warnings.warn(
             "the ratio should be 1 on the first pass over a rollout, but sampler and learner "
             f"differ by {metrics['mismatch_mean']:.4f} nats a token on average "

@@ -17,7 +17,7 @@ import torch
 
 import argrpo
 from harness.checkpoints import load_checkpoint, save_checkpoint
-from harness.speed import Sampler, frozen_copy
+from harness.speed import Sampler, allowed_mismatch, frozen_copy
 
 PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks share
 
@@ -65,15 +65,15 @@ def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
     with torch.no_grad():
         logp = logp_of(model, prompts, index, tokens, settings)
     mean = (logp - sampler_logp).abs().mean().item()
-    allowed = 0.05 if tokens.is_cuda else 1e-3
+    allowed = allowed_mismatch(tokens.device, settings.cfg_scale)
     finding = f"sampler and learner differ by {mean:.1e} nats a token on average"
     if settings.logprob_cfg == "none" and settings.cfg_scale != 1:
         yield "sampler", True, finding + ", as --logprob-cfg none asks for"
     elif mean <= allowed:
         yield "sampler", True, finding + ", by rounding"
     else:
-        yield "sampler", False, (finding + f", more than {allowed}: what is trained is not what is "
-                                 "drawn. Look for a change in generate or token_logp")
+        yield "sampler", False, (f"{finding}, more than {allowed:.1e}: what is trained is not what "
+                                 "is drawn. Look for a change in generate or token_logp")
 
 
 def check_accumulation(model, prompts, index, tokens, settings):

@@ -1,28 +1,50 @@
-"""What makes a rollout fast, and changes no more than rounding.
+"""What makes rollouts and updates fast, and changes no more than rounding.
 
 A rollout reads all weights of the model once for each token.  So its speed is that of reading them:
 in bfloat16 on a GPU, and in the order that oneDNN reads them in on a CPU.
+Nothing here that is for a GPU has been measured on one.
 """
 
 import copy
 import platform
+from math import hypot
 
 import torch
 import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import argrpo
+
+# For decoding steps on a GPU.  Recent versions of torch prefer cuDNN's attention on H100 and H200,
+# and it makes a new plan for every number of keys: decoding has one more at each step.
+DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def on_gpu(model):
+    return next(model.parameters()).is_cuda
+
+
+class DecodesWithoutCudnn(argrpo.Transformer):
+    """A transformer whose decoding steps leave out cuDNN's attention.  All else may use it."""
+
+    def decode_step(self, *args):
+        with sdpa_kernel(DECODING_KERNELS):
+            return super().decode_step(*args)
 
 
 def frozen_copy(model, dtype=None):
     """A copy for reading only: the reference pi_ref, and what draws the rollouts on a GPU.
 
     Its matrices are in dtype, by default bfloat16 on a GPU.  Autocast would round them to that for
-    every product anyway: under it the copy computes the very same numbers, in half the memory."""
+    every product anyway: under it the copy computes the very same numbers, in half the memory.
+    On a GPU its decoding steps choose among DECODING_KERNELS."""
     frozen = copy.deepcopy(model).requires_grad_(False)
-    if dtype is None:
-        on_gpu = next(model.parameters()).is_cuda
-        dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = dtype or (torch.bfloat16 if on_gpu(model) else torch.float32)
     for module in frozen.modules():
         if isinstance(module, nn.Linear):
             module.to(dtype)
+    if on_gpu(model):
+        frozen.__class__ = DecodesWithoutCudnn   # not a method: a copy would call this one's layers
     return frozen
 
 
@@ -52,7 +74,7 @@ class Sampler:
         return self.copy
 
     def copy_of(self, model):
-        if not (self.compile or next(model.parameters()).is_cuda):
+        if not (self.compile or on_gpu(model)):
             return packed(model)
         copied = frozen_copy(model)
         if self.compile:
@@ -65,6 +87,14 @@ class Sampler:
             layer.pack()
         if not layers:
             refresh(self.copy, self.model)
+
+
+def allowed_mismatch(device, cfg_scale):
+    """Nats a token, on average, by which sampler and learner may differ from rounding alone.
+
+    Both branches of guidance round on their own, so the error of s * cond - (s - 1) * null is
+    sqrt(s^2 + (s - 1)^2) times that of one.  docs/speed.md has what was measured."""
+    return (0.05 if device.type == "cuda" else 1e-3) * hypot(cfg_scale, cfg_scale - 1)
 
 
 LARGE = 2 ** 18              # weights of a layer; fewer fit into a processor's cache in any order
@@ -113,3 +143,20 @@ def packed(model):
             if is_large(child):
                 setattr(module, name, PackedLinear(child))
     return twin
+
+
+def make_optimizer(model, settings):
+    """The loop's AdamW, on a GPU with its fused kernel: one pass over the weights.
+
+    A checkpoint holds which kernel wrote it.  Here the device decides, whatever a checkpoint says:
+    a run may change its device when it is resumed."""
+    optimizer, fused = argrpo.make_optimizer(model, settings), on_gpu(model) or None
+
+    def keep_kernel(optimizer, state):
+        groups = [group | {"fused": fused} for group in state["param_groups"]]
+        return state | {"param_groups": groups}
+
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    optimizer.register_load_state_dict_pre_hook(keep_kernel)
+    return optimizer
