@@ -1,131 +1,30 @@
-"""The loop: what it computes, and that it learns."""
+"""The loop as a whole: that it learns, continues, and has seams.  test_wiring.py has its stages."""
 
 import copy
 import math
 
 import pytest
 import torch
-from conftest import tiny_condition, tiny_model
+from conftest import Blocks, brightness, same, tiny_model, tiny_run, weights
 
 import argrpo
 from argrpo import GRPOConfig, Prompts
 from vqgan import VQConfig, VQModel
 
-
-class Blocks:
-    """A tokenizer without a network: code k of 11 is a grey pixel of brightness k / 10."""
-
-    def decode(self, tokens):
-        return (tokens.float() / 5 - 1).view(-1, 1, 4, 4).expand(-1, 3, -1, -1)
-
-
-def brightness(images, texts):
-    scores = images.mean(dim=(1, 2, 3))
-    return scores, {"brightness": scores}
-
-
-def tiny_run(
-    model_type="c2i",
-    model=None,
-    reward_fn=brightness,
-    first_step=0,
-    optimizer=None,
-    reference=None,
-    seams=None,
-    **changes,
-):
-    """Trains a tiny model: (model, list of metrics, optimizer)."""
-    torch.manual_seed(0)
-    model = tiny_model(model_type) if model is None else model
-    cond, mask = tiny_condition(model_type, rows=5)
-    settings = dict(
-        steps=2, prompts_per_step=2, group_size=4, micro_batch=8, lr=1e-2, lr_end=1.0, kl_beta=0.05
-    )
-    config = GRPOConfig(**(settings | changes))
-    optimizer = optimizer or argrpo.make_optimizer(model, config)
-    reference = reference or copy.deepcopy(model)
-    prompts = Prompts([f"prompt {i}" for i in range(5)], cond, mask)
-    steps = argrpo.train(
-        model,
-        reference,
-        Blocks(),
-        prompts,
-        reward_fn,
-        config,
-        optimizer,
-        first_step,
-        **(seams or {}),
-    )
-    return model, [step.metrics for step in steps], optimizer
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-@pytest.mark.parametrize("model_type", ["c2i", "t2i"])
-def test_micro_batch_size_never_changes_the_result(model_type):
-    whole, metrics, _ = tiny_run(model_type, micro_batch=8, cfg_scale=2.0)
-    for size in (3, 1):  # 3 does not divide 8
-        parts, same, _ = tiny_run(model_type, micro_batch=size, cfg_scale=2.0)
-        torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-5)
-        for name in ("loss", "kl", "entropy", "grad_norm", "ratio", "clip_frac"):
-            assert same[-1][name] == pytest.approx(metrics[-1][name], rel=1e-3, abs=1e-5)
-
+# --- what a step is, in a few numbers --------------------------------------------------------
 
 def test_first_pass_over_a_rollout_is_on_policy():
     _, metrics, _ = tiny_run(cfg_scale=2.0)
-    assert metrics[0]["ratio_max"] == metrics[0]["ratio"] == 1 and metrics[0]["clip_frac"] == 0
-    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy starts at its reference
-    assert metrics[0]["mismatch"] < 1e-4
+    assert metrics[0]["ratio_max"] == metrics[0]["ratio"] == 1, "no update yet: the ratio is 1"
+    assert metrics[0]["clip_frac"] == 0, "and nothing is clipped"
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6), "the policy starts at its reference"
+    assert metrics[0]["mismatch"] < 1e-4, "sampler and learner are one policy"
 
 
-def test_chunks_of_logits_change_nothing(monkeypatch):
-    """Logits in chunks of three positions, and of one, give the same step up to rounding."""
-    how = dict(cfg_scale=2.0, update_epochs=2, micro_batch=4)
-    plain, metrics, _ = tiny_run("t2i", **how)
-    for chunk in (2 * 4 * 11 * 3, 1):
-        monkeypatch.setattr(argrpo, "CHUNK", chunk)
-        saved, same, _ = tiny_run("t2i", **how)
-        torch.testing.assert_close(weights(saved), weights(plain), rtol=1e-4, atol=1e-5)
-        assert same[-1]["kl"] == pytest.approx(metrics[-1]["kl"], rel=1e-3)
-        assert same[-1]["entropy"] == pytest.approx(metrics[-1]["entropy"], rel=1e-4)
-
-
-def test_no_more_than_a_chunk_of_logits_at_a_time(monkeypatch):
-    seen, model, (cond, mask) = [], tiny_model(), tiny_condition("c2i")
-    model.output.register_forward_hook(lambda module, given, logits: seen.append(logits.numel()))
-    monkeypatch.setattr(
-        argrpo, "CHUNK", 200
-    )  # 2 branches x 3 rows x 11 codes: 3 positions at a time
-    logp, _ = argrpo.token_logp(model, torch.randint(11, (3, 16)), cond, mask, cfg_scale=2.0)
-    logp.sum().backward()
-    assert (
-        max(seen) == 2 * 3 * 3 * 11 and len(seen) == 2 * 6
-    )  # once forwards, and once more in the backward pass
-
-
-def test_chunks_add_up_their_gradients_in_float32(monkeypatch):
-    """Under autocast, each chunk's gradient of the output layer is rounded to bfloat16, but not
-    their sum, which would be off by more than a few roundings of single ones."""
-    monkeypatch.setattr(
-        argrpo,
-        "autocast",
-        lambda device: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
-    )
-    model, labels, tokens = tiny_model(block_size=64), torch.arange(4), torch.randint(11, (4, 64))
-
-    def gradient(chunk):
-        monkeypatch.setattr(argrpo, "CHUNK", chunk)
-        model.zero_grad()
-        with argrpo.autocast(None):
-            logp, _ = argrpo.token_logp(model, tokens, labels)
-        logp.mean().backward()
-        return model.output.weight.grad.clone()
-
-    whole, pieces = gradient(2**23), gradient(4 * 11)  # a position at a time
-    assert whole.dtype == torch.float32 and not torch.equal(whole, pieces)
-    assert (pieces - whole).norm() < 0.003 * whole.norm()
+def test_more_update_epochs_leave_the_old_policy():
+    _, metrics, _ = tiny_run(steps=1, update_epochs=4, lr=0.03, warmup_steps=1)
+    assert metrics[0]["ratio_max"] > 1, "pi_old must stay, while pi_theta moves"
+    assert metrics[0]["clip_frac"] > 0, "and then the clip matters"
 
 
 def test_logprob_cfg_none_trains_the_unguided_policy():
@@ -134,46 +33,72 @@ def test_logprob_cfg_none_trains_the_unguided_policy():
     assert metrics[0]["mismatch"] > 0.1 and metrics[0]["ratio_max"] == 1
 
 
-def test_more_update_epochs_leave_the_old_policy():
-    _, metrics, _ = tiny_run(steps=1, update_epochs=4, lr=0.03, warmup_steps=1)
-    assert metrics[0]["ratio_max"] > 1 and metrics[0]["clip_frac"] > 0
-
-
 def test_equal_rewards_without_kl_change_nothing():
     start = tiny_model()
     model, metrics, _ = tiny_run(
-        reward_fn=lambda images, texts: (torch.full((8,), 0.1), {}),
-        kl_beta=0.0,
-        model=copy.deepcopy(start),
-    )
-    assert torch.equal(weights(model), weights(start))
+        reward_fn=lambda images, texts: (torch.full((8,), 0.1), {}), kl_beta=0.0,
+        model=copy.deepcopy(start))
     assert metrics[0]["flat_groups"] == 1 and metrics[0]["grad_norm"] == 0
+    assert torch.equal(weights(model), weights(start)), "a flat group teaches nothing"
+
+
+def test_a_missing_reward_teaches_nothing_and_is_counted():
+    """Half of the images are not judged: they are in no mean, and have advantage 0."""
+    def half_blind(images, texts):
+        scores, _ = brightness(images, texts)
+        scores = scores.masked_fill(torch.arange(8) % 2 == 0, math.nan)
+        return scores, {"half": scores}
+    _, metrics, _ = tiny_run(steps=1, reward_fn=half_blind)
+    assert metrics[0]["missing"] == 0.5
+    assert 0 < metrics[0]["reward"] < 1 and metrics[0]["reward/half"] == metrics[0]["reward"]
+    assert math.isfinite(metrics[0]["grad_norm"]) and metrics[0]["grad_norm"] > 0
 
 
 def test_a_bad_reward_stops_before_the_weights_change():
     start = tiny_model()
     model = copy.deepcopy(start)
     with pytest.raises(FloatingPointError, match="step 0"):
-        tiny_run(
-            model=model, reward_fn=lambda images, texts: (torch.tensor([math.inf] + [0.0] * 7), {})
-        )
-    assert torch.equal(weights(model), weights(start))
+        tiny_run(model=model,
+                 reward_fn=lambda images, texts: (torch.tensor([math.inf] + [0.0] * 7), {}))
+    assert torch.equal(weights(model), weights(start)), "a gradient that is not finite is not taken"
+
+
+# --- what must not matter --------------------------------------------------------------------
+
+@pytest.mark.parametrize("model_type", ["c2i", "t2i"])
+def test_micro_batch_size_never_changes_the_result(model_type):
+    whole, metrics, _ = tiny_run(model_type, micro_batch=8, cfg_scale=2.0)
+    for size in (3, 1):                          # 3 does not divide 8
+        parts, again, _ = tiny_run(model_type, micro_batch=size, cfg_scale=2.0)
+        same(weights(parts), weights(whole),
+             f"micro-batches of {size} are no other algorithm: weigh each by b / B")
+        for name in ("loss", "kl", "entropy", "grad_norm", "ratio", "clip_frac"):
+            assert again[-1][name] == pytest.approx(metrics[-1][name], rel=1e-3, abs=1e-5), name
+
+
+def test_chunks_of_logits_change_nothing(monkeypatch):
+    """Logits in chunks of three positions, and of one, give the same step up to rounding."""
+    how = dict(cfg_scale=2.0, update_epochs=2, micro_batch=4)
+    plain, metrics, _ = tiny_run("t2i", **how)
+    for chunk in (2 * 4 * 11 * 3, 1):
+        monkeypatch.setattr(argrpo, "CHUNK", chunk)
+        saved, again, _ = tiny_run("t2i", **how)
+        same(weights(saved), weights(plain), "a chunk is a matter of memory alone")
+        assert again[-1]["kl"] == pytest.approx(metrics[-1]["kl"], rel=1e-3)
+        assert again[-1]["entropy"] == pytest.approx(metrics[-1]["entropy"], rel=1e-4)
 
 
 def test_continuing_equals_never_stopping():
     straight, metrics, _ = tiny_run(steps=4)
     model, first, optimizer = tiny_run(steps=2)
     torch.manual_seed(0)
-    reference = tiny_model()
-    model, second, _ = tiny_run(
-        steps=4, model=model, optimizer=optimizer, reference=reference, first_step=2
-    )
-    assert torch.equal(weights(model), weights(straight))
-    for a, b in zip(metrics, first + second):
-        assert {k: v for k, v in a.items() if "seconds" not in k} == {
-            k: v for k, v in b.items() if "seconds" not in k
-        }
+    model, second, _ = tiny_run(steps=4, model=model, optimizer=optimizer, reference=tiny_model(),
+                                first_step=2)
+    assert torch.equal(weights(model), weights(straight)), "a step depends on its number alone"
+    assert metrics == first + second
 
+
+# --- the optimizer ---------------------------------------------------------------------------
 
 def test_learning_rate_warms_up_and_decays():
     def rates(**settings):
@@ -185,50 +110,54 @@ def test_learning_rate_warms_up_and_decays():
     assert rates(warmup_steps=1, lr_end=0.6) == pytest.approx([0.1, 0.09, 0.08, 0.07])
 
 
-def test_the_optimizer_gets_the_steps_learning_rate():
-    _, _, optimizer = tiny_run(steps=2, warmup_steps=4, lr=0.1)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+def test_the_optimizer_is_adamw_with_llamagens_betas():
+    model = tiny_model()
+    optimizer = argrpo.make_optimizer(model, GRPOConfig(lr=0.3, weight_decay=0.7))
+    assert type(optimizer) is torch.optim.AdamW
+    group, = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.3, (0.9, 0.95), 0.7)
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()], (
+        "all parameters are trained, the null branch's too")
 
 
-def test_prompts_come_in_endless_shuffled_passes():
-    picked = torch.cat([argrpo.pick_prompts(5, step, 3, seed=7) for step in range(10)]).view(6, 5)
-    for one_pass in picked:
-        assert sorted(one_pass.tolist()) == [0, 1, 2, 3, 4]
-    assert len({tuple(one_pass.tolist()) for one_pass in picked}) > 1
-    assert len(argrpo.pick_prompts(2, 1, 7, seed=0)) == 7  # more per step than there are
+# --- that it learns --------------------------------------------------------------------------
+
+def test_reward_rises_on_the_tiny_model():
+    """30 steps towards brightness.  The first step's mean over 16 images of 4 pixels has a standard
+    error of about 0.3 / sqrt(16 * 4) < 0.04, so the rise is no accident."""
+    _, metrics, _ = tiny_run(model=tiny_model(block_size=4), steps=30, prompts_per_step=4, lr=2e-2)
+    last = sum(m["reward"] for m in metrics[-5:]) / 5
+    assert metrics[0]["reward"] < 0.6 and last > 0.8, "GRPO must raise the reward"
+    assert metrics[-1]["kl"] > 0.01, "and so leave the reference"
+
+
+def test_an_entropy_bonus_through_the_loss_raises_entropy():
+    """Another loss_fn may train the entropy: `train` keeps its gradient for it."""
+    bonus = dict(loss_fn=lambda logp, old, ref, A, entropy: (-entropy.mean(), {}))
+    _, metrics, _ = tiny_run(steps=10, seams=bonus)
+    assert metrics[-1]["entropy"] > metrics[0]["entropy"] + 0.01
 
 
 def test_images_are_from_0_to_1():
-    vq = VQModel(
-        VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5, codebook_embed_dim=4)
-    )
+    vq = VQModel(VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5,
+                          codebook_embed_dim=4))
     images = argrpo.to_images(vq, torch.randint(5, (5, 16)), micro_batch=2)
     assert images.shape == (5, 3, 8, 8) and images.min() >= 0 and images.max() <= 1
 
 
-def test_reward_rises_on_the_tiny_model():
-    """40 steps towards brightness.  The first step's mean over 16 images of 16 pixels has a
-    standard error of about 0.3 / sqrt(16 * 16) < 0.02, so the rise is no accident."""
-    _, metrics, _ = tiny_run(steps=40, prompts_per_step=4, lr=1e-2)
-    assert metrics[0]["reward"] < 0.6 and sum(m["reward"] for m in metrics[-5:]) / 5 > 0.8
-    assert metrics[-1]["kl"] > 0.01
-
-
-# --- the seams ------------------------------------------------------------------------------
-
+# --- the seams -------------------------------------------------------------------------------
 
 def test_every_seam_has_a_default_that_is_the_plain_method():
     """What the defaults do, handed in from outside, gives the same weights to the bit."""
-    plain, _, _ = tiny_run(steps=3)
+    plain, _, _ = tiny_run()
     seams = dict(
         sampler=copy.deepcopy,
         extra_loss=lambda model, index, step: {},
         advantage_fn=lambda rewards, *_: argrpo.group_advantages(rewards, 4),
         loss_fn=lambda *given: argrpo.grpo_loss(*given, kl_beta=0.05),
-        sync=lambda model: None,
-    )
+        sync=lambda model: None)
     for name, seam in seams.items():
-        model, _, _ = tiny_run(steps=3, seams={name: seam})
+        model, _, _ = tiny_run(seams={name: seam})
         assert torch.equal(weights(model), weights(plain)), name
 
 
@@ -244,87 +173,48 @@ def test_each_seam_is_given_what_it_is_promised():
         return -entropy.mean(), {"mine": 7.0}
 
     def extra_loss(model, index, step):
-        assert any(p.grad is not None for p in model.parameters())  # after the loss's own gradient
+        assert any(p.grad is not None for p in model.parameters())   # after the loss's own gradient
         return {"extra": 5.0}
 
     def sync(model):
         for p in model.parameters():
             p.grad.zero_()
 
-    model, metrics, _ = tiny_run(
-        steps=1,
-        micro_batch=3,
-        seams=dict(advantage_fn=advantage_fn, loss_fn=loss_fn, extra_loss=extra_loss, sync=sync),
-    )
+    _, metrics, _ = tiny_run(steps=1, micro_batch=3, seams=dict(
+        advantage_fn=advantage_fn, loss_fn=loss_fn, extra_loss=extra_loss, sync=sync))
     assert seen["advantage_fn"] == ((8,), (8, 3, 4, 4), (8, 16), (2,), 0)
-    assert set(seen["loss_fn"]) == {(8, 16)}  # the last call is for the log, on all images
+    assert set(seen["loss_fn"]) == {(8, 16)}     # the last call is for the log, on all images
     assert metrics[0]["mine"] == 7.0 and metrics[0]["extra"] == 5.0
-    assert metrics[0]["grad_norm"] == 0  # sync comes before the norm is taken
+    assert metrics[0]["grad_norm"] == 0, "sync comes before the norm is taken"
 
 
-def test_an_entropy_bonus_through_the_loss_raises_entropy():
-    bonus = dict(loss_fn=lambda logp, old, ref, A, entropy: (-entropy.mean(), {}))
-    _, metrics, _ = tiny_run(steps=10, seams=bonus)
-    assert metrics[-1]["entropy"] > metrics[0]["entropy"] + 0.01
+def test_the_sampler_seam_draws_and_the_model_learns():
+    """What sampler(model) returns draws the rollout, and is asked anew in every step."""
+    torch.manual_seed(1)
+    other, asked = tiny_model(), []
 
-
-def test_shares_of_a_step_are_the_step():
-    """Two processes of one prompt each, their gradients averaged, are one process of two prompts.
-
-    The random streams of the processes differ, so the rollouts are drawn prompt by prompt."""
-
-    def rollouts(shard, **changes):
-        model, config = (
-            tiny_model(),
-            GRPOConfig(steps=1, prompts_per_step=2, group_size=4, **changes),
-        )
-        prompts = Prompts([f"prompt {i}" for i in range(5)], torch.arange(5))
-        step = next(
-            argrpo.train(
-                model,
-                copy.deepcopy(model),
-                Blocks(),
-                prompts,
-                brightness,
-                config,
-                argrpo.make_optimizer(model, config),
-                shard=shard,
-            )
-        )
-        return step.index, step.tokens
-
-    torch.manual_seed(0)
-    start = torch.get_rng_state()
-    parts = []
-    for shard in ((0, 1), (0, 2), (1, 2)):
-        torch.set_rng_state(start)
-        parts.append(rollouts(shard, rollout_prompts=1))
-    for whole, first, second in zip(*parts):
-        assert torch.equal(whole, torch.cat([first, second]))
+    def sampler(model):
+        asked.append(weights(model))
+        return other
+    model, metrics, _ = tiny_run(steps=2, seams=dict(sampler=sampler))
+    assert all(m["mismatch"] > 0.1 for m in metrics), "the images were drawn by the other model"
+    assert len(asked) == 2 and not torch.equal(*asked), "asked in each step, with its weights"
+    assert not torch.equal(weights(model), asked[1]), "the model itself is trained"
 
 
 def test_a_step_holds_what_its_metrics_were_computed_from():
     model, config = tiny_model(), GRPOConfig(steps=1, prompts_per_step=2, group_size=4)
     prompts = Prompts([f"prompt {i}" for i in range(5)], torch.arange(5))
     start = copy.deepcopy(model)
-    step = next(
-        argrpo.train(
-            model,
-            tiny_model(),
-            Blocks(),
-            prompts,
-            brightness,
-            config,
-            argrpo.make_optimizer(model, config),
-        )
-    )
+    step = next(argrpo.train(model, tiny_model(), Blocks(), prompts, brightness, config,
+                             argrpo.make_optimizer(model, config)))
     assert step.texts == [f"prompt {i}" for i in step.index.tolist() for _ in range(4)]
     cond = step.index.repeat_interleave(4)
-    logp, entropy = argrpo.token_logp(start, step.tokens, cond)  # of the weights before the update
-    torch.testing.assert_close(step.logp, logp.detach())
-    torch.testing.assert_close(step.entropy, entropy.detach())
+    logp, entropy = argrpo.token_logp(start, step.tokens, cond)
+    same(step.logp, logp.detach(), "logp is of the weights before the update")
+    same(step.entropy, entropy.detach(), "and so is the entropy")
     assert not torch.allclose(step.ref_logp, step.logp)
-    torch.testing.assert_close(step.images, argrpo.to_images(Blocks(), step.tokens))
+    same(step.images, argrpo.to_images(Blocks(), step.tokens), "images are those of the tokens")
     assert torch.equal(step.rewards, step.parts["brightness"])
-    torch.testing.assert_close(step.advantages, argrpo.group_advantages(step.rewards, 4))
+    same(step.advantages, argrpo.group_advantages(step.rewards, 4), "advantages of the rewards")
     assert step.metrics["reward"] == pytest.approx(step.rewards.mean().item())
