@@ -19,7 +19,8 @@ from argrpo import GPTConfig, GRPOConfig, Prompts, Transformer  # noqa: E402
 
 READING_ORDER = ("test_blocks", "test_transformer", "test_vqgan", "test_sampler", "test_grpo",
                  "test_streams", "test_wiring", "test_settings", "test_train", "test_diversity",
-                 "test_toy", "test_toy_pretraining", "test_evaluation", "test_run")
+                 "test_rehearsal", "test_toy", "test_toy_pretraining", "test_evaluation",
+                 "test_run")
 
 
 def pytest_addoption(parser):
