@@ -8,9 +8,10 @@ from conftest import tiny_condition, tiny_model
 from test_train import tiny_run, weights
 
 import argrpo
-from argrpo import generate, token_logp
+from argrpo import GRPOConfig, generate, token_logp
+from harness import speed
 from harness.memory import checkpoint_layers
-from harness.speed import PackedLinear, Sampler, frozen_copy, packed, refresh
+from harness.speed import PackedLinear, Sampler, allowed_mismatch, frozen_copy, packed, refresh
 
 BOTH = pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
@@ -50,6 +51,74 @@ def test_the_samplers_copy_follows_the_model(monkeypatch):
     copied, metrics, _ = tiny_run(steps=3, seams=dict(sampler=Sampler(compile=True)))
     assert torch.equal(weights(copied), weights(plain))
     assert max(m["mismatch"] for m in metrics) < 1e-4
+
+
+def on_a_gpu(monkeypatch, answer=True):
+    """Lets harness/speed.py take the CPU for a GPU."""
+    monkeypatch.setattr(speed, "on_gpu", lambda model: answer)
+
+
+@BOTH
+def test_decoding_on_a_gpu_leaves_out_cudnns_attention(model_type, monkeypatch):
+    """The prefill, which has one length, may use it, and so may whatever comes afterwards."""
+    model, (cond, mask) = tiny_model(model_type), tiny_condition(model_type)
+    on_a_gpu(monkeypatch)
+    assert type(Sampler()(model)) is type(frozen_copy(model)) is speed.DecodesWithoutCudnn
+    drawer, kernels = frozen_copy(model, torch.float32), torch.backends.cuda
+    seen = []                            # whether cuDNN and whether the others may be used
+
+    def look(layer, given):
+        seen.append((kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(),
+                     kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()))
+
+    drawer.layers[0].attention.wqkv.register_forward_pre_hook(look)
+    drawn, plain = (generate(m, cond, mask, generator=torch.Generator().manual_seed(0))
+                    for m in (drawer, model))
+    assert seen == [(True,) * 4] + 15 * [(False, True, True, True)]
+    assert kernels.cudnn_sdp_enabled()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(drawn, plain))
+
+
+@pytest.mark.slow
+@BOTH
+def test_one_compilation_serves_all_positions(model_type, monkeypatch):
+    """With a compiler that only counts: a step that has the position built in is compiled anew at
+    every token, until torch gives up and runs all others uncompiled."""
+    counted, compile = [], torch.compile
+
+    def count(graph, inputs):
+        counted.append(graph)
+        return graph
+
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda *args, **how: compile(*args, **how, backend=count))
+    model, (cond, mask) = tiny_model(model_type), tiny_condition(model_type)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(Sampler(compile=True)(model), cond, mask, cfg_scale=2.0)
+    assert len(counted) == 1
+
+
+def test_rounding_to_bfloat16_is_no_mismatch():
+    """Sampler and learner as on a GPU, but with the CPU's autocast, of a model of four layers.
+    What rounding does grows with guidance; another condition is more than that."""
+    model = tiny_model(dim=64, n_layer=4, n_head=4, vocab_size=128, num_classes=8)
+    lean, labels, means = frozen_copy(model, torch.bfloat16), torch.arange(4), []
+    for cfg_scale in (1.0, 2.0, 4.0):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            tokens, drawn = generate(lean, labels, cfg_scale=cfg_scale)
+            logp, wrong = (token_logp(lean, tokens, some, cfg_scale=cfg_scale)[0]
+                           for some in (labels, labels + 4))
+        means.append((logp - drawn).abs().mean().item())
+        allowed = allowed_mismatch(torch.device("cuda"), cfg_scale)
+        assert means[-1] < allowed < (wrong - drawn).abs().mean()
+    assert 1e-3 < means[0] < means[1] < means[2]
+
+
+def test_the_allowed_mismatch_by_hand():
+    """Two branches round on their own: at guidance 4 the error is that of one, 5 times."""
+    for device, scale, allowed in (("cpu", 1, 1e-3), ("cuda", 0, 0.05), ("cuda", 1, 0.05),
+                                   ("cuda", 4, 0.25)):
+        assert allowed_mismatch(torch.device(device), scale) == pytest.approx(allowed)
 
 
 def test_a_small_model_draws_its_own_rollouts():
@@ -111,6 +180,35 @@ def test_the_compiled_step_is_the_same_policy():
         for m in (model, Sampler(compile=True)(model)))
     assert torch.equal(plain[0], compiled[0])
     torch.testing.assert_close(plain[1], compiled[1], rtol=1e-4, atol=1e-4)
+
+
+# --- the optimizer ---------------------------------------------------------------------------
+
+def test_the_fused_optimizer_takes_the_same_steps(monkeypatch):
+    """And a checkpoint of either kernel continues with the one of its device."""
+    models, optimizers = [tiny_model()], []
+    models.append(copy.deepcopy(models[0]))
+    config, labels, tokens = GRPOConfig(lr=1e-3), torch.arange(3), torch.randint(11, (3, 16))
+    for gpu, model in enumerate(models):
+        on_a_gpu(monkeypatch, bool(gpu))
+        optimizers.append(speed.make_optimizer(model, config))
+    plain, fused = optimizers
+    assert fused.param_groups[0]["fused"] and not plain.param_groups[0]["fused"]
+
+    def take_steps():
+        for model, optimizer in zip(models, optimizers):
+            for _ in range(3):
+                optimizer.zero_grad()
+                token_logp(model, tokens, labels)[0].mean().backward()
+                optimizer.step()
+        torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=1e-5, atol=1e-6)
+
+    take_steps()
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    plain.load_state_dict(states[1])
+    fused.load_state_dict(states[0])
+    assert fused.param_groups[0]["fused"] and not plain.param_groups[0]["fused"]
+    take_steps()
 
 
 # --- recomputed layers -----------------------------------------------------------------------
