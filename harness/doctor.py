@@ -1,9 +1,297 @@
-"""stub"""
+"""The doctor: reads a run's numbers, and says in plain words what is wrong and what to do.
+
+    diagnose(metrics, settings) -> [Finding(kind, name, what, advice), ...]
+
+metrics are those of all steps so far, one dict a step, settings the run's settings as a dict.  A
+finding is a "fault", or a "note" that only explains.  RULES is the table of all there is to find.
+"""
+
+from collections import namedtuple
+from math import hypot
+from statistics import fmean, median, variance
+
+Finding = namedtuple("Finding", "kind name what advice")
+FEWEST = 8                                       # steps that a diagnosis needs
+SURE = 3.0                                       # standard errors that make a change certain
 
 
-def early_warning(metrics):
-    return None
+class Readings:
+    """A run's metrics, as the rules ask for them."""
+
+    def __init__(self, metrics, settings):
+        self.metrics, self.settings = metrics, settings
+
+    def values(self, name):
+        """All known values of a metric, in the order of the steps."""
+        return [m[name] for m in self.metrics if m.get(name) is not None]
+
+    def window(self, name):
+        """How many values of a metric are its beginning, or its end: a quarter, at least three."""
+        return max(3, len(self.values(name)) // 4)
+
+    def first(self, name):
+        """The mean of a metric's beginning; NaN, which satisfies no rule, if it is not there."""
+        return mean(self.values(name)[:self.window(name)])
+
+    def last(self, name):
+        return mean(self.values(name)[-self.window(name):])
+
+    def share(self, name, holds):
+        """The share of steps in which a metric satisfies a condition."""
+        return mean([float(holds(value)) for value in self.values(name)])
+
+    def change(self, name):
+        """From a metric's beginning to its end, in standard errors of the difference."""
+        values, n = self.values(name), self.window(name)
+        if len(values) < 2 * n:
+            return 0.0
+        error = ((variance(values[:n]) + variance(values[-n:])) / n) ** 0.5
+        return (mean(values[-n:]) - mean(values[:n])) / max(error, 1e-9)
+
+    def best(self, name):
+        """The highest mean of so many neighbouring values as make a beginning."""
+        values, n = self.values(name), self.window(name)
+        return max((mean(values[i:i + n]) for i in range(len(values) - n + 1)), default=mean([]))
+
+    def held_out(self):
+        """The metrics that nothing is trained on."""
+        names = dict.fromkeys(name for m in self.metrics for name in m)
+        trained = {name.removeprefix("reward/") for name in names if name.startswith("reward/")}
+        return [name for name in names
+                if (name == "verified" and trained != {"shapes"}) or name.startswith("watch/")]
+
+
+def mean(values):
+    return fmean(values) if values else float("nan")
+
+
+# ---------------------------------------------------------------------------------------------
+# Conditions.  Each takes Readings, and returns what there is to say, or None.
+# ---------------------------------------------------------------------------------------------
+
+def flat(r):
+    """Whether groups without any spread are almost all there is, at the end."""
+    return r.last("flat_groups") >= 0.95
+
+
+def clones(r):
+    if flat(r) and r.last("diversity") < 1e-6:
+        return "the images of a group are all the same picture"
+
+
+def constant_reward(r):
+    rewards = r.values("reward")[-r.window("reward"):]
+    if flat(r) and not clones(r) and max(rewards) - min(rewards) < 1e-6:
+        return (f"every image gets the same reward, {rewards[-1]:.4g}, and so nothing is learned: "
+                "the reward is constant, or all images have reached its ceiling")
+
+
+def no_spread(r):
+    solved = r.change("reward") > SURE and r.first("flat_groups") < 0.5
+    if flat(r) and not clones(r) and not constant_reward(r) and not solved:
+        return (f"{r.last('flat_groups'):.0%} of the groups have no spread: all images of a prompt "
+                "get the same reward, though prompts differ, and so nothing is learned")
+
+
+def missing(r):
+    if r.last("missing") > 0.2:
+        return f"the reward cannot judge {r.last('missing'):.0%} of the images"
+
+
+def mismatch(r):
+    s, values = r.settings, r.values("mismatch_mean")
+    if s.get("logprob_cfg", "guided") == "none" and s.get("cfg_scale", 1) != 1:
+        return None                              # that is what the settings ask for
+    scale = s.get("cfg_scale", 1.0)
+    gpu = str(s.get("device", "")).startswith("cuda")
+    allowed = (0.05 if gpu else 1e-3) * hypot(scale, scale - 1)
+    started, ended = median(values[:3]), median(values[-3:])
+    if ended > allowed or (ended > 1e-5 and ended > 20 * started):
+        return (f"sampler and learner disagree by {ended:.2g} nats a token ({started:.2g} in the "
+                "first steps): what is trained is not what is drawn")
+
+
+def kl_runaway(r):
+    values = r.values("kl")
+    third = mean(values[len(values) // 2:3 * len(values) // 4])
+    if r.last("kl") > 0.4 and r.last("kl") > 1.3 * third:
+        return (f"the KL to the pretrained model is {r.last('kl'):.2g} nats a token and rises ever "
+                "faster")
+
+
+def went_back(r):
+    values = r.values("kl")
+    moved = [i for i, value in enumerate(values) if value > 1e-4]
+    if moved and min(values[moved[0]:]) < 1e-7:
+        step = moved[0] + values[moved[0]:].index(min(values[moved[0]:]))
+        return (f"the policy had moved away from the pretrained model, and at step {step} it is "
+                "exactly there again")
+
+
+def reference_moves(r):
+    trained = r.change("entropy"), r.change("reward")
+    if r.last("kl") < 1e-7 and max(map(abs, trained)) > SURE and not flat(r):
+        return ("the KL to the pretrained model is zero, though reward or entropy have changed: "
+                "the reference moves along with the policy")
+
+
+def no_effect(r):
+    if r.last("kl") < 1e-6 and r.last("grad_norm") > 1e-4 and not reference_moves(r) \
+            and not went_back(r):
+        return (f"after {len(r.metrics)} steps the policy is still the pretrained model "
+                f"(KL {r.last('kl'):.1g}), though the gradient is not zero")
+
+
+def entropy_gone(r):
+    if r.last("entropy") < 0.15 * r.first("entropy"):
+        return (f"the entropy has fallen from {r.first('entropy'):.3g} to {r.last('entropy'):.3g} "
+                "nats a token: the policy always draws the same, and finds nothing new")
+
+
+def always_clipped(r):
+    norm = r.settings.get("max_grad_norm", 1.0)
+    if r.share("grad_norm", lambda g: g > norm) > 0.6 and median(r.values("grad_norm")) > 2 * norm:
+        return (f"the gradient's norm is {median(r.values('grad_norm')):.3g} in the middle and "
+                f"almost always cut to {norm:g}: all steps have the same length, whatever the "
+                "rewards say")
+
+
+def far_updates(r):
+    if r.last("clip_frac") > 0.2 or (r.last("clip_frac") > 0.05 and r.last("ratio_max") > 20):
+        return (f"{r.last('clip_frac'):.0%} of the tokens are clipped, and some become "
+                f"{r.last('ratio_max'):.3g} times as likely in one step: the updates go too far "
+                "from the rollout that they use")
+
+
+def hacking(r):
+    if r.change("reward") < SURE:
+        return None
+    for name in r.held_out():
+        fall = (r.first(name) - r.last(name)) / max(abs(r.first(name)), 1e-9)
+        if r.change(name) < -SURE and fall > 0.1:
+            return (f"the reward rises, and {name}, on which nothing is trained, falls from "
+                    f"{r.first(name):.3g} to {r.last(name):.3g}: the policy pleases the reward, "
+                    "not what it stands for")
+
+
+def reward_falls(r):
+    values, n = r.values("reward"), r.window("reward")
+    if len(values) < 2 * n:
+        return None
+    error = (2 * variance(values[-n:]) / n) ** 0.5
+    fall = r.best("reward") - r.last("reward")
+    if not flat(r) and fall > 0.1 * abs(r.best("reward")) and fall > (SURE + 1) * error:
+        return f"the reward has fallen from {r.best('reward'):.3g} to {r.last('reward'):.3g}"
+
+
+def no_rise(r):
+    if len(r.metrics) >= 40 and not any(rule(r) for rule in (flat, no_effect, reward_falls)):
+        if r.change("reward") < 1.0:
+            return (f"the reward has not risen in {len(r.metrics)} steps "
+                    f"({r.first('reward'):.3g} at first, {r.last('reward'):.3g} now), though the "
+                    "policy has changed")
+
+
+def loss_is_zero(r):
+    losses = [abs(value) for value in r.values("loss")]
+    if losses and median(losses) < 0.05 and median(r.values("grad_norm")) > 1e-3:
+        return f"the loss is near 0 ({median(losses):.1g} in the middle), and that is right"
+
+
+def solved(r):
+    if flat(r) and r.change("reward") > SURE and r.first("flat_groups") < 0.5:
+        return "almost all groups are flat by now, for almost all of their images are good"
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+Rule = namedtuple("Rule", "name condition advice")
+FAULTS = (
+    Rule("sampler and learner disagree", mismatch,
+         "Look at this before all else. Does the sampler use the newest weights, the same "
+         "temperature and the same guidance as token_logp? A custom sampler has to be brought up "
+         "to date after every step. Nothing else that the run says can be trusted."),
+    Rule("identical images", clones,
+         "Every image of a group needs random numbers of its own; a very low temperature does "
+         "this, too."),
+    Rule("constant reward", constant_reward,
+         "If it is the ceiling, the run is done, or needs harder prompts or a finer reward. Else "
+         "examine the reward: python reward.py --check NAME."),
+    Rule("no spread within groups", no_spread,
+         "Does the reward look at the image? python reward.py --check NAME. Else take harder or "
+         "easier prompts, a larger --group-size, or a finer reward."),
+    Rule("missing rewards", missing,
+         "Images without a reward teach nothing. Look at what the reward's model answers."),
+    Rule("KL runs away", kl_runaway,
+         "Raise --kl-beta or lower --lr, and look at the pictures. In code of your own, check the "
+         "sign of the KL term."),
+    Rule("back at the start", went_back,
+         "Something has loaded the first weights again: a checkpoint, or a reset of the model."),
+    Rule("the reference moves", reference_moves,
+         "The reference must be a frozen copy of the model, not the model itself."),
+    Rule("no effect", no_effect,
+         "Raise --lr, by a factor of ten to begin with. Does the optimizer have the model's "
+         "parameters? Weights in bfloat16 lose updates this small."),
+    Rule("entropy is gone", entropy_gone,
+         "Stop earlier, lower --lr, raise --kl-beta, or take --recipe diverse."),
+    Rule("gradient always clipped", always_clipped,
+         "Is the reward on a large scale, without --scale-advantages? Else lower --lr or raise "
+         "--max-grad-norm."),
+    Rule("updates too far", far_updates,
+         "Lower --update-epochs or --lr."),
+    Rule("reward hacking", hacking,
+         "Look at the pictures. Add what is missing to the reward, raise --kl-beta, or stop at the "
+         "step where the measure began to fall."),
+    Rule("the reward falls", reward_falls,
+         "Lower --lr. In code of your own, check the sign of advantages and loss."),
+    Rule("the reward does not rise", no_rise,
+         "First the ratio: is mismatch small, and ratio 1 with one update per rollout? Then the "
+         "signal: do rewards belong to the images they stand beside, is there spread within "
+         "groups? Then more images per step, a larger --lr, a smaller --kl-beta."),
+)
+NOTES = (
+    Rule("why is the loss 0?", loss_is_zero,
+         "The advantages of a group add up to zero, and with one update per rollout every ratio is "
+         "1: the loss is minus their mean, which is 0, plus kl_beta times the KL. Its gradient is "
+         "not 0, for each image pulls by its own advantage. Watch the reward, not the loss."),
+    Rule("nothing left to learn", solved,
+         "The run could have been shorter; harder prompts or a finer reward would teach more."),
+)
+
+
+def diagnose(metrics, settings):
+    """What is wrong with a run, and what needs explaining: a list of Findings, faults first.
+
+    metrics: one dict a step.  settings: the run's, as a dict; "device" may say where it ran.  Fewer
+    than FEWEST steps say nothing."""
+    if len(metrics) < FEWEST:
+        return []
+    readings, findings = Readings(metrics, settings), []
+    for kind, rules in (("fault", FAULTS), ("note", NOTES)):
+        for rule in rules:
+            what = rule.condition(readings)
+            if what:
+                findings.append(Finding(kind, rule.name, what, rule.advice))
+    return findings
 
 
 def report(metrics, settings):
-    return []
+    """The diagnosis as lines of text."""
+    if len(metrics) < FEWEST:
+        return [f"doctor: {len(metrics)} steps are too few to say anything; {FEWEST} are needed"]
+    findings = diagnose(metrics, settings)
+    lines = [f"doctor: {f.name}: {f.what}. {f.advice}" for f in findings if f.kind == "fault"]
+    lines = lines or ["doctor: nothing wrong"]
+    return lines + [f"note: {f.name} {f.what}. {f.advice}" for f in findings if f.kind == "note"]
+
+
+def early_warning(metrics, steps=5):
+    """A line for a run that is going: the last steps all had rewards without any spread."""
+    last = metrics[-steps:]
+    if len(last) < steps or any(m["flat_groups"] < 1 for m in last):
+        return None
+    return (f"for {steps} steps, all images of each group have had the same reward "
+            f"({last[-1]['reward']:.4g} on average): nothing is learned. The reward is saturated, "
+            "constant, or does not look at the images")

@@ -65,7 +65,7 @@ class Run:
         self.model, self.vq, self.prompts, self.eval_prompts = model, vq, prompts, eval_prompts
         self.reward_fn, self.settings, self.script = reward_fn, settings, script
         self.measure, self.spread, self.stop = measure, spread, stop
-        self.out = Path(settings.out)
+        self.out, self.device = Path(settings.out), next(model.parameters()).device
         self.rank, self.size = processes.rank_and_size()
         self.sampler = Sampler(settings.compile)
         self.spread_before, self.warned = {}, False
@@ -83,7 +83,7 @@ class Run:
                 print("before: " + describe(before), flush=True)
                 # Model and rewards have shown that they work: only now the folder becomes a run's.
                 out.mkdir(parents=True, exist_ok=True)
-                config = configuration(settings, self.script)
+                config = configuration(settings, self.script, self.device)
                 write_json(out / "config.json", config)
                 write_evidence(out / "report.npz", gallery_arrays(gallery_before, "before"))
                 progress = Progress(self.vq, self.eval_prompts, self.reward_fn, settings,
@@ -113,7 +113,7 @@ class Run:
         logs.picture(settings.steps, "before_after", out / "before_after.png")
         logs.close()
         print("before: " + describe(before) + "\nafter:  " + describe(after))
-        print("\n".join(doctor.report(metrics, dataclasses.asdict(settings))))
+        print(*doctor.report(metrics, config["settings"] | {"device": str(self.device)}), sep="\n")
         print(f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
         return summary
 
@@ -143,7 +143,7 @@ class Run:
               f"{s.prompts_per_step * s.group_size} images per step, "
               f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
               f"{s.micro_batch} images in the update, {s.steps} steps, "
-              f"on {next(model.parameters()).device}{others}, into {s.out}/", flush=True)
+              f"on {self.device}{others}, into {s.out}/", flush=True)
         memory.print_memory(memory.memory_estimate(model, self.vq, s))
 
     def evaluate(self):
@@ -164,9 +164,7 @@ class Run:
     def train(self, progress, logs):
         """The loop of `argrpo.train`, logged and saved: the metrics of all steps done so far.
 
-        progress and logs are None in all processes but the first.
-
-        It continues from the last checkpoint if settings.resume asks for it, and ends early when a
+        progress and logs are None in all processes but the first.  It continues from the last checkpoint if settings.resume asks for it, and ends early when a
         signal asks for that.  An error in a step is raised after the steps before it are saved."""
         settings, model, vq = self.settings, self.model, self.vq
         reference = self.reference = frozen_copy(model)
@@ -197,7 +195,6 @@ class Run:
     def follow(self, steps, record, stopwatch, progress, logs):
         """Makes and records one step after another, until the last or a signal."""
         settings, first_step = self.settings, record.done
-        device = next(self.model.parameters()).device
         quiet = {"disable": True} if self.rank > 0 else {}       # else TQDM_DISABLE may say it
         with tqdm(initial=first_step, total=settings.steps, desc="GRPO", unit="step",
                   **quiet) as bar:
@@ -207,7 +204,7 @@ class Run:
                 step = next(steps)
                 metrics = self.watch(step, stopwatch.seconds())
                 if record.done == first_step:
-                    warn_of_mismatch(step.metrics, settings, device)
+                    warn_of_mismatch(step.metrics, settings, self.device)
                 record.add(metrics)
                 self.show(record, progress, logs)
                 warning = doctor.early_warning(record.metrics)
@@ -259,12 +256,12 @@ def warn_of_mismatch(metrics, settings, device):
             f"(largest {metrics['mismatch']:.4f})")
 
 
-def configuration(settings, script):
+def configuration(settings, script, device=""):
     """What config.json holds."""
     values = dataclasses.asdict(settings) | {"resume": ""}
     given = {name: value for name, value in settings.given.items() if name != "resume"}
-    return {"script": script, "settings": values, "given": given, "torch": torch.__version__,
-            "argrpo": version()}
+    return {"script": script, "settings": values, "given": given, "device": str(device),
+            "torch": torch.__version__, "argrpo": version()}
 
 
 def version():
