@@ -110,7 +110,7 @@ def tiny_condition(model_type, rows=3):
     return torch.randn(rows, 4, 6), torch.arange(4) >= 4 - words[:, None]
 
 
-class Blocks:
+class Blocks(torch.nn.Module):
     """A tokenizer without a network: code k of 11 is a grey pixel of brightness k / 10."""
 
     def decode(self, tokens):
