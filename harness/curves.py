@@ -1,65 +1,71 @@
 """The curves of a run's page: which there are, what is healthy, and their drawing as SVG."""
 
 import math
+from html import escape
 
-# Title, the metrics in it (a star stands for any end), and the sentence below it.
+# The metric, its title, and the sentence below.  A star stands for any end: a panel each.
 PANELS = (
-    ("reward", "reward reward/*",
+    ("reward", "reward",
      "Healthy: rises, noisily, for each step has other prompts, and levels off."),
-    ("not trained on", "verified watch/*",
+    ("reward/*", "a part of the reward, unweighted",
+     "Healthy: rises, or stays; one part may not rise at the cost of another."),
+    ("verified", "verified: right for the toy's verifier",
      "Healthy: rises with the reward, or stays. If it falls while the reward rises, the policy "
      "learns to please the reward alone: reward hacking."),
-    ("spread of rewards within a group", "reward_std",
+    ("watch/*", "watched, not trained on",
+     "Healthy: rises with the reward, or stays. If it falls while the reward rises, look at the "
+     "pictures."),
+    ("reward_std", "spread of rewards within a group",
      "Healthy: above zero; it may fall as a group's images get equally good. Zero: nothing to "
      "learn from."),
-    ("share of flat groups", "flat_groups",
+    ("flat_groups", "share of flat groups",
      "Groups whose rewards are all equal teach nothing. Healthy: well below 1, and rising only "
      "when most images are right."),
-    ("KL to the pretrained model", "kl",
+    ("kl", "KL to the pretrained model",
      "Nats a token. Healthy: rises, then levels off. If it runs away, the policy forgets what it "
      "was."),
     ("entropy", "entropy",
      "Nats a token: how undecided the policy is. Healthy: falls slowly. Near zero, it always draws "
      "the same."),
-    ("diversity within a group", "diversity",
-     "Mean distance of two images of a prompt, per pixel. Healthy: falls less than the entropy "
-     "does."),
-    ("diversity kept (D)", "diversity_kept",
+    ("diversity", "diversity within a group",
+     "Mean distance of two images of a prompt, per pixel. It falls; near zero, all are alike."),
+    ("diversity_kept", "diversity kept (D)",
      "Among right images, after to before. 1 is as varied as the pretrained model; the paper's "
      "recipe loses much of it."),
-    ("gradient norm", "grad_norm",
+    ("grad_norm", "gradient norm",
      "Before clipping. Healthy: the same order of magnitude throughout, without spikes."),
     ("loss", "loss",
      "Healthy: near zero from first to last. Advantages add up to zero in every group, so that the "
      "loss says nothing of progress; only its gradient matters."),
-    ("largest ratio to the old policy", "ratio_max",
+    ("ratio_max", "largest ratio to the old policy",
      "Exactly 1 with one update per rollout; a few units with more."),
-    ("share of clipped tokens", "clip_frac",
+    ("clip_frac", "share of clipped tokens",
      "Exactly 0 with one update per rollout; a few per cent with more."),
-    ("sampler against learner", "mismatch_mean",
+    ("mismatch_mean", "sampler against learner",
      "Nats a token. Healthy: rounding alone, below 0.001 on a CPU and 0.05 on a GPU."),
     ("rehearsal", "rehearsal",
      "Nats a token that the pretrained model's right images cost. Healthy: level or falling."),
-    ("images without a reward", "missing", "Healthy: 0. Images that the reward could not judge."),
-    ("seconds a step", "seconds", "Healthy: level."),
+    ("missing", "images without a reward", "Healthy: 0. Images that the reward could not judge."),
+    ("seconds", "seconds a step", "Healthy: level."),
 )
+TRIVIAL = {"ratio_max": {1.0}, "clip_frac": {0.0}, "missing": {0.0}}    # these need no panel
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 380, 190, 52, 24, 10
 
 
-def names_in(pattern, metrics):
-    """The metrics that a panel's pattern means, in the order in which they first came up."""
-    known = dict.fromkeys(name for m in metrics for name, value in m.items() if value is not None)
-    exact = [item for item in pattern.split() if not item.endswith("*")]
-    starts = tuple(item[:-1] for item in pattern.split() if item.endswith("*"))
-    names = [n for n in known if n in exact or (starts and n.startswith(starts))]
-    if pattern.startswith("reward reward/") and len(names) == 2:     # the total is the only part
-        names = ["reward"]
+def names_in(pattern, runs):
+    """The metrics that a pattern means, in the order in which they first come up."""
+    known = dict.fromkeys(name for _, metrics in runs for m in metrics for name in m)
+    if not pattern.endswith("*"):
+        return [pattern]
+    names = [name for name in known if name.startswith(pattern[:-1])]
+    if pattern == "reward/*" and len(names) == 1:
+        return []                                # it is the reward itself
     return names
 
 
-def series_of(metrics, name):
-    """The steps and values of a metric where it is known."""
+def points_of(metrics, name):
+    """[(step, value), ...] of a metric where it is known."""
     known = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
     return [(step, value) for step, value in known if math.isfinite(value)]
 
@@ -69,19 +75,15 @@ def panels(runs):
 
     [(title, SVG, healthy sentence), ...]"""
     shown = []
-    for title, pattern, sentence in PANELS:
-        lines = []
-        for run, metrics in runs:
-            for name in names_in(pattern, metrics):
-                label = " ".join([run] * (len(runs) > 1) + [name] * (name != pattern))
-                points = series_of(metrics, name)
-                if points:
-                    lines.append((label, points))
-        trivial = title in ("largest ratio to the old policy", "share of clipped tokens",
-                            "images without a reward")
-        values = {value for _, points in lines for _, value in points}
-        if lines and not (trivial and values <= {0.0, 1.0}):
-            shown.append((title, svg(lines), sentence))
+    for pattern, title, sentence in PANELS:
+        for name in names_in(pattern, runs):
+            lines = [(run, points_of(metrics, name)) for run, metrics in runs]
+            lines = [(run, points) for run, points in lines if points]
+            values = {value for _, points in lines for _, value in points}
+            if not lines or (name in TRIVIAL and values <= TRIVIAL[name]):
+                continue
+            title_of = f"{name}: {title}" if pattern.endswith("*") else title
+            shown.append((title_of, svg(lines, len(runs) > 1), sentence))
     return shown
 
 
@@ -104,7 +106,7 @@ def ticks(low, high, count=4):
     return [k * step for k in range(first, math.floor(high / step) + 1)]
 
 
-def svg(lines):
+def svg(lines, labelled):
     """A chart of lines [(label, [(step, value), ...]), ...]: each as it is, pale, and smoothed."""
     steps = [step for _, points in lines for step, _ in points]
     values = [value for _, points in lines for _, value in points]
@@ -141,14 +143,11 @@ def svg(lines):
         if len(points) == 1:
             parts.append(f'<circle cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3" '
                          f'fill="{colour}"/>')
-    return "".join(parts) + "</svg>" + legend([label for label, _ in lines])
+    return "".join(parts) + "</svg>" + legend([label for label, _ in lines] if labelled else [])
 
 
 def legend(labels):
-    """The lines' names in their colours, if there is more than one or it needs saying."""
-    from html import escape
-    if len(labels) == 1 and not labels[0].strip():
-        return ""
+    """The lines' names in their colours."""
     spans = [f'<span style="color:{COLOURS[i % len(COLOURS)]}">&#9632; {escape(label)}</span>'
              for i, label in enumerate(labels)]
     return f'<div class="legend">{" ".join(spans)}</div>'

@@ -92,7 +92,7 @@ def paint(vq, tokens, place, codes):
     images = argrpo.to_images(vq, exchanged)                         # (k, 3, H, W)
     patch = images.shape[-1] // side
     margin = patch if side <= 8 else patch // 2
-    images = F.pad(images, (margin,) * 4, mode="replicate")
+    images = F.pad(images, (margin,) * 4, value=1.0)               # white
     y, x = place // side * patch, place % side * patch
     return images[..., y:y + patch + 2 * margin, x:x + patch + 2 * margin].cpu()
 

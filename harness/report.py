@@ -130,6 +130,9 @@ def score_names(arrays):
     names = [n for n in arrays["names"].tolist() if n not in ("entropy", "diversity")]
     if sum(name.startswith("reward/") for name in names) == 1:
         names.remove("reward")                   # it is that part's, but for a weight
+    column = dict(zip(arrays["names"].tolist(), arrays["scores_before"]))
+    if "verified" in names and np.array_equal(column["verified"], column.get("reward/shapes")):
+        names.remove("verified")                 # the reward says it
     return [n for n in names if not n.startswith("verified/")]
 
 
@@ -153,8 +156,8 @@ def pairs(arrays):
     moved = np.abs(arrays["after"].astype(int) - arrays["before"]).mean(axis=(2, 3, 4))
     moved = moved / (1 + moved.max())            # below 1: it only orders what is otherwise equal
     tiny = 1e-6 * (1 + np.abs(new).max())
-    orders = {"best": -new - tiny * moved, "worst": new - tiny * moved,
-              "most changed": -np.abs(new - old) - tiny * moved}
+    orders = {"Best": -new - tiny * moved, "Worst": new - tiny * moved,
+              "Most changed": -np.abs(new - old) - tiny * moved}
     shown = {}
     for title, order in orders.items():
         best = order.argmin(axis=1)              # of each prompt, so that prompts differ
@@ -162,7 +165,7 @@ def pairs(arrays):
         shown[title] = [pair(arrays, row, best[row]) for row in rows]
     count, samples = new.shape
     rows = np.linspace(0, count - 1, min(ROWS, count)).astype(int)
-    shown["all prompts, the same seeds"] = [
+    shown["All prompts"] = [
         pair(arrays, row, i) for row in rows for i in range(min(SAMPLES, samples))]
     return shown
 
@@ -196,8 +199,9 @@ def minds(arrays):
     sheet, columns = sprite(a["patches"])
     height, width = a["patches"].shape[1:3]
     kind = "png" if width <= SMALL // 2 else "jpeg"
+    patch = a["pictures"].shape[1] / a["tokens"].shape[1] ** 0.5     # pixels, without the margin
     return {"pictures": pictures, "sprite": encoded(sheet, kind), "columns": columns,
-            "width": width, "height": height}
+            "width": width, "height": height, "inner": patch / width}
 
 
 def rounded(values):
@@ -273,7 +277,7 @@ def page(runs):
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "short": lambda value: f"{value:.2f}"}
     one = runs[0] if len(runs) == 1 else None
     content = dict(
         runs=runs, one=one, sentences=[sentence(run) for run in runs],

@@ -164,7 +164,8 @@ class Run:
     def train(self, progress, logs):
         """The loop of `argrpo.train`, logged and saved: the metrics of all steps done so far.
 
-        progress and logs are None in all processes but the first.  It continues from the last checkpoint if settings.resume asks for it, and ends early when a
+        progress and logs are None in all processes but the first.  It
+        continues from the last checkpoint if settings.resume asks for it, and ends early when a
         signal asks for that.  An error in a step is raised after the steps before it are saved."""
         settings, model, vq = self.settings, self.model, self.vq
         reference = self.reference = frozen_copy(model)
