@@ -19,6 +19,7 @@ from conftest import tiny_model
 import argrpo
 import toy
 import train_c2i
+from harness import processes
 from harness.checkpoints import load_checkpoint, save_checkpoint, write_atomically, write_count
 from harness.models import check_models
 from harness.speed import frozen_copy
@@ -351,6 +352,72 @@ def test_a_dying_process_ends_the_run(tmp_path):
     options = (*QUICK, "--steps", 50, "--reward", f"{file}:dies", "--out", tmp_path / "run")
     status, _, errors = finish(start(*options, program=TORCHRUN), timeout=90)
     assert status != 0 and "exitcode  : 7" in errors
+
+
+BREAKS = """
+import os
+calls = 0
+def breaks(images, prompts):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == os.environ["BREAKS"] and calls == 3:
+        raise KeyError("my own bug")
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breaks", [0, 1])
+def test_an_error_in_one_process_ends_all_at_once(breaks, tmp_path, monkeypatch):
+    """And what was trained is saved, whichever process it is.  The third call is in step 1 of the
+    first process, which has evaluated before, and in step 2 of the other."""
+    file = tmp_path / "mine.py"
+    file.write_text(BREAKS)
+    monkeypatch.setitem(ENVIRONMENT, "BREAKS", str(breaks))
+    options = (*QUICK, "--steps", 500, "--save-every", 1000, "--reward", f"{file}:breaks",
+               "--out", tmp_path / "run")
+    status, _, errors = finish(start(*options, program=TORCHRUN), timeout=120)
+    assert status != 0
+    assert errors.count("my own bug") == 2, "the process itself says it, and the other"
+    assert f"error: process {breaks} has failed: BadReward: reward 'breaks' failed" in errors
+    assert f"stopped in step {1 + breaks} of 500, saved up to there; continue with" in errors
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["step"] == 1 + breaks == len(read_metrics(tmp_path / "run"))
+
+
+@pytest.fixture
+def the_first_of_two(monkeypatch):
+    """This process, as if it were the first of two: (what it gave to the other, its answers)."""
+    given, answers = [], []
+
+    def exchange(into, mine):
+        given.append(mine)
+        into[:] = [mine, answers.pop(0)]
+
+    monkeypatch.setattr(processes, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_gather_object", exchange)
+    return given, answers
+
+
+def test_a_failing_process_tells_the_others(the_first_of_two):
+    given, answers = the_first_of_two
+    answers += [None, processes.Failure("OSError: the disk is full"), None]
+    with pytest.raises(KeyError), processes.failing_together():      # the other waits in `gather`
+        raise KeyError("mine")
+    assert given == [processes.Failure("KeyError: 'mine'")]
+    with pytest.raises(processes.OtherProcessFailed, match="process 1 has failed: OSError: the"):
+        with processes.failing_together():
+            processes.wait_for_all()
+    assert given[1:] == [None], "who has been told tells no more"
+    processes.wait_for_all()
+
+
+def test_averages_over_processes(the_first_of_two):
+    the_first_of_two[1].append({"a": 3.0, "b": 5.0, "c": 4.0, "d": None})
+    mine = {"a": 1.0, "b": 2.0, "c": None, "d": None}
+    average = processes.average_over_processes(mine, maximum=("b",))
+    assert average == {"a": 2.0, "b": 5.0, "c": 4.0, "d": None}
 
 
 @pytest.mark.slow

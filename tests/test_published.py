@@ -11,10 +11,14 @@ import torch
 import argrpo
 import pretrained
 import sample
+import toy
 import train_c2i
 import train_t2i
+from harness import memory, processes
 from harness.fid import as_uint8
 from harness.memory import fitting_micro_batch, memory_estimate, out_of_memory_advice
+from harness.options import resumed
+from harness.run import Run, configuration
 from rewards import clip
 from vqgan import VQConfig, VQModel
 
@@ -59,9 +63,7 @@ def test_every_c2i_model_has_a_preset_with_the_papers_settings():
 
 def test_the_memory_estimate_by_hand():
     """GPT-B: 111M parameters, each 4 bytes of weight, 4 of gradient, 8 of AdamW, 4 of reference."""
-    with torch.device("meta"):
-        model, vq = argrpo.Transformer(pretrained.gpt_config("B-256")), VQModel(VQConfig())
-    settings = train_c2i.Settings(**train_c2i.PRESETS["B-256"] | dict(micro_batch=1))
+    model, vq, settings = without_memory("B-256", micro_batch=1)
     parts = memory_estimate(model, vq, settings)
     parameters = sum(p.numel() for p in model.parameters())
     fixed = ("weights", "gradients", "optimizer", "reference")
@@ -83,6 +85,64 @@ def test_the_memory_estimate_by_hand():
     large = dataclasses.replace(settings, micro_batch=64, checkpointing=True)
     saving = memory_estimate(model, vq, large)
     assert saving["activations, 128 rows"] < 16 * 0.3 * more["activations, 8 rows"]
+
+
+def without_memory(preset, **changes):
+    """Model, tokenizer and settings of a published c2i preset, on the meta device."""
+    with torch.device("meta"):
+        model, vq = argrpo.Transformer(pretrained.gpt_config(preset)), VQModel(VQConfig())
+    return model, vq, train_c2i.Settings(**train_c2i.PRESETS[preset] | changes)
+
+
+def test_the_prompts_of_a_rollouts_pass_by_hand():
+    """GPT-XL at 384: a prompt is 8 images x 2 branches of 576 positions, with a key and a value of
+    1280 channels in 36 layers.  Half of the step's 4 prompts fit where three do not: passes are
+    equal."""
+    model, vq, settings = without_memory("XL-384", checkpointing=True)
+    prompt = 16 * 576 * 2 * 36 * 1280 * 4                        # bytes, float32 on this device
+    alone = dataclasses.replace(settings, micro_batch=1, rollout_prompts=1)
+    parts = memory_estimate(model, vq, alone)
+    assert parts["KV cache, 16 rows"] == prompt
+    there = ("weights", "tokenizer", "KV cache, 16 rows")
+    rest = sum(size for name, size in parts.items() if name not in there)
+    for fit, chosen in ((4, 4), (3, 2), (2, 2), (1, 1), (0, 1)):
+        free = (rest + fit * prompt) / 0.8
+        assert memory.fitting_rollout_prompts(model, vq, settings, 1.001 * free) == chosen
+    for name, chosen in (("B-256", 4), ("L-384", 2), ("XL-384", 1), ("3B-384", 1)):
+        assert memory.fitting_rollout_prompts(*without_memory(name)) == chosen   # on a CPU
+
+
+def test_open_sizes_follow_from_the_free_memory_of_all_processes(monkeypatch):
+    """A GPU that is faked; the other process would take 3 prompts and 2 images at a time."""
+    model, vq, settings = without_memory("B-256")
+    monkeypatch.setattr(memory, "on_gpu", lambda model: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    free = 2 ** 40
+    memory.choose_sizes(model, vq, settings)
+    assert (settings.rollout_prompts, settings.micro_batch) == (4, 16)
+    settings.rollout_prompts = settings.micro_batch = None
+    others = iter([3, 2])
+    monkeypatch.setattr(processes, "gather", lambda mine: [mine, next(others)])
+    memory.choose_sizes(model, vq, settings)
+    assert (settings.rollout_prompts, settings.micro_batch) == (3, 2)
+    free = 0                                             # what is given is not chosen anew
+    memory.choose_sizes(model, vq, settings)
+    assert (settings.rollout_prompts, settings.micro_batch) == (3, 2)
+
+
+def test_a_resumed_run_keeps_the_chosen_prompts_of_a_pass(tmp_path, monkeypatch):
+    """What is drawn depends on them, whatever memory is free now."""
+    settings = train_c2i.Settings(rollout_prompts=None, out=str(tmp_path))
+    for chosen in (2, 5):                                # the second time another would fit
+        monkeypatch.setattr(memory, "fitting_rollout_prompts", lambda *given, n=chosen: n)
+        Run(*toy.load("c2i"), None, None, None, settings, "train_c2i", None, None, None)
+        config = configuration(settings, "train_c2i")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        settings = resumed(train_c2i.Settings, {"resume": str(tmp_path)}, "train_c2i")
+        assert settings.rollout_prompts == 2
+    with pytest.raises(ValueError, match="rollout_prompts was 2 and cannot become 1"):
+        resumed(train_c2i.Settings, {"resume": str(tmp_path), "rollout_prompts": 1}, "train_c2i")
 
 
 def test_running_out_of_gpu_memory_says_what_to_lower():
