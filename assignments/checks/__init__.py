@@ -1,0 +1,141 @@
+"""What each function of the assignment must do, as checks with drawn inputs.
+
+A check belongs to an item ("1.5"), says in one sentence what it asks for, and computes something
+with the functions of a module m, which is argrpo.py, from inputs that depend on a seed:
+
+    @check("1.5", "at scale 0 only the null branch is left")
+    def _(m, d):
+        return m.guide(d.normal(2 * d.size(1, 4), d.size(2, 9)), 0.0)
+
+The public tests and the hidden ones are these checks with different seeds.  What they compute is
+compared with what the reference computes, to 1e-5 (frequencies of draws: to 0.02).  Every check
+runs at three sizes, the smallest first.
+"""
+
+import random
+from typing import NamedTuple
+
+import torch
+
+LEVELS = 3
+
+
+class Check(NamedTuple):
+    item: str
+    says: str
+    compute: object                              # (m, Draw) -> tensors, numbers, texts, in lists
+    tolerance: float
+
+
+CHECKS = []
+
+
+def check(item, says, tolerance=1e-5):
+    def decorator(function):
+        CHECKS.append(Check(item, says, function, tolerance))
+        return function
+    return decorator
+
+
+def of_item(item):
+    return [check for check in CHECKS if check.item == item]
+
+
+class Draw:
+    """Inputs at random: the same for the same seed, check and level, 0 (smallest) to 2."""
+
+    def __init__(self, seed, says, level):
+        self.random = random.Random(f"{seed} {says} {level}")
+        self.torch = torch.Generator().manual_seed(self.random.getrandbits(60))
+        self.level, self.seen = level, []        # seen: the tensors drawn, to be shown to people
+        torch.manual_seed(self.random.getrandbits(60))
+
+    def size(self, low, high):
+        """low at level 0, and larger ones, up to 2 * high - low, at the others."""
+        spread = high - low
+        return low + (0, self.random.randint(0, spread), self.random.randint(spread, 2 * spread)
+                      )[self.level]
+
+    def number(self, low, high):
+        return self.random.uniform(low, high)
+
+    def normal(self, *shape):
+        self.seen.append(torch.randn(*shape, generator=self.torch))
+        return self.seen[-1].clone()
+
+    def generator(self):
+        return torch.Generator().manual_seed(self.random.getrandbits(60))
+
+    def codes(self, V, *shape):
+        self.seen.append(torch.randint(V, shape, generator=self.torch))
+        return self.seen[-1].clone()
+
+
+def run(m, check, seed):
+    """What the check computes with module m at each level, flat: three lists."""
+    return [flat(check.compute(m, Draw(seed, check.says, level))) for level in range(LEVELS)]
+
+
+def flat(value):
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in flat(item)]
+    return [value.detach() if torch.is_tensor(value) else value]
+
+
+def same(got, wanted, tolerance):
+    """Whether two flat lists agree: kinds of numbers, shapes, and values within the tolerance."""
+    if len(got) != len(wanted):
+        return False
+    return all(same_leaf(a, b, tolerance) for a, b in zip(got, wanted))
+
+
+def same_leaf(a, b, tolerance):
+    if not (torch.is_tensor(a) or isinstance(a, (int, float, bool))):
+        return a == b
+    if not (torch.is_tensor(b) or isinstance(b, (int, float, bool))):
+        return False
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+        return False
+    relative = tolerance if tolerance > 1e-4 else 1e-5
+    return torch.allclose(a.double(), b.double(), relative, tolerance, equal_nan=True)
+
+
+def raises(function, *args, **kwargs):
+    """Which kind of exception the call raises, as a text, or "no error"."""
+    try:
+        function(*args, **kwargs)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return type(error).__name__
+    return "no error"
+
+
+def with_gradients(function, *inputs):
+    """What function(*inputs) returns, and the gradient of a weighted sum of it by each input."""
+    inputs = [x.requires_grad_() for x in inputs]
+    output = function(*inputs)
+    outputs = output if isinstance(output, tuple) else (output,)
+    weighted = 0
+    for x in outputs:
+        x = x.masked_fill(x.isinf(), 0.0)
+        weighted = weighted + (x * torch.linspace(0.5, 1.5, x.numel()).view_as(x)).sum()
+    return list(outputs), torch.autograd.grad(weighted, inputs, allow_unused=True)
+
+
+def config(m, d, **changes):
+    H = d.size(1, 2)
+    values = dict(dim=8 * H, n_layer=d.size(1, 2), n_head=H, vocab_size=d.size(5, 8), block_size=4,
+                  num_classes=3, multiple_of=8)
+    return m.GPTConfig(**values | changes)
+
+
+def transformer(m, d, **changes):
+    """A random transformer whose predictions are far from uniform."""
+    model = m.Transformer(config(m, d, **changes))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = 0.5 * d.normal(*parameter.shape)
+    d.seen.clear()
+    return model

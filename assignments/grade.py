@@ -1,0 +1,306 @@
+"""Grades a submission and explains what is wrong.
+
+    python assignments/grade.py SUBMISSION                      # a folder: argrpo.py, my_reward.py,
+                                                                # answers.toml
+    python assignments/grade.py SUBMISSION --seed 7 --json results.json
+
+Every function is graded inside the reference, all else being right, so that no mistake costs twice.
+Every check runs in a process of its own, with limits of time and memory (sandbox.py).  What it
+computes is compared with what the reference computes from the same inputs, which the seed decides.
+In the end the whole file trains the toy for 40 steps: this is reported and worth no points.
+"""
+
+import argparse
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # before torch: forked children have one thread
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch  # noqa: E402
+
+import checks  # noqa: E402
+import source  # noqa: E402
+import tasks  # noqa: E402
+from checks import LEVELS, Draw, flat, part1, part2, part3, same  # noqa: E402, F401
+from sandbox import Job, in_words, run_all  # noqa: E402
+
+
+class Result(NamedTuple):
+    """What an item, or another test, came to."""
+    name: str
+    score: float
+    points: float
+    output: str
+
+
+class Wrong(NamedTuple):
+    """A check that failed: at its smallest level, what came out and what should have."""
+    check: checks.Check
+    got: object                                  # a flat list, or None
+    error: str
+    inputs: list
+    wanted: list
+
+
+def load_reference(variant=None):
+    """argrpo.py as a module of its own, with the variant's exchanges."""
+    module = types.ModuleType("argrpo_reference")
+    module.__source__ = source.reference(variant)
+    module.__file__ = str(source.ROOT / "argrpo.py")
+    sys.modules["argrpo_reference"] = module     # dataclasses look their module up
+    exec(compile(module.__source__, module.__file__, "exec"), vars(module))
+    return module
+
+
+def compute(module, check, seed):
+    """A check at every level, up to the first error: [(flat values or None, error, inputs), ...]"""
+    levels = []
+    for level in range(LEVELS):
+        draw = Draw(seed, check.says, level)
+        try:
+            levels.append((flat(check.compute(module, draw)), "", draw.seen))
+        except Exception as error:
+            levels.append((None, in_words(error), draw.seen))
+            break
+    return levels
+
+
+class Grader:
+    """Grades code items of one text, `submitted`, against the reference."""
+
+    def __init__(self, submitted, seed=1, variant=None, workers=2):
+        self.submitted, self.seed, self.workers = submitted, seed, workers
+        self.variant, self.reference = variant, load_reference(variant)
+
+    def grafted(self, text, item, these):
+        """Computes checks with the item of another text.  Only ever called in a child."""
+        source.graft(self.reference, text, item)
+        return {check.says: compute(self.reference, check, self.seed) for check in these}
+
+    def grade(self, items, more_jobs=()):
+        """The Results of the items, {id: Result}, and the Outcomes of further jobs."""
+        jobs = list(more_jobs)
+        for item in items:
+            these = checks.of_item(item["id"])
+            jobs.append(Job((item["id"], "right"), lambda these=these: {
+                check.says: compute(self.reference, check, self.seed) for check in these}, 30.0))
+            for check in these:
+                jobs.append(Job((item["id"], check.says), lambda item=item, check=check:
+                                self.grafted(self.submitted, item, [check])[check.says]))
+        outcomes = run_all(jobs, self.workers)
+        wrong = {item["id"]: self.compare(item, outcomes) for item in items}
+        named = self.recognise(wrong, outcomes)
+        return {item["id"]: self.result(item, wrong[item["id"]], named.get(item["id"]))
+                for item in items}, outcomes
+
+    def compare(self, item, outcomes):
+        """The failed checks of an item."""
+        right = outcomes[item["id"], "right"]
+        if right.error:
+            raise RuntimeError(f"the reference itself fails at {item['id']}: {right.error}")
+        wrong = []
+        for check in checks.of_item(item["id"]):
+            wanted, outcome = right.value[check.says], outcomes[item["id"], check.says]
+            if outcome.error:
+                wrong.append(Wrong(check, None, outcome.error, [], []))
+                continue
+            for (got, error, inputs), (should, broken, _) in zip(outcome.value, wanted):
+                if broken:
+                    raise RuntimeError(f"the reference itself fails at {item['id']}: {broken}")
+                if error or not same(got, should, check.tolerance):
+                    wrong.append(Wrong(check, got, error, inputs, should))
+                    break
+        return wrong
+
+    def recognise(self, wrong, outcomes):
+        """Which classic mistake each failing item makes, if any: {id: entry of mistakes/}."""
+        jobs = []
+        for name, failed in wrong.items():
+            if not any(w.got or w.error for w in failed):
+                continue
+            item, these = source.ITEMS[name], [w.check for w in failed]
+            for mistake in mistakes_of(item, self.reference.__source__):
+                text = mistaken(self.reference.__source__, item, mistake)
+                jobs.append(Job((name, mistake["name"]), lambda text=text, item=item, these=these:
+                                self.grafted(text, item, these), 20.0))
+        named, best = {}, {}
+        for (name, which), outcome in run_all(jobs, self.workers).items():
+            alike = sum(same_failure(w, (outcome.value or {}).get(w.check.says))
+                        for w in wrong[name])
+            if alike > best.get(name, 0):
+                best[name], named[name] = alike, which
+        return {name: next(m for m in mistakes_of(source.ITEMS[name], self.reference.__source__)
+                           if m["name"] == which) for name, which in named.items()}
+
+    def result(self, item, wrong, mistake):
+        total = len(checks.of_item(item["id"]))
+        score = item["points"] * (total - len(wrong)) / total
+        name = f"{item['id']} {source.label(item)}"
+        if not wrong:
+            return Result(name, score, item["points"], f"all {total} checks passed")
+        unfinished = [w for w in wrong if w.error.startswith("NotImplementedError: part")]
+        if len(unfinished) == total:
+            part = unfinished[0].error.removeprefix("NotImplementedError: ")
+            return Result(name, 0.0, item["points"], f"not done yet ({part})")
+        lines = []
+        if mistake:
+            lines.append(f"{mistake['says']} Read {mistake.get('read', item['read'])}.")
+        lines += [describe(w) for w in wrong]
+        if not mistake:
+            lines.append(f"Read {item['read']}.")
+        return Result(name, score, item["points"], "\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------
+# Mistakes and words
+# ---------------------------------------------------------------------------------------------
+
+def mistakes_of(item, text):
+    """The entries of mistakes/ for an item whose `find` stands in its body (variants differ)."""
+    entries = source.read_toml(f"mistakes/part{item['id'][0]}.toml").get(item["id"], [])
+    return [m for m in entries if source.body(text, item).count(m["find"]) == 1]
+
+
+def mistaken(text, item, mistake):
+    """The text with the mistake in the item's body."""
+    body = source.body(text, item)
+    for exchange in (mistake, *([mistake["also"]] if "also" in mistake else [])):
+        body = body.replace(exchange["find"], exchange["put"])
+    return source.with_body(text, item, body)
+
+
+def same_failure(wrong, levels):
+    """Whether a mistake fails a check as the submission does: with the same values or error."""
+    for got, error, inputs in levels or ():
+        if [x.shape for x in inputs] != [x.shape for x in wrong.inputs]:
+            continue
+        if wrong.error:
+            return error.split(": ", 1)[-1] == wrong.error.split(": ", 1)[-1]
+        if got is not None and wrong.got is not None:
+            return (same(got, wrong.got, wrong.check.tolerance)
+                    and not same(got, wrong.wanted, wrong.check.tolerance))
+    return False
+
+
+def describe(wrong):
+    """A failed check in words, with the smallest input that shows it."""
+    text = f"- not so: {wrong.check.says}."
+    if wrong.error:
+        return f"{text} {wrong.error}"
+    if wrong.inputs:
+        text += f"\n  for {shown(wrong.inputs[:3])}"
+    return f"{text}\n  expected {shown(wrong.wanted)}\n  got      {shown(wrong.got)}"
+
+
+def shown(values):
+    texts = []
+    for value in values[:4]:
+        if torch.is_tensor(value) and value.numel() > 24:
+            few = ", ".join(f"{x:.5g}" for x in value.flatten()[:8].tolist())
+            texts.append(f"{tuple(value.shape)} [{few}, ..]")
+        else:
+            texts.append(str(value.tolist() if torch.is_tensor(value) else value))
+    return ", ".join(texts)[:400]
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole submission
+# ---------------------------------------------------------------------------------------------
+
+def read_submission(folder):
+    """The texts of a submission, read once: what its code does to the folder changes nothing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SystemExit(f"no such folder: {folder}")
+    return {name: (folder / name).read_text(errors="replace") if (folder / name).is_file() else None
+            for name in ("argrpo.py", "my_reward.py", "answers.toml")}
+
+
+def code_problem(text):
+    """Why no item of this text can be graded, or ""."""
+    if text is None:
+        return "there is no argrpo.py in the submission"
+    try:
+        compile(text, "argrpo.py", "exec")
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        return f"argrpo.py cannot be read: line {line}: {error.args[0]}"
+    return ""
+
+
+def grade(folder, seed=1, variant=None, key=None, workers=2, only=None):
+    """All Results of a submission, that of the whole file last.
+
+    key is what make.py wrote beside the handout: the faults of the runs to debug.  only names
+    items to grade, all by default."""
+    texts = read_submission(folder)
+    wanted = [item for name, item in source.ITEMS.items() if only is None or name in only]
+    code = [item for item in wanted if "file" not in item]
+    problem = code_problem(texts["argrpo.py"])
+    grader = Grader(texts["argrpo.py"], seed, variant, workers)
+    more = []
+    if only is None or "4.1" in only:
+        more.append(Job("reward", lambda: tasks.measure_reward(
+            grader.reference, texts["my_reward.py"], seed), 120.0))
+    if only is None and not problem:
+        more.append(Job("import", lambda: bool(tasks.load(texts["argrpo.py"])), 10.0))
+        more.append(Job("train", lambda: tasks.train_whole(texts["argrpo.py"], seed), 120.0))
+    results, outcomes = grader.grade([] if problem else code, more)
+    if problem:
+        results = {item["id"]: Result(f"{item['id']} {source.label(item)}", 0.0, item["points"],
+                                      problem) for item in code}
+    if "reward" in outcomes:
+        results["4.1"] = Result("4.1 my_reward.py", *tasks.score_reward(
+            outcomes["reward"], source.ITEMS["4.1"]))
+    if only is None or "4.2" in only:
+        for name, score, points, output in tasks.score_debug(texts["answers.toml"], key):
+            results[f"4.2 {name}"] = Result(f"4.2 {name}", score, points, output)
+    if only is None:
+        results["whole"] = Result("the whole file", 0.0, 0.0, problem or tasks.describe_whole(
+            outcomes["import"], outcomes["train"]))
+    return list(results.values())
+
+
+def table(results):
+    lines = [f"{'':<42}points"]
+    for r in results:
+        of = f"{r.score:5.2f} / {r.points:g}" if r.points else ""
+        lines.append(f"{r.name:<42}{of}")
+        if r.score < r.points or not r.points:
+            lines += ["    " + line for line in r.output.splitlines()]
+    total, most = sum(r.score for r in results), sum(r.points for r in results)
+    return "\n".join([*lines, f"{'total':<42}{total:.2f} / {most:g}"])
+
+
+def gradescope(results):
+    """Gradescope's results.json, as a dict."""
+    return {"tests": [{"name": r.name, "score": round(r.score, 2), "max_score": r.points,
+                       "output": r.output, "visibility": "visible"} for r in results]}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Grades a submission and explains what is wrong.")
+    parser.add_argument("submission", help="folder with argrpo.py, my_reward.py, answers.toml")
+    parser.add_argument("--seed", type=int, default=1, help="of the hidden inputs (default: 1)")
+    parser.add_argument("--json", type=Path, help="write Gradescope's results.json here")
+    parser.add_argument("--variant", help="the variant that the handout was made with")
+    parser.add_argument("--key", type=Path, default=Path("handout.key.json"),
+                        help="what make.py wrote beside the handout (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if not args.key.is_file():
+        parser.error(f"no key of the runs to debug at {args.key}: make.py writes one beside the "
+                     "handout; name it with --key")
+    torch.set_num_threads(1)
+    results = grade(args.submission, args.seed, args.variant, json.loads(args.key.read_text()))
+    print(table(results))
+    if args.json:
+        args.json.write_text(json.dumps(gradescope(results), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

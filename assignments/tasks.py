@@ -1,0 +1,161 @@
+"""What is graded besides the functions: the reward, the runs to debug, and the whole file.
+
+What trains runs in a child of grade.py (sandbox.py), for it exchanges modules.
+"""
+
+import copy
+import sys
+import types
+
+import torch
+from faults import FAULTS
+from source import tomllib
+
+# The open task: pictures that are right, and whose shapes are all at least 10 pixels.  The
+# pretrained toy draws 17% of them; a reward that sees both reached 43% in these 40 steps.
+LARGE, PRETRAINED, FULL = 10.0, 0.17, 0.38
+
+
+def load(text, name="argrpo"):
+    """A submission's file as the module of that name, which all later imports get."""
+    module = types.ModuleType(name)
+    module.__file__ = f"{name}.py"
+    sys.modules[name] = module
+    exec(compile(text, f"{name}.py", "exec"), vars(module))
+    return module
+
+
+def world(argrpo):
+    """The toy with that argrpo module: (argrpo, toy, model, vq)."""
+    for name in [n for n in sys.modules if n.split(".")[0] in ("toy", "pretrained", "diversity")]:
+        del sys.modules[name]
+    sys.modules["argrpo"] = argrpo
+    import toy
+    return toy, *toy.load("c2i")
+
+
+def train(argrpo, toy, model, vq, texts, reward, **settings):
+    """Trains the toy's model on the texts: yields a Step after each step."""
+    labels = torch.tensor([toy.CLASSES.index(text) for text in texts])
+    config = argrpo.GRPOConfig(steps=40, prompts_per_step=4, micro_batch=None, **settings)
+    yield from argrpo.train(model, copy.deepcopy(model), vq, argrpo.Prompts(texts, labels), reward,
+                            config, argrpo.make_optimizer(model, config))
+
+
+# ---------------------------------------------------------------------------------------------
+# 4.1: a reward of one's own
+# ---------------------------------------------------------------------------------------------
+
+def right_and_large(toy, images, texts):
+    """The hidden measure: which pictures are right, with large shapes only.  (B,) bool."""
+    return torch.tensor([
+        toy.fulfils(scene, text) and min(min(t.width, t.height) for t in scene) >= LARGE - 1
+        and min((t.width + t.height) / 2 for t in scene) >= LARGE
+        for scene, text in zip(toy.read_scenes(images), texts)])
+
+
+def measure_reward(argrpo, text, seed):
+    """Trains the toy with the submission's reward: what share of its pictures are as wanted."""
+    if text is None:
+        raise ValueError("there is no my_reward.py in the submission")
+    toy, model, vq = world(argrpo)
+    reward = load(text, "my_reward").my_reward
+    texts = [name for name in toy.CLASSES if not name.startswith("three")]
+
+    def reward_fn(images, prompts):
+        rewards = torch.as_tensor(reward(images, prompts)).float()
+        if rewards.shape != (len(images),):
+            raise ValueError(f"my_reward must return ({len(images)},), one number a picture, not "
+                             f"{tuple(rewards.shape)}")
+        return rewards, {}
+
+    for _ in train(argrpo, toy, model, vq, texts, reward_fn, group_size=12, lr=1.5e-3, seed=seed):
+        pass
+    prompts = argrpo.Prompts(texts, torch.tensor([toy.CLASSES.index(text) for text in texts]))
+    rng = argrpo.rng_for("cpu", seed, "measure")
+    index = torch.arange(len(texts))
+    _, _, images = argrpo.draw_images(model, vq, prompts, index, rng, samples_per_prompt=16)
+    drawn = [text for text in texts for _ in range(16)]
+    return (right_and_large(toy, images, drawn).float().mean().item(),
+            toy.verify(images, drawn).mean().item())
+
+
+def score_reward(outcome, item):
+    """(score, points, output) of the Outcome of measure_reward."""
+    if outcome.error:
+        return 0.0, item["points"], f"{outcome.error}\nRead {item['read']}."
+    wanted, right = outcome.value
+    share = min(1.0, max(0.0, (wanted - PRETRAINED) / (FULL - PRETRAINED)))
+    says = f"after 40 steps with it, {right:.0%} of the pictures are right (64% before)"
+    if share == 1:
+        return float(item["points"]), item["points"], f"{says}; the hidden measure is met"
+    hacked = ("The policy found another way to your reward than the one you meant."
+              if right < 0.4 else "Your reward does not ask for all that the task asks for.")
+    return (item["points"] * share, item["points"], f"{says}; of what the task asks for, "
+            f"{share:.0%} is reached.\n{hacked} Read {item['read']}.")
+
+
+# ---------------------------------------------------------------------------------------------
+# 4.2: debug this run
+# ---------------------------------------------------------------------------------------------
+
+def score_debug(text, key):
+    """[(run, score, points, output), ...]: a point for the fault's name, one for what shows it.
+
+    text is answers.toml, or None; key is {run: {"fault", "shows": {metric: [steps]}}}."""
+    problem, answers = "there is no answers.toml in the submission", {}
+    if text is not None:
+        try:
+            answers, problem = tomllib.loads(text), ""
+        except tomllib.TOMLDecodeError as error:
+            problem = f"answers.toml cannot be read: {error}"
+    return [(run, *score_answer(answers.get(run, {}), truth, problem))
+            for run, truth in key.items()]
+
+
+def score_answer(answer, truth, problem):
+    if problem or not isinstance(answer, dict) or not answer.get("fault"):
+        return 0.0, 2.0, problem or "not done yet (part 4.2)"
+    fault, metric, step = answer["fault"], answer.get("metric"), answer.get("step")
+    score, lines = 0.0, []
+    if fault not in FAULTS:
+        lines.append(f"there is no fault {fault!r} in the list: see the README")
+    elif fault == truth["fault"]:
+        score += 1.0
+    else:
+        lines.append(f"the fault is not {fault!r}, which would be: {FAULTS[fault].says}")
+    if metric not in truth["shows"]:
+        lines.append(f"{metric!r} does not tell this fault from others, or not directly")
+    elif step not in truth["shows"][metric]:
+        lines.append(f"at step {step!r} {metric} does not show it")
+    else:
+        score += 1.0
+    return score, 2.0, "\n".join(lines) or "fault, metric and step are right"
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole file
+# ---------------------------------------------------------------------------------------------
+
+def train_whole(text, seed):
+    """Trains the toy for 40 steps with the submission's argrpo.py: the rewards of the steps."""
+    argrpo = load(text)
+    toy, model, vq = world(argrpo)
+
+    def reward_fn(images, texts):
+        return toy.verify(images, texts), {}
+
+    return [step.metrics["reward"] for step in train(
+        argrpo, toy, model, vq, toy.CLASSES, reward_fn, group_size=8, seed=seed)]
+
+
+def describe_whole(imported, trained):
+    """What is reported, for no points, about the file as a whole."""
+    if imported.error:
+        return f"argrpo.py cannot be imported: {imported.error}"
+    if trained.error:
+        return f"argrpo.py can be imported, but training the toy fails: {trained.error}"
+    first, last = trained.value[:8], trained.value[-8:]
+    return (f"trained the toy for {len(trained.value)} steps: "
+            f"{sum(first) / len(first):.0%} of the pictures right in the first eight, "
+            f"{sum(last) / len(last):.0%} in the last eight")
