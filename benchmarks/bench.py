@@ -3,6 +3,7 @@
     python benchmarks/bench.py --device cpu --size toy --tokens 36   # seconds
     python benchmarks/bench.py --device cpu --out bench.json         # GPT-B, 16 images, 256 tokens
     python benchmarks/bench.py --device cuda --size GPT-XL --tokens 576 --prompts 8 --cfg-scale 2
+    python benchmarks/bench.py --suite gpu --out DIR                 # all of a GPU, see gpu.py
 
 On random weights, in one run and in turns, so that whatever else slows the machine down slows all
 of them:
@@ -24,10 +25,6 @@ They must draw the same tokens, greedily, before anything is timed.  Then a few 
 """
 
 import copy
-import os
-import platform
-import resource
-import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
 from math import isqrt
@@ -40,13 +37,12 @@ import torch  # noqa: E402
 import argrpo  # noqa: E402
 import reward  # noqa: E402
 import toy  # noqa: E402
-from benchmarks import yardsticks  # noqa: E402
+from benchmarks import gpu, measuring, yardsticks  # noqa: E402
 from harness.checkpoints import write_json  # noqa: E402
 from harness.memory import checkpoint_layers  # noqa: E402
 from harness.options import one_line_errors, read_options  # noqa: E402
 from harness.processes import pick_device  # noqa: E402
-from harness.speed import Sampler, frozen_copy, packed  # noqa: E402
-from harness.timing import Stopwatch, clock  # noqa: E402
+from harness.speed import frozen_copy, packed  # noqa: E402
 from vqgan import VQConfig, VQModel  # noqa: E402
 
 
@@ -72,19 +68,28 @@ class Options:
     skip_uncached: bool = False          # leave out sampling without a cache
     skip_step: bool = False              # leave out the GRPO step
     seed: int = 0                        # of weights and rollouts
-    out: str = ""                        # JSON file for the figures
+    out: str = ""                        # JSON file for the figures; the suite's folder
+    suite: str = ""                      # "gpu": all that is to be checked and measured on a GPU;
+                                         # of the other options it takes --device and --size toy
+    part: str = ""                       # of the suite: this part alone, in this process
+    minutes: float = 10.0                # that the suite may take
 
     def __post_init__(self):
         if self.size not in [*argrpo.GPT_SIZES, "toy"]:
             raise ValueError(f"unknown --size {self.size!r}: "
                              f"there are {', '.join(argrpo.GPT_SIZES)} and toy")
+        if self.suite not in ("", "gpu"):
+            raise ValueError(f"unknown --suite {self.suite!r}: there is gpu")
+        if self.suite and not self.out:
+            raise ValueError("--suite gpu needs --out DIR, the folder of its table")
+        if self.part and self.part not in gpu.parts_of(self.size):
+            raise ValueError(f"unknown --part {self.part!r}: "
+                             f"there are {', '.join(gpu.parts_of(self.size))}")
         if self.dtype not in ("", "float32", "bfloat16"):
             raise ValueError(f"--dtype must be float32 or bfloat16, not {self.dtype!r}")
-        counts = ("tokens", "prompts", "group", "micro_batch", "repeats", "uncached_positions")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, "
-                                 f"not {getattr(self, name)}")
+        for name in ("tokens", "prompts", "group", "micro_batch", "repeats", "uncached_positions"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if isqrt(self.tokens) ** 2 != self.tokens:
             raise ValueError("--tokens must be a square number such as 256 or 576, "
                              f"not {self.tokens}")
@@ -98,18 +103,9 @@ class Options:
 # Measuring
 # ---------------------------------------------------------------------------------------------
 
-def random_model(config, device="cpu", std=0.02):
-    with torch.device(device):
-        model = argrpo.Transformer(config)
-    for weight in model.parameters():
-        if weight.ndim > 1:              # the output layer, too, which a new Transformer has at 0
-            torch.nn.init.normal_(weight, std=std)
-    return model
-
-
 def check_samplers():
     """All must draw the same tokens, greedily: on the CPU, from weights large enough to tell."""
-    model = random_model(replace(toy.CONFIGS["c2i"], block_size=36), std=0.2)
+    model = measuring.random_model(replace(toy.CONFIGS["c2i"], block_size=36), std=0.2)
     labels = torch.arange(3)
     for cfg_scale in (1.0, 2.0):
         expected, _ = argrpo.generate(model, labels, samples_per_prompt=2, cfg_scale=cfg_scale,
@@ -122,41 +118,6 @@ def check_samplers():
                     f"{sampler.__name__} and argrpo.generate must agree, but at guidance "
                     f"{cfg_scale:g} {wrong} of {expected.numel()} greedy tokens differ: "
                     "no figure would mean anything")
-
-
-def measured(device, run):
-    """What run() returns, its seconds, and the peak memory in GB.
-
-    The peak is, on a GPU, the most that was allocated meanwhile, beyond what was allocated before;
-    on the CPU the most that this process has held so far."""
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    start = clock(device)
-    result = run()
-    seconds = clock(device) - start
-    if gpu:
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return result, seconds, peak / 1e9
-
-
-def timed(function, device, seconds):
-    """The function, which now also appends the seconds of every call to the list."""
-    def wrapper(*args):
-        start = clock(device)
-        result = function(*args)
-        seconds.append(clock(device) - start)
-        return result
-    return wrapper
-
-
-def summary(times):
-    """Median and minimum of the seconds of all rounds but the first, which warms up."""
-    return {"seconds": statistics.median(times[1:]), "seconds_min": min(times[1:])}
 
 
 def bench_rollout(model, options, device):
@@ -187,11 +148,11 @@ def bench_rollout(model, options, device):
     times, peak = {name: [] for name in samplers}, {}
     for _ in range(1 + options.repeats):
         for name, sampler in samplers.items():
-            _, seconds, peak[name] = measured(device, sampler)
+            _, seconds, peak[name] = measuring.measured(device, sampler)
             if name == "uncached":
                 seconds *= N / K
             times[name].append(seconds)
-    figures = {name: summary(t) for name, t in times.items()}
+    figures = {name: measuring.summary(t) for name, t in times.items()}
     for name, f in figures.items():
         per_second = options.prompts * G / f["seconds"]
         f["tokens_per_s"] = per_second * N
@@ -201,61 +162,20 @@ def bench_rollout(model, options, device):
 
 
 def bench_step(options, config, device, reward_fn):
-    """{part: figures} of steps of `argrpo.train`, the decoding of the tokens apart from the
-    rollout."""
-    vq_config = toy.VQ_CONFIG if options.size == "toy" else VQConfig()
-    vq = VQModel(vq_config).to(device).requires_grad_(False)
-    model = random_model(config, device)
-    reference = frozen_copy(model)
+    """{part: figures} of steps of `argrpo.train`, each with its share of the whole."""
+    vq = VQModel(toy.VQ_CONFIG if options.size == "toy" else VQConfig())
+    model = measuring.random_model(config, device)
     if options.checkpointing:
         checkpoint_layers(model)
     settings = argrpo.GRPOConfig(
         steps=1 + options.repeats, prompts_per_step=options.prompts, group_size=options.group,
         micro_batch=options.micro_batch, lr=1e-5, kl_beta=0.1, cfg_scale=options.cfg_scale)
-    labels = torch.arange(options.prompts) % config.num_classes
-    prompts = argrpo.Prompts([f"class {k}" for k in labels.tolist()], labels)
-    decoding = []                                # seconds, micro-batch by micro-batch
-    vq.decode = timed(vq.decode, device, decoding)
-    parts = ("rollout", "decode", "reward", "reference", "update", "step")       # the last is all
-    times = {part: [] for part in parts}
-    stopwatch = Stopwatch(model)
-    steps = argrpo.train(model, reference, vq, prompts, stopwatch.timed(reward_fn), settings,
-                         argrpo.make_optimizer(model, settings), sampler=Sampler(options.compile))
-    for _ in range(settings.steps):
-        decoding.clear()
-        stopwatch.start()
-        next(steps)
-        seconds, decode = stopwatch.seconds(), sum(decoding)
-        times["rollout"].append(seconds["seconds_rollout"] - decode)
-        times["decode"].append(decode)
-        for part in ("reward", "reference", "update"):
-            times[part].append(seconds[f"seconds_{part}"])
-        times["step"].append(seconds["seconds"])
-    figures = {part: summary(t) for part, t in times.items()}
+    times = measuring.step_seconds(model, vq.to(device).requires_grad_(False), settings, reward_fn,
+                         options.compile)
+    figures = {part: measuring.summary(t) for part, t in times.items()}
     for f in figures.values():
         f["share"] = f["seconds"] / figures["step"]["seconds"]
     return figures
-
-
-def rollout_bytes(model, rows):
-    """What a rollout has to read: all weights N times, but for the embedding tables, of which a
-    step reads a few lines, and in each of the N - 1 decoding steps what is filled of the keys and
-    values."""
-    c, size = model.config, model.output.weight.element_size()
-    weights = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
-    filled = sum(c.cls_token_num + i for i in range(1, c.block_size))    # positions, all steps
-    return size * (c.block_size * weights + filled * rows * 2 * c.n_layer * c.dim)
-
-
-def copy_bandwidth(device):
-    """Bytes per second that copying a quarter of a GiB reads and writes, the best of five times
-    ten."""
-    a = torch.zeros(2 ** 28, dtype=torch.uint8, device=device)
-    b = torch.zeros_like(a)
-    seconds = []
-    for _ in range(5):
-        seconds.append(measured(device, lambda: [b.copy_(a) for _ in range(10)])[1])
-    return 2 * 10 * len(a) / min(seconds)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,18 +197,13 @@ def read_command_line(argv):
         device = pick_device(options.device)
         options.device = device.type
         options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        if options.suite and device.type == "cpu" and options.size != "toy":
+            raise ValueError("--suite gpu: torch sees no GPU here, but --device cpu --size toy "
+                             "rehearses it")
         reward_fn = reward.build_rewards(options.reward, device)
-        if options.out:                          # now, not when all is measured
+        if options.out and not options.suite:    # now, not when all is measured
             Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     return options, device, reward_fn
-
-
-def describe_machine(device):
-    name = f"{platform.machine()} CPU"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
-            "device": name}
 
 
 def compare(rollout):
@@ -305,15 +220,17 @@ def compare(rollout):
 
 def main(argv=None):
     options, device, reward_fn = read_command_line(argv)
+    if options.suite:
+        return gpu.run_part(options) if options.part else gpu.run_suite(options)
     torch.manual_seed(options.seed)
     config = toy.CONFIGS["c2i"]
     if options.size != "toy":
         config = argrpo.GPTConfig(**argrpo.GPT_SIZES[options.size])
     config = replace(config, block_size=options.tokens)
-    model = random_model(config, device)
+    model = measuring.random_model(config, device)
     images, parameters = options.prompts * options.group, sum(p.numel() for p in model.parameters())
     rows = images if options.cfg_scale == 1 else 2 * images
-    machine = describe_machine(device)
+    machine = measuring.describe_machine(device)
     print(f"{options.size}, {parameters / 1e6:.1f}M parameters in {options.dtype}, "
           f"{options.tokens} tokens per image, {options.prompts} prompts x {options.group} samples "
           f"= {images} images, {rows} rows with guidance {options.cfg_scale:g}")
@@ -327,17 +244,17 @@ def main(argv=None):
     if "uncached" in rollout:
         print(f"uncached is an estimate: the mean of {options.uncached_positions} evenly spread "
               f"positions, times {options.tokens}", flush=True)
-    must_read = rollout_bytes(frozen_copy(model, getattr(torch, options.dtype)), rows)
+    must_read = measuring.rollout_bytes(frozen_copy(model, getattr(torch, options.dtype)), rows)
     del model                                    # the step's memory is to be its own
     if not options.skip_step:
-        result["step"], _, peak = measured(
+        result["step"], _, peak = measuring.measured(
             device, lambda: bench_step(options, config, device, reward_fn))
         result["step_peak_gb"] = peak
         print_table("step", result["step"])
         note = "" if device.type == "cuda" else ", of the whole benchmark"
         print(f"peak memory {peak:.2f} GB{note}", flush=True)
 
-    copied = copy_bandwidth(device)                                              # bytes a second
+    copied = measuring.copy_bandwidth(device)                                    # bytes a second
     read = must_read / rollout["generate"]["seconds"]
     result["bandwidth"] = {"rollout_gb": must_read / 1e9, "copy_gb_per_s": copied / 1e9,
                            "share": read / copied}

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_model
 
 import argrpo
-from benchmarks import bench, yardsticks
+from benchmarks import bench, gpu, measuring, yardsticks
 from benchmarks.yardsticks import full_mask_sampler, uncached_sampler
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,8 @@ def test_bytes_that_a_rollout_reads_by_hand():
     assert model.layers[0].feed_forward.w1.out_features == 48
     weights = 2 * (4 * 16 * 16 + 3 * 16 * 48 + 2 * 16) + 16 + 11 * 16
     expected = 2 * (4 * weights + (2 + 3 + 4) * 3 * 2 * 2 * 16)
-    assert bench.rollout_bytes(model, rows=3) == expected
+    assert measuring.rollout_bytes(model, rows=3) == expected
+    assert measuring.rollout_bytes(model, rows=3, size=4) == 2 * expected
 
 
 def leaves(value):
@@ -105,6 +106,88 @@ def test_parts_can_be_left_out():
     skip = ["--skip-uncached", "--skip-step"]
     result = bench.main(QUICK + ["--group", "1", "--repeats", "1", *skip])
     assert list(result["rollout"]) == ["generate", "full_mask"] and "step" not in result
+
+
+# --- the suite for a GPU, rehearsed on the CPU -------------------------------------------------
+
+SUITE = ["--suite", "gpu", "--device", "cpu", "--size", "toy"]
+
+
+def suite_options(tmp_path, **changes):
+    return bench.Options(suite="gpu", device="cpu", size="toy", out=str(tmp_path), **changes)
+
+
+@pytest.mark.parametrize("name, tables", [
+    ("parity", {"rollout against the CPU's": 4}),
+    ("step-toy", {"seconds of a step": 1, "memory of a step": 1, "bandwidth of the rollout": 1}),
+    ("optimizer", {"a step of the optimizer": 2})])
+def test_a_part_of_the_suite(name, tables, tmp_path):
+    """The quick ones; the whole suite is a slow test."""
+    result = gpu.run_part(suite_options(tmp_path, part=name))
+    assert {title: len(rows) for title, rows in result.items()} == tables
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == result
+    for rows in result.values():
+        assert all(row.get("ok") is not False for row in rows)
+        numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+        assert numbers and all(0 <= number < float("inf") for number in numbers)
+
+
+def test_parity_notices_a_drawer_that_computes_something_else(monkeypatch):
+    honest = argrpo.generate
+
+    def warmer(*args, prefix=None, **how):
+        return honest(*args, prefix=prefix, temperature=1.0 if prefix is None else 1.1, **how)
+
+    monkeypatch.setattr(argrpo, "generate", warmer)
+    (rows,) = gpu.parity("toy", torch.device("cpu")).values()
+    assert not any(row["ok"] for row in rows if row["precision"] == "float32")
+
+
+def test_a_failing_part_is_in_the_table_and_the_others_go_on(tmp_path):
+    def run(options, name, limit):
+        assert 0 < limit <= 600
+        statuses = {"a": "failed with status 1: OutOfMemoryError: too large", "b": "ok"}
+        return statuses[name], {"times": [{"size": name, "s": 1.23456, "ok": None}]}
+
+    results = gpu.run_suite(suite_options(tmp_path), names=["a", "b"], run=run)
+    assert [r["status"][:6] for r in results.values()] == ["failed", "ok"]
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| a | failed with status 1: OutOfMemoryError: too large | " in page
+    assert "times\n\n| size | s | ok |\n| --- | --- | --- |\n| a | 1.235 |  |\n| b | 1.235" in page
+    assert set(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == {"a", "b"}
+    late = gpu.run_suite(suite_options(tmp_path, minutes=0.0), names=["a"], run=run)
+    assert late["a"]["status"] == "left out: no time left"
+
+
+def test_a_part_is_a_process_that_may_fail_or_take_too_long(tmp_path, monkeypatch):
+    options = suite_options(tmp_path)
+    status, tables = gpu.process_of_part(options, "no such part", limit=100)
+    assert status.startswith("failed with status 2: error: unknown --part 'no such part'")
+    assert gpu.process_of_part(options, "parity", limit=0.05) == ("ended after 0 s", {})
+    assert not tables
+
+
+@pytest.mark.slow
+def test_the_suite_for_a_gpu_rehearsed(tmp_path):
+    results = bench.main([*SUITE, "--out", str(tmp_path / "new")])
+    assert list(results) == ["parity", "mismatch", "kernels", "step-toy", "optimizer", "compile"]
+    assert {r["status"] for r in results.values()} == {"ok"}, results
+    page = (tmp_path / "new" / "gpu.md").read_text()
+    for title in ("sampler against learner", "attention kernels of decoding", "--compile"):
+        assert f"\n{title}\n" in page
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--suite", "gpu"], "--suite gpu needs --out DIR"),
+    (["--suite", "tpu", "--out", "x"], "unknown --suite 'tpu': there is gpu"),
+    (["--suite", "gpu", "--device", "cpu", "--out", "x"], "torch sees no GPU here"),
+    ([*SUITE, "--out", "x", "--part", "B"], "unknown --part 'B': there are parity, mismatch, ")])
+def test_the_suite_explains_bad_options(given, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        bench.main(given)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bad_option_is_one_line():
