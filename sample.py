@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 import argrpo
 import pretrained
-import toy
 from harness import captions, options
 from harness.fid import as_uint8, print_fid
-from harness.models import caption_encoder, choose_classes, load_models
+from harness.models import caption_encoder, choose_classes, class_names, load_models
 from harness.processes import pick_device
 from harness.speed import Sampler
 
@@ -81,9 +80,7 @@ def choose_prompts(settings, task, device):
         if not settings.caption:
             texts = captions.read_captions(settings.prompts)
         return caption_encoder(settings.preset, settings.t5, device)(texts)
-    names = toy.CLASSES
-    if settings.preset != "toy":
-        names = pretrained.imagenet_classes()
+    names = class_names(settings.preset)
     classes = choose_classes(settings.classes, names)
     return argrpo.Prompts([names[k] for k in classes], torch.tensor(classes))
 

@@ -57,6 +57,11 @@ def caption_encoder(preset, t5, device):
     return T5Captions(t5, device)
 
 
+def class_names(preset):
+    """The names of the classes that a preset's model draws, by their numbers."""
+    return toy.CLASSES if preset == "toy" else pretrained.imagenet_classes()
+
+
 def choose_classes(text, names):
     """Class indices from "all", numbers or names, separated by commas.
 
