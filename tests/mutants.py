@@ -1,0 +1,224 @@
+"""Puts bugs into the code, one at a time, and shows which the tests notice.  Run by hand.
+
+    python tests/mutants.py                  # all: about a quarter of an hour on a free core
+    python tests/mutants.py 3 17 40-52       # some, by number
+    python tests/mutants.py --list           # without running any
+    python tests/mutants.py --jobs 2         # so many at a time, two at most
+
+The bugs are in tests/mutants.txt.  Each gets a copy of the tree in a temporary folder, in which the
+few test files that should notice it run until the first failure, and all the other quick ones if
+they do not.  The table has the first failure's name and message: they should tell a student which
+idea is wrong.  The exit status is the number of bugs that no test noticed, 100 at most.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600                                      # seconds for a mutant: some bugs never end
+
+# The test files that should notice a bug, by the word in the list.
+TESTS = {
+    "model": ("blocks", "transformer", "sampler"),
+    "vq": ("vqgan",),
+    "policy": ("sampler",),
+    "maths": ("grpo",),
+    "loop": ("streams", "wiring", "settings", "train"),
+    "diversity": ("diversity", "rehearsal"),
+    "pretraining": ("toy_pretraining", "toy"),
+    "evaluation": ("evaluation",),
+    "run": ("run", "evaluation"),
+    "reward": ("reward",),
+    "pretrained": ("pretrained",),
+    "speed": ("speed",),
+}
+WIDER = ("blocks", "transformer", "vqgan", "sampler", "grpo", "streams", "wiring", "settings",
+         "train", "diversity", "rehearsal", "toy", "toy_pretraining", "evaluation", "run", "golden",
+         "reward", "pretrained", "speed")
+
+
+class Mutant(NamedTuple):
+    number: int
+    file: str
+    tests: str               # key of TESTS
+    idea: str                # what the bug is
+    old: str
+    new: str
+
+
+def read_mutants(path):
+    """The list: "== file | tests | idea", then old lines after "- " and new ones after "+ "."""
+    mutants = []
+    for number, block in enumerate(re.split(r"^== ", path.read_text(), flags=re.M)[1:], start=1):
+        head, *lines = block.rstrip("\n").split("\n")
+        file, tests, idea = (part.strip() for part in head.split("|"))
+        old, new = ("\n".join(line[2:] for line in lines if line.startswith(sign))
+                    for sign in "-+")
+        mutants.append(Mutant(number, file, tests, idea, old, new))
+    return mutants
+
+
+def copy_tree(folder, mutant):
+    """A copy of the tree with the bug in it, or None if the old text is not there exactly once."""
+    code = (ROOT / mutant.file).read_text()
+    if code.count(mutant.old) != 1:
+        return None
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT)
+        if name.parts[0] not in ("labs", "assignments", "examples", "runs"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / name)
+    for name in ("pyproject.toml", "tests/golden", "toy/weights"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / mutant.file).write_text(code.replace(mutant.old, mutant.new))
+    return folder
+
+
+def warm_up():
+    """Imports what every test needs, so that the processes forked from this one have it.  None of
+    it is of this repository."""
+    import einops  # noqa: F401
+    import numpy  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import tqdm  # noqa: F401
+    from torch.utils.checkpoint import checkpoint
+    torch.set_num_threads(1)                     # a forked process has none of OpenMP's threads
+    x = torch.ones(1, requires_grad=True)
+    checkpoint(torch.exp, x, use_reentrant=False).backward()
+    torch.optim.AdamW([x]).step()
+    torch.testing.assert_close(x, x)
+
+
+def run_tests(folder, names, log):
+    """In a forked process: pytest on those test files until the first failure.  Does not return."""
+    import pytest
+    os.setsid()                                  # so that what it starts can be ended with it
+    sys.dont_write_bytecode = True
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    sys.path[:] = [str(folder)] + [p for p in sys.path if Path(p or ".").resolve() not in
+                                   (ROOT, ROOT / "tests")]
+    os.chdir(folder)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    files = [f"tests/test_{name}.py" for name in names]
+    status = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", *files])
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
+def first_failure(text):
+    """(test, message) of pytest's first failure, or None."""
+    name = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+    if name is None:
+        return None
+    lines = re.findall(r"^E +(.*)$", text, re.M)
+    message = " / ".join(line for line in lines[:2] if line)
+    return name[1].removeprefix("tests/"), message
+
+
+class Trial:
+    """One mutant under test: its expected test files first, then all the others."""
+
+    def __init__(self, mutant, folder):
+        self.mutant, self.folder = mutant, folder
+        self.rounds = [TESTS[mutant.tests], [n for n in WIDER if n not in TESTS[mutant.tests]]]
+        self.started, self.pid, self.result = time.time(), None, None
+        self.where = "expected"
+        self.next_round()
+
+    def next_round(self):
+        names = self.rounds.pop(0)
+        self.log = self.folder / "log.txt"
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                run_tests(self.folder, names, self.log)
+            finally:
+                os._exit(99)
+
+    def poll(self):
+        """Whether it is done: then `result` is (noticed, test, message)."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0 and time.time() - self.started < LIMIT:
+            return False
+        if pid == 0:
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.result = "yes", "(no end)", f"longer than {LIMIT} s"
+            return True
+        failure = first_failure(self.log.read_text(errors="replace"))
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0 and self.rounds:
+            self.where = "wider"
+            self.next_round()
+            return False
+        if code == 1 and failure:
+            self.result = ("yes" if self.where == "expected" else "wider"), *failure
+        else:
+            noticed = "NO" if code == 0 else "broken"    # such as code that cannot be imported
+            self.result = noticed, *(failure or ("-", f"pytest ended with {code}"))
+        return True
+
+
+def try_all(mutants, jobs):
+    """Runs the mutants, `jobs` at a time, and yields (mutant, result) as they end."""
+    waiting, running = list(mutants), []
+    with tempfile.TemporaryDirectory() as top:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                mutant = waiting.pop(0)
+                folder = Path(top) / str(mutant.number)
+                folder.mkdir()
+                if copy_tree(folder, mutant) is None:
+                    yield mutant, ("stale", "-", f"{mutant.file} has no such text, or has it twice")
+                    continue
+                running.append(Trial(mutant, folder))
+            for trial in [trial for trial in running if trial.poll()]:
+                running.remove(trial)
+                shutil.rmtree(trial.folder)
+                yield trial.mutant, trial.result
+            time.sleep(0.05)
+
+
+def chosen(mutants, texts):
+    """Those of the numbers and ranges such as 3 and 40-52, or all."""
+    wanted = set()
+    for text in texts:
+        first, _, last = text.partition("-")
+        wanted |= set(range(int(first), int(last or first) + 1))
+    return [mutant for mutant in mutants if not texts or mutant.number in wanted]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("numbers", nargs="*", help="such as 3 or 40-52; all without any")
+    parser.add_argument("--jobs", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args(argv)
+    mutants = chosen(read_mutants(ROOT / "tests" / "mutants.txt"), args.numbers)
+    if args.list:
+        for mutant in mutants:
+            print(f"{mutant.number:4} {mutant.file}: {mutant.idea}")
+        return 0
+    warm_up()
+    counts = {}
+    for mutant, (noticed, test, message) in try_all(mutants, args.jobs):
+        counts[noticed] = counts.get(noticed, 0) + 1
+        print(f"{mutant.number:4} {noticed:7}{mutant.file}: {mutant.idea}\n"
+              f"            {test}\n            {message}", flush=True)
+    print(f"{len(mutants)} mutants: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+    missed = sum(n for name, n in counts.items() if name not in ("yes", "wider"))
+    return min(100, missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
