@@ -8,7 +8,7 @@ finding is a "fault", or a "note" that only explains.  RULES is the table of all
 
 from collections import namedtuple
 from math import hypot
-from statistics import fmean, median, variance
+from statistics import fmean, median
 
 Finding = namedtuple("Finding", "kind name what advice")
 FEWEST = 8                                       # steps that a diagnosis needs
@@ -40,13 +40,19 @@ class Readings:
         """The share of steps in which a metric satisfies a condition."""
         return mean([float(holds(value)) for value in self.values(name)])
 
+    def error(self, name):
+        """The standard error of the difference of two windows.
+
+        A step's noise is judged from neighbouring steps, so that a trend does not count."""
+        values = self.values(name)
+        noise = mean([(b - a) ** 2 / 2 for a, b in zip(values, values[1:])])
+        return max((2 * noise / self.window(name)) ** 0.5, 1e-9)
+
     def change(self, name):
-        """From a metric's beginning to its end, in standard errors of the difference."""
-        values, n = self.values(name), self.window(name)
-        if len(values) < 2 * n:
+        """From a metric's beginning to its end, in standard errors."""
+        if len(self.values(name)) < 2 * self.window(name):
             return 0.0
-        error = ((variance(values[:n]) + variance(values[-n:])) / n) ** 0.5
-        return (mean(values[-n:]) - mean(values[:n])) / max(error, 1e-9)
+        return (self.last(name) - self.first(name)) / self.error(name)
 
     def best(self, name):
         """The highest mean of so many neighbouring values as make a beginning."""
@@ -114,9 +120,9 @@ def mismatch(r):
 def kl_runaway(r):
     values = r.values("kl")
     third = mean(values[len(values) // 2:3 * len(values) // 4])
-    if r.last("kl") > 0.4 and r.last("kl") > 1.3 * third:
-        return (f"the KL to the pretrained model is {r.last('kl'):.2g} nats a token and rises ever "
-                "faster")
+    if r.last("kl") > 1 or (r.last("kl") > 0.4 and r.last("kl") > 1.3 * third):
+        return (f"the KL to the pretrained model is {r.last('kl'):.2g} nats a token by now: little "
+                "is left of what it had learned")
 
 
 def went_back(r):
@@ -164,7 +170,7 @@ def far_updates(r):
 
 
 def hacking(r):
-    if r.change("reward") < SURE:
+    if r.change("reward") < SURE / 2:
         return None
     for name in r.held_out():
         fall = (r.first(name) - r.last(name)) / max(abs(r.first(name)), 1e-9)
@@ -175,17 +181,13 @@ def hacking(r):
 
 
 def reward_falls(r):
-    values, n = r.values("reward"), r.window("reward")
-    if len(values) < 2 * n:
-        return None
-    error = (2 * variance(values[-n:]) / n) ** 0.5
     fall = r.best("reward") - r.last("reward")
-    if not flat(r) and fall > 0.1 * abs(r.best("reward")) and fall > (SURE + 1) * error:
+    if fall > 0.1 * abs(r.best("reward")) and fall > (SURE + 1) * r.error("reward"):
         return f"the reward has fallen from {r.best('reward'):.3g} to {r.last('reward'):.3g}"
 
 
 def no_rise(r):
-    if len(r.metrics) >= 40 and not any(rule(r) for rule in (flat, no_effect, reward_falls)):
+    if len(r.metrics) >= 60 and not any(rule(r) for rule in (flat, no_effect, reward_falls)):
         if r.change("reward") < 1.0:
             return (f"the reward has not risen in {len(r.metrics)} steps "
                     f"({r.first('reward'):.3g} at first, {r.last('reward'):.3g} now), though the "

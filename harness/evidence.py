@@ -81,18 +81,18 @@ def code_logp(model, prompts, index, tokens, settings):
 
 
 @torch.no_grad()
-def paint(vq, tokens, place, codes):
-    """What codes (k,) look like at a place of one image (N,), all its other tokens as they are.
+def paint(vq, tokens, place, codes, micro_batch=None):
+    """What codes (k,) look like at a place of the images (k, N), all other tokens as they are.
 
     Each is painted with the whole image, and cut out with a margin of one patch, or half a one
     where they are many: (k, 3, h, w)."""
-    side = isqrt(len(tokens))
-    exchanged = tokens.repeat(len(codes), 1)                         # (k, N)
+    side = isqrt(tokens.shape[1])
+    exchanged = tokens.clone()
     exchanged[:, place] = codes
-    images = argrpo.to_images(vq, exchanged)                         # (k, 3, H, W)
+    images = argrpo.to_images(vq, exchanged, micro_batch)            # (k, 3, H, W)
     patch = images.shape[-1] // side
     margin = patch if side <= 8 else patch // 2
-    images = F.pad(images, (margin,) * 4, value=1.0)               # white
+    images = F.pad(images, (margin,) * 4, value=1.0)                 # white
     y, x = place // side * patch, place % side * patch
     return images[..., y:y + patch + 2 * margin, x:x + patch + 2 * margin].cpu()
 
@@ -121,7 +121,7 @@ def mind_arrays(reference, model, vq, prompts, before, after, settings):
         top_logp.append(likeliest.values)
     kl = argrpo.kl_exact(everything[1], everything[0])                               # (Q, N)
     top = torch.stack(top)                                                           # (2, Q, N, 5)
-    patches, patch_of = painted_patches(vq, tokens, top, kl)
+    patches, patch_of = painted_patches(vq, tokens, top, kl, settings.micro_batch)
     numbers = dict(entropy=entropy, logp=logp, top_logp=top_logp)
     return {
         "mind_pictures": as_bytes(torch.stack([p.images[i] for p, i in zip(pairs, samples)])),
@@ -133,18 +133,21 @@ def mind_arrays(reference, model, vq, prompts, before, after, settings):
     }
 
 
-def painted_patches(vq, tokens, top, kl):
+def painted_patches(vq, tokens, top, kl, micro_batch=None):
     """Patches (K, 3, h, w) of the codes in top (2, Q, N, 5), and which patch is whose.
 
     The tokens of which the policies disagree most come first, until SECONDS are over."""
     patches, patch_of = [], torch.full(top.shape, -1)
     deadline = time.perf_counter() + SECONDS
-    Q, N = tokens.shape
     for place in kl.mean(dim=0).argsort(descending=True).tolist():
-        for q in range(Q):
-            codes, which = top[:, q, place].unique(return_inverse=True)              # (k,), (2, 5)
-            patch_of[:, q, place] = which.cpu() + sum(map(len, patches))
-            patches.append(paint(vq, tokens[q], place, codes))
+        images, codes = [], []                   # all different codes of all pictures, one by one
+        for q, picture in enumerate(tokens):
+            some, which = top[:, q, place].unique(return_inverse=True)               # (k,), (2, 5)
+            patch_of[:, q, place] = which.cpu() + sum(map(len, patches)) + len(codes)
+            images += [picture] * len(some)
+            codes += some.tolist()
+        patches.append(paint(vq, torch.stack(images), place,
+                             torch.tensor(codes, device=tokens.device), micro_batch))
         if time.perf_counter() > deadline:
             break
     return torch.cat(patches), patch_of
