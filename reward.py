@@ -69,6 +69,7 @@ MODULES = {
     "qwen_fake": "rewards.vlm",
     "qwen_weird": "rewards.vlm",
     "geneval": "rewards.geneval",
+    "imagenet": "rewards.imagenet",
     "ocr": "rewards.ocr",
 }
 
@@ -275,8 +276,9 @@ class RewardSet:
 def items_of(spec):
     """The rewards that a text asks for: yields (file or None, name, weight).
 
-    A mixture is spelled out."""
-    item_pattern = r"\s*(?:(?P<file>[^:]+\.py):)?(?P<name>\w+)(?::(?P<weight>[^:]+))?\s*"
+    A mixture is spelled out.  "imagenet:resnet50" is one name: the reward, and its classifier."""
+    item_pattern = (r"\s*(?:(?P<file>[^:]+\.py):)?(?P<name>imagenet:[a-z]\w+|\w+)"
+                    r"(?::(?P<weight>[^:]+))?\s*")
     for item in spec.split(","):
         match = re.fullmatch(item_pattern, item)
         if match is None:
@@ -317,10 +319,13 @@ def factory_of(file, name):
     if file:
         reward = load_function(file, name)
         return reward if inspect.isclass(reward) else lambda device: reward
+    name, _, model = name.partition(":")
     if name in MODULES:
         importlib.import_module(MODULES[name])   # which registers the name
     if name not in REGISTRY:
         raise ValueError(f"unknown reward {name!r}: there are {known_rewards()}")
+    if model:
+        return lambda device: REGISTRY[name](device, model)
     return REGISTRY[name]
 
 

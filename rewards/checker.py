@@ -1,9 +1,11 @@
 """The command line of `python reward.py`: scores pictures with a reward, or examines the reward.
 
-A reward is examined on pictures that the toy draws before training.  Each finding says in plain
-words whether the reward does what training relies on: one finite number per image, the same for
-the same image, whatever else is in the batch; and different ones within a group, for otherwise
-there is nothing to learn from.
+A reward is examined on pictures that the toy draws before training, or, if it has a method
+`examples()`, on those that it brings along: [(prompt, [(what it shows, image (3, H, W)), ...]),
+...], as many pictures for each prompt, the best first.  Each finding says in plain words whether
+the reward does what training relies on: one finite number per image, the same for the same image,
+whatever else is in the batch; and different ones within a group, for otherwise there is nothing to
+learn from.
 """
 
 import argparse
@@ -11,13 +13,12 @@ import json
 import sys
 import time
 
-import numpy as np
 import torch
-from PIL import Image
 
 import toy
 from argrpo import Prompts, draw_images, rng_for
 from reward import build_rewards
+from rewards.pictures import read_picture
 
 PROMPTS, SAMPLES = 4, 8                          # of the toy's pictures: groups, and images of each
 
@@ -96,12 +97,40 @@ def check(rewards, images, prompts, group_size):
     yield "speed", True, f"{milliseconds:.2f} ms per image, the first time, on {images.device}"
 
 
+def ranked(rewards, groups, device):
+    """Prints what each of a reward's own pictures scores: yields whether the best score best."""
+    right = 0
+    for prompt, pictures in groups:
+        images = torch.stack([image for _, image in pictures]).to(device)
+        scores = rewards(images, [prompt] * len(images))[0].tolist()
+        print(f"{prompt}")
+        for (what, _), score in zip(pictures, scores):
+            print(f"    {score:8.3f}  {what}")
+        right += scores[0] > max(scores[1:])
+    finding = f"the first picture scores best for {right} of {len(groups)} prompts"
+    yield verdict("ranking", right == len(groups), finding, finding)
+
+
 def examine(rewards, prompt, device):
-    """Prints what `check` finds on pictures of the toy.  Returns how many findings are bad."""
-    images, prompts = toy_batch(device)
+    """Prints what `check` finds on pictures of the toy, or on the reward's own if there is but one
+    reward and it has some.  Returns how many findings are bad."""
+    known = [reward.examples() for reward, _ in rewards.rewards.values()
+             if hasattr(reward, "examples")]
+    findings = []
+    if len(known) == len(rewards.rewards) == 1:
+        [groups] = known
+        size = len(groups[0][1])
+        images = torch.stack([image for _, group in groups for _, image in group]).to(device)
+        prompts = [text for text, group in groups for _ in group]
+        if not prompt:
+            findings += ranked(rewards, groups, device)
+    else:
+        images, prompts = toy_batch(device)
+        size = SAMPLES
     if prompt:
         prompts = [prompt] * len(prompts)
-    findings = list(check(rewards, images, prompts, SAMPLES))
+    rewards.check_prompts(prompts)
+    findings += check(rewards, images, prompts, size)
     for what, good, finding in findings:
         mark = "ok " if good else "BAD"
         print(f"{mark}  {what:<10}  {finding}")
@@ -110,9 +139,7 @@ def examine(rewards, prompt, device):
 
 def score(rewards, path, prompt, device):
     """Prints the scores of one picture, as a line of JSON."""
-    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))         # (H, W, 3)
-    image = pixels.permute(2, 0, 1).to(device) / 255
-    total, parts = rewards(image[None], [prompt])
+    total, parts = rewards(read_picture(path)[None].to(device), [prompt])
     scores = {"image": path, "reward": total.item()}
     for name, part in parts.items():
         scores[name] = part.item()
@@ -127,7 +154,7 @@ def arguments(argv):
     parser.add_argument("--reward", metavar="SPEC",
                         help="the reward, as for training: name:weight,... or file.py:function")
     parser.add_argument("--check", metavar="SPEC",
-                        help="examine this reward on pictures of the toy")
+                        help="examine this reward on pictures of the toy or its own")
     parser.add_argument("--prompt", help="the prompt of the pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -143,6 +170,7 @@ def main(argv=None):
         rewards = build_rewards(args.check or args.reward, args.device)
         if args.check:
             return examine(rewards, args.prompt, args.device)
+        rewards.check_prompts([args.prompt or ""])
         for path in args.images:                 # one by one, for they may differ in size
             score(rewards, path, args.prompt or "", args.device)
         return 0

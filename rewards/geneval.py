@@ -17,19 +17,15 @@ from torchvision.models import detection
 from harness.captions import COLOUR_NAMES, coco_objects, requirements
 from reward import register
 from rewards.clip import open_clip_tower
+from rewards.sources import with_weights
 
 COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 
 
 def load_detector(device):
     """torchvision's Mask R-CNN, trained on COCO."""
-    try:
-        detector = detection.maskrcnn_resnet50_fpn_v2(weights="DEFAULT")
-    except OSError as error:
-        url = detection.MaskRCNN_ResNet50_FPN_V2_Weights.DEFAULT.url
-        raise FileNotFoundError(f"reward 'geneval' cannot download its detector ({error}); "
-                                f"get {url} where there is a network, and put it into "
-                                f"{torch.hub.get_dir()}/checkpoints") from None
+    weights = detection.MaskRCNN_ResNet50_FPN_V2_Weights.DEFAULT
+    detector = with_weights("geneval", detection.maskrcnn_resnet50_fpn_v2, weights)
     return detector.to(device).eval().requires_grad_(False)
 
 

