@@ -62,8 +62,8 @@ def opened(request, runs, driver):
 
 def sizes_of(driver, selector):
     return driver.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map(e => [e.offsetWidth, "
-        "e.offsetHeight])", selector)
+        "return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect())"
+        ".map(box => [box.width, box.height])", selector)
 
 
 def click(driver, selector, number=0):

@@ -54,7 +54,8 @@ KEPT = ("", "/distance", "/centres", "/sizes", "/layouts")               # D, an
 def test_a_run_leaves_what_the_design_promises(finished):
     out, summary = finished
     files = {"config.json", "metrics.jsonl", "summary.json", "before_after.png", "curves.png",
-             "last.pt", "previous.pt", "model.pt"}
+             "last.pt", "previous.pt", "model.pt", "report.html", "report.npz", "progress",
+             "progress.gif"}
     assert {path.name for path in out.iterdir()} == files
     assert summary == json.loads((out / "summary.json").read_text())
     names = {"reward", "reward/shapes", "reward/jpeg", "verified", "entropy", "diversity"}
