@@ -34,7 +34,8 @@ def test_rmsnorm_does_not_centre():
 def test_rmsnorm_treats_each_position_alone():
     x = torch.randn(2, 3, 4)
     together, norm = RMSNorm(4, 1e-5)(x), RMSNorm(4, 1e-5)
-    alone = torch.stack([torch.stack([norm(position) for position in row]) for row in x])
+    alone = torch.cat([torch.cat([norm(x[i:i + 1, j:j + 1]) for j in range(3)], dim=1)
+                       for i in range(2)])
     same(together, alone, "RMSNorm's mean is over the channels of one position, the last axis")
 
 
@@ -92,10 +93,10 @@ def test_the_table_is_zero_at_the_condition_positions():
 
 
 def test_rope_turns_neighbouring_channels():
-    """A quarter turn takes (1, 0) to (0, 1) and (0, 1) to (-1, 0).  See apply_rope."""
+    """A quarter turn takes (1, 2) to (-2, 1) and (3, 4) to (-4, 3).  See apply_rope."""
     quarter = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])               # cos, sin of two pairs
-    x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
-    same(apply_rope(x, quarter).flatten(), [0.0, 1.0, -1.0, 0.0],
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    same(apply_rope(x, quarter).flatten(), [-2.0, 1.0, -4.0, 3.0],
          "channels 0 and 1 are a pair, 2 and 3 the next; the turn is counterclockwise")
 
 
@@ -127,28 +128,6 @@ def test_queries_and_keys_are_turned_and_values_are_not():
         same(ours, right, f"{name} are {verb}")
 
 
-@BOTH
-def test_every_position_gets_its_own_row_of_the_table(model_type, monkeypatch):
-    """The condition's come first, then token i's is T + i: in forward, in prefill and in decoding.
-    See Transformer.hidden, prefill and decode_step."""
-    model, (cond, mask) = tiny_model(model_type), tiny_condition(model_type)
-    T, given, honest = model.config.cls_token_num, [], argrpo.Attention.qkv
-
-    def qkv(self, x, rope):
-        given.append(rope)
-        return honest(self, x, rope)
-    monkeypatch.setattr(argrpo.Attention, "qkv", qkv)
-    model(torch.zeros(3, 16, dtype=torch.long), cond, mask)
-    assert torch.equal(given[0], model.rope[:T + 15]), "forward: positions 0 .. T + N - 2"
-    given.clear()
-    _, cache = model.prefill(cond, mask)
-    assert torch.equal(given[0], model.rope[:T]), "prefill: the T condition positions"
-    for i in range(15):
-        given.clear()
-        model.decode_step(torch.zeros(3, dtype=torch.long), i, cache, mask)
-        assert torch.equal(given[0], model.rope[T + i:T + i + 1]), f"token {i} is at place T + {i}"
-
-
 # --- attention ---------------------------------------------------------------------------------
 
 def attention_by_hand(attention, x, rope, sees):
@@ -164,8 +143,17 @@ def attention_by_hand(attention, x, rope, sees):
     return attention.wo(torch.cat(list(out.unbind(1)), dim=-1))      # heads side by side
 
 
+def test_attention_by_hand():
+    """Where everybody sees everybody: softmax(q k / sqrt(C/H)) v, head by head, then wo."""
+    attention = argrpo.Attention(GPTConfig(**ROPE))
+    x, rope = 2 * torch.randn(2, 9, 16), rope_table(GPTConfig(**ROPE))[1:]
+    ours, _ = attention(x, rope, torch.ones(2, 1, 9, 9, dtype=torch.bool))
+    same(ours, attention_by_hand(attention, x, rope, [[list(range(9))] * 9] * 2),
+         "attention is wo( softmax(q k / sqrt(C/H)) v ), head by head")
+
+
 def test_attention_looks_back_and_at_itself():
-    """softmax(q k / sqrt(C/H)) v, head by head, over the positions up to one's own."""
+    """Without a mask, over the positions up to one's own."""
     attention = argrpo.Attention(GPTConfig(**ROPE))
     x, rope = torch.randn(2, 9, 16), rope_table(GPTConfig(**ROPE))[:9]
     ours, _ = attention(x, rope)
@@ -215,7 +203,8 @@ def test_swiglu_gates_with_silu():
 def test_the_feed_forward_width_is_8_thirds_rounded_up(dim, multiple_of, width):
     with torch.device("meta"):
         ffn = argrpo.FeedForward(GPTConfig(dim=dim, n_layer=1, n_head=2, multiple_of=multiple_of))
-    assert ffn.w1.out_features == ffn.w3.out_features == ffn.w2.in_features == width
+    assert ffn.w1.out_features == ffn.w3.out_features == ffn.w2.in_features == width, (
+        "int(8/3 of C), rounded up to the next multiple of multiple_of")
 
 
 def test_a_block_adds_to_the_residual_stream():
@@ -233,3 +222,27 @@ def test_a_block_adds_to_the_residual_stream():
         cache = [F.pad(part[:, :, :8], (0, 0, 0, 1)) for part in (keys, values)]
         step = block.decode_step(x[:, 8:], rope[8:], cache, 8)
         same(step[:, 0], right[:, 8], "decoding adds the same two to the residual stream")
+
+
+# --- the table in use -------------------------------------------------------------------------
+
+@BOTH
+def test_every_position_gets_its_own_row_of_the_table(model_type, monkeypatch):
+    """The condition's come first, then token i's is T + i: in forward, in prefill and in decoding.
+    See Transformer.hidden, prefill and decode_step."""
+    model, (cond, mask) = tiny_model(model_type), tiny_condition(model_type)
+    T, given, honest = model.config.cls_token_num, [], argrpo.Attention.qkv
+
+    def qkv(self, x, rope):
+        given.append(rope)
+        return honest(self, x, rope)
+    monkeypatch.setattr(argrpo.Attention, "qkv", qkv)
+    model(torch.zeros(3, 16, dtype=torch.long), cond, mask)
+    assert torch.equal(given[0], model.rope[:T + 15]), "forward: positions 0 .. T + N - 2"
+    given.clear()
+    _, cache = model.prefill(cond, mask)
+    assert torch.equal(given[0], model.rope[:T]), "prefill: the T condition positions"
+    for i in range(15):
+        given.clear()
+        model.decode_step(torch.zeros(3, dtype=torch.long), i, cache, mask)
+        assert torch.equal(given[0], model.rope[T + i:T + i + 1]), f"token {i} is at place T + {i}"

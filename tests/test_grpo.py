@@ -17,6 +17,17 @@ from argrpo import group_advantages, group_statistics, grpo_loss, kl_exact, kl_k
 TWO_GROUPS = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 6.0])
 
 
+def test_a_better_image_has_a_positive_advantage():
+    A = group_advantages(torch.tensor([0.0, 1.0, 1.0, 0.0]), 4)
+    assert (A > 0).tolist() == [False, True, True, False], "more reward, more advantage"
+
+
+def test_groups_do_not_see_each_other():
+    a, b = torch.randn(8), torch.randn(8) * 100
+    same(group_advantages(torch.cat([a, b]), 8)[:8], group_advantages(a, 8),
+         "an image is compared with its own group: G neighbours, not every P-th image")
+
+
 def test_advantages_by_hand():
     """Group (1, 2, 3): mean 2, unbiased std 1.  Group (0, 0, 6): mean 2, std sqrt(12)."""
     s, t = 1 + 1e-4, math.sqrt(12) + 1e-4
@@ -29,17 +40,6 @@ def test_advantages_without_scale_only_centre():
     """Dr. GRPO."""
     same(group_advantages(TWO_GROUPS, 3, scale=False), [-1.0, 0.0, 1.0, -2.0, -2.0, 4.0],
          "without scale A is r - mean")
-
-
-def test_groups_do_not_see_each_other():
-    a, b = torch.randn(8), torch.randn(8) * 100
-    same(group_advantages(torch.cat([a, b]), 8)[:8], group_advantages(a, 8),
-         "an image is compared with its own group: G neighbours, not every P-th image")
-
-
-def test_a_better_image_has_a_positive_advantage():
-    A = group_advantages(torch.tensor([0.0, 1.0, 1.0, 0.0]), 4)
-    assert (A > 0).tolist() == [False, True, True, False], "more reward, more advantage"
 
 
 def test_equal_rewards_give_exactly_zero():
@@ -159,7 +159,7 @@ def test_the_loss_is_a_mean_over_images_and_tokens():
     """So it does not grow with the number of tokens or images."""
     logp, A = torch.zeros(2, 3), torch.tensor([1.0, -3.0])
     loss, _ = grpo_loss(logp, logp, None, A)
-    assert loss.item() == pytest.approx(1.0), "-(1 - 3) / 2"
+    assert loss.item() == pytest.approx(1.0), "the mean: -(1 - 3) / 2"
 
 
 def test_kl_is_added_with_its_weight():

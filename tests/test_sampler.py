@@ -18,11 +18,16 @@ def repeat(x, times):
 
 # --- one draw ----------------------------------------------------------------------------------
 
+def test_each_row_draws_for_itself():
+    codes = sample_inverse_cdf(torch.zeros(50, 11).log_softmax(-1))
+    assert len(codes.unique()) > 5, "every row needs a random number of its own"
+
+
 def test_the_first_code_at_which_the_cumulative_probability_reaches_a_uniform_number(monkeypatch):
     """Of (0, 0.25, 0.5, 0.25, 0): up to 0.25 is code 1, up to 0.75 code 2, up to 1 code 3.  See
     sample_inverse_cdf, which draws 1 - torch.rand, a number in (0, 1]."""
     numbers = torch.tensor([1e-9, 0.2499, 0.2501, 0.7499, 0.7501, 1.0], dtype=torch.double)
-    monkeypatch.setattr(torch, "rand", lambda *size, **how: 1 - numbers.view(size))
+    monkeypatch.setattr(torch, "rand", lambda n, *_, **how: 1 - numbers[:n, None])
     p = torch.tensor([0.0, 0.25, 0.5, 0.25, 0.0])
     codes = sample_inverse_cdf(p.log().expand(6, 5)).tolist()
     assert codes == [1, 1, 2, 2, 3, 3], "the first code whose cumulative probability reaches it"
@@ -38,11 +43,6 @@ def test_draws_follow_the_distribution():
     assert (codes != 4).all(), "a code of probability 0 is never drawn"
 
 
-def test_each_row_draws_for_itself():
-    codes = sample_inverse_cdf(torch.zeros(50, 11).log_softmax(-1))
-    assert len(codes.unique()) > 5, "every row needs a random number of its own"
-
-
 def test_a_draw_from_nothing_is_still_a_code():
     """A broken model's log-probabilities will say so; the sampler must not index out of range."""
     assert sample_inverse_cdf(torch.full((2, 5), torch.nan)).tolist() == [4, 4]
@@ -51,7 +51,7 @@ def test_a_draw_from_nothing_is_still_a_code():
 # --- top-k and top-p ---------------------------------------------------------------------------
 
 def kept(logits, **how):
-    return torch.isfinite(filter_logits(logits, **how))[0].tolist()
+    return torch.isfinite(filter_logits(logits.clone(), **how))[0].tolist()
 
 
 def test_top_k_and_top_p_by_hand():
@@ -104,6 +104,21 @@ def test_guidance_and_temperature_by_hand():
     same(logp, right.gather(-1, tokens[..., None])[..., 0],
          "log-probs are of null + scale (prompted - null), over the temperature")
     same(entropy, -(right.exp() * right).sum(-1), "the entropy is that of the same distribution")
+
+
+@BOTH
+def test_each_token_is_read_at_its_own_place(model_type):
+    """Token i - 1, fed at place i - 1 with its caption's mask, predicts token i.  See generate."""
+    model, (cond, mask) = tiny_model(model_type), tiny_condition(model_type)
+    step = model.decode_step = Spy(model.decode_step)
+    tokens, _ = generate(model, cond, mask, cfg_scale=2.0, samples_per_prompt=2)
+    for i, (args, _) in enumerate(step.calls):
+        assert args[1] == i, "token i is fed as number i"
+        assert torch.equal(args[0], tokens[:, i].repeat(2)), "both branches read the same tokens"
+        if mask is not None:
+            right = mask.repeat_interleave(2, dim=0).repeat(2, 1)
+            assert args[3] is not None, "the captions' masks are lost after the prefill"
+            assert torch.equal(args[3], right), "each row has its own caption's mask"
 
 
 @BOTH
@@ -187,16 +202,6 @@ def test_the_generator_makes_it_repeatable():
     assert torch.equal(torch.get_rng_state(), state), "a generator is given: use it, and no other"
 
 
-def test_each_token_is_read_at_its_own_place():
-    """Token i - 1, fed at place i - 1, gives the prediction of token i.  See generate."""
-    model = tiny_model()
-    step = model.decode_step = Spy(model.decode_step)
-    tokens, _ = generate(model, torch.arange(2), cfg_scale=2.0)
-    assert [args[1] for args, _ in step.calls] == list(range(15))
-    for i, (args, _) in enumerate(step.calls):
-        assert torch.equal(args[0], tokens[:, i].repeat(2)), "both branches read the same tokens"
-
-
 @BOTH
 def test_a_prefix_is_kept_and_the_rest_is_drawn(model_type):
     """Its log-probabilities are those of the policy, and what follows depends on it."""
@@ -269,7 +274,8 @@ def test_autocast_is_for_gpus_and_remembers_no_weights(monkeypatch):
     monkeypatch.setattr(torch, "autocast", made)
     for kind, on in (("cuda", True), ("cpu", False)):
         given, how = argrpo.autocast(torch.device(kind))
-        assert given == (kind, torch.bfloat16, on) and how == {"cache_enabled": False}
+        assert given == (kind, torch.bfloat16, on), "bfloat16 on a GPU, and only there"
+        assert how == {"cache_enabled": False}, "autocast must not keep rounded weights"
 
 
 # --- bad input ---------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""What the loop needs: prompts, images, random streams.  argrpo.py, section 4.  One idea a test."""
+"""What the loop needs: prompts, images, optimizer, random streams.  argrpo.py, section 4."""
 
+import pytest
 import torch
-from conftest import Loop, same, seeds_of
+from conftest import Loop, same, seeds_of, tiny_model
 
 import argrpo
-from argrpo import Prompts
+from argrpo import GRPOConfig, Prompts
 
 # --- prompts and images ------------------------------------------------------------------------
 
@@ -24,8 +25,9 @@ def test_a_prompts_text_condition_and_mask_stay_together():
     """See Prompts.pick, which may be asked for a prompt twice and in any order."""
     prompts = Prompts(list("abc"), torch.arange(3.0).view(3, 1, 1), torch.eye(3, dtype=torch.bool))
     texts, cond, mask = prompts.pick(torch.tensor([2, 0, 2]), "cpu")
-    assert texts == ["c", "a", "c"] and cond.flatten().tolist() == [2, 0, 2]
-    assert mask.int().tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
+    assert texts == ["c", "a", "c"], "the texts of prompts 2, 0 and 2"
+    assert cond.flatten().tolist() == [2, 0, 2], "their conditions"
+    assert mask.int().tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]], "their masks"
     assert Prompts(list("abc"), torch.arange(3)).pick(torch.tensor([1]), "cpu")[2] is None
 
 
@@ -37,6 +39,32 @@ def test_images_go_from_minus_1_1_to_0_1_and_are_cut_there():
     for micro_batch in (None, 2):
         ours = argrpo.to_images(Decoder(), torch.arange(5).view(5, 1), micro_batch)
         same(ours.flatten(), [0.0, 0.0, 0.5, 1.0, 1.0], "(x + 1) / 2, clamped to [0, 1], in order")
+
+
+# --- the optimizer ---------------------------------------------------------------------------
+
+def test_learning_rate_warms_up_and_decays():
+    def rates(**settings):
+        config = GRPOConfig(steps=4, lr=0.1, **settings)
+        return [argrpo.learning_rate(config, step) for step in range(4)]
+
+    assert rates(warmup_steps=3, lr_end=1.0) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1]), (
+        "up to lr in warmup_steps, the first of them at lr / warmup_steps")
+    assert rates(warmup_steps=1, lr_end=0.0) == pytest.approx([0.1, 0.075, 0.05, 0.025]), (
+        "down in a straight line, to 0 after all steps")
+    assert rates(warmup_steps=1, lr_end=0.6) == pytest.approx([0.1, 0.09, 0.08, 0.07]), (
+        "down to lr_end of lr")
+
+
+def test_the_optimizer_is_adamw_with_llamagens_betas():
+    model = tiny_model()
+    optimizer = argrpo.make_optimizer(model, GRPOConfig(lr=0.3, weight_decay=0.7))
+    assert type(optimizer) is torch.optim.AdamW
+    group, = optimizer.param_groups
+    assert group["betas"] == (0.9, 0.95), "LlamaGen's betas"
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.7), "lr and weight_decay are config's"
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()], (
+        "all parameters are trained, the null branch's too")
 
 
 # --- random streams ----------------------------------------------------------------------------

@@ -98,28 +98,6 @@ def test_continuing_equals_never_stopping():
     assert metrics == first + second
 
 
-# --- the optimizer ---------------------------------------------------------------------------
-
-def test_learning_rate_warms_up_and_decays():
-    def rates(**settings):
-        config = GRPOConfig(steps=4, lr=0.1, **settings)
-        return [argrpo.learning_rate(config, step) for step in range(4)]
-
-    assert rates(warmup_steps=3, lr_end=1.0) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
-    assert rates(warmup_steps=1, lr_end=0.0) == pytest.approx([0.1, 0.075, 0.05, 0.025])
-    assert rates(warmup_steps=1, lr_end=0.6) == pytest.approx([0.1, 0.09, 0.08, 0.07])
-
-
-def test_the_optimizer_is_adamw_with_llamagens_betas():
-    model = tiny_model()
-    optimizer = argrpo.make_optimizer(model, GRPOConfig(lr=0.3, weight_decay=0.7))
-    assert type(optimizer) is torch.optim.AdamW
-    group, = optimizer.param_groups
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.3, (0.9, 0.95), 0.7)
-    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()], (
-        "all parameters are trained, the null branch's too")
-
-
 # --- that it learns --------------------------------------------------------------------------
 
 def test_reward_rises_on_the_tiny_model():

@@ -53,14 +53,14 @@ def test_the_reward_reads_each_images_own_prompt(model_type):
 def test_the_rollout_draws_with_the_settings_of_the_policy(model_type, spy):
     """Guidance and temperature of the config, no top-k and top-p, G images of each prompt."""
     drawn, loop = spy(argrpo, "generate"), Loop(model_type)
-    step = loop.step()
-    for (model, *_), how in drawn.calls:
+    loop.step()
+    for (model, _, mask), how in drawn.calls:
         assert model is loop.model, "without the sampler seam the model itself draws the rollout"
-        assert (how["cfg_scale"], how["temperature"]) == (2.0, 1.3), (
+        assert (how.get("cfg_scale"), how.get("temperature")) == (2.0, 1.3), (
             "the rollout is drawn with the config's cfg_scale and temperature")
+        assert (mask is None) == (model_type == "c2i"), "the captions' masks go to the sampler"
         assert how["samples_per_prompt"] == 3, "group_size images of each prompt"
         assert not {"top_k", "top_p", "greedy", "prefix"} & set(how), "all codes can be drawn"
-    assert step.metrics["mismatch"] < 1e-4, "the sampler's log-probs are the learner's"
 
 
 @BOTH
@@ -72,6 +72,7 @@ def test_the_old_log_probs_are_the_policys_own(model_type):
         right = loop.policy(loop.start, step)
     same(step.logp, of_tokens(right, step.tokens), "pi_old is the policy that drew the images")
     same(step.entropy, -(right.exp() * right).sum(-1), "the entropy is that of pi_old")
+    assert step.metrics["mismatch"] < 1e-4, "the sampler's log-probs are the learner's"
 
 
 @BOTH
