@@ -248,7 +248,7 @@ FAULTS = {
         reversed_reward, {"reward": falls_by(0.1), "verified": falls_by(0.1)}),
     "kl_runaway": Fault(
         "the KL term has the wrong sign: it rewards distance from the reference",
-        kl_runaway, {"kl": is_above(0.5)}),
+        kl_runaway, {"kl": is_above(0.2)}),
     "entropy_collapse": Fault(
         "something besides the reward makes the policy deterministic",
         entropy_collapse, {"entropy": is_below(0.05)}),

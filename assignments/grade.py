@@ -21,11 +21,10 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # before torch: forked children have one thread
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import torch  # noqa: E402
-
 import checks  # noqa: E402
 import source  # noqa: E402
 import tasks  # noqa: E402
+import torch  # noqa: E402
 from checks import LEVELS, Draw, flat, part1, part2, part3, same  # noqa: E402, F401
 from sandbox import Job, in_words, run_all  # noqa: E402
 
@@ -45,6 +44,7 @@ class Wrong(NamedTuple):
     error: str
     inputs: list
     wanted: list
+    levels: list                                 # what `compute` gave, at all levels
 
 
 def load_reference(variant=None):
@@ -107,13 +107,13 @@ class Grader:
         for check in checks.of_item(item["id"]):
             wanted, outcome = right.value[check.says], outcomes[item["id"], check.says]
             if outcome.error:
-                wrong.append(Wrong(check, None, outcome.error, [], []))
+                wrong.append(Wrong(check, None, outcome.error, [], [], []))
                 continue
             for (got, error, inputs), (should, broken, _) in zip(outcome.value, wanted):
                 if broken:
                     raise RuntimeError(f"the reference itself fails at {item['id']}: {broken}")
                 if error or not same(got, should, check.tolerance):
-                    wrong.append(Wrong(check, got, error, inputs, should))
+                    wrong.append(Wrong(check, got, error, inputs, should, outcome.value))
                     break
         return wrong
 
@@ -163,28 +163,32 @@ class Grader:
 def mistakes_of(item, text):
     """The entries of mistakes/ for an item whose `find` stands in its body (variants differ)."""
     entries = source.read_toml(f"mistakes/part{item['id'][0]}.toml").get(item["id"], [])
-    return [m for m in entries if source.body(text, item).count(m["find"]) == 1]
+    body = source.body(text, item)
+    return [m for m in entries if body.count(m["find"]) == 1]
+
+
+def mistaken_body(text, item, mistake):
+    body = source.body(text, item)
+    for exchange in (mistake, *([mistake["also"]] if "also" in mistake else [])):
+        body = body.replace(exchange["find"], exchange["put"])
+    return body
 
 
 def mistaken(text, item, mistake):
     """The text with the mistake in the item's body."""
-    body = source.body(text, item)
-    for exchange in (mistake, *([mistake["also"]] if "also" in mistake else [])):
-        body = body.replace(exchange["find"], exchange["put"])
-    return source.with_body(text, item, body)
+    return source.with_body(text, item, mistaken_body(text, item, mistake))
 
 
 def same_failure(wrong, levels):
-    """Whether a mistake fails a check as the submission does: with the same values or error."""
-    for got, error, inputs in levels or ():
-        if [x.shape for x in inputs] != [x.shape for x in wrong.inputs]:
-            continue
-        if wrong.error:
-            return error.split(": ", 1)[-1] == wrong.error.split(": ", 1)[-1]
-        if got is not None and wrong.got is not None:
-            return (same(got, wrong.got, wrong.check.tolerance)
-                    and not same(got, wrong.wanted, wrong.check.tolerance))
-    return False
+    """Whether a mistake computes at all levels of a check what the submission computed."""
+    if not wrong.levels or len(wrong.levels) != len(levels or ()):
+        return False
+    for (ours, our_error, _), (theirs, their_error, _) in zip(levels, wrong.levels):
+        if our_error.split(": ", 1)[-1] != their_error.split(": ", 1)[-1]:
+            return False
+        if ours is not None and not same(ours, theirs, wrong.check.tolerance):
+            return False
+    return True
 
 
 def describe(wrong):

@@ -72,6 +72,7 @@ class Child:
             silence = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(silence, stream)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
             seconds = int(self.job.seconds) + 1
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             room = virtual_size() + int(memory)

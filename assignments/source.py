@@ -7,6 +7,7 @@ comment such as "# 4. Advantages" and ends at the next such comment.  argrpo.py 
 import ast
 import re
 import textwrap
+from functools import cache
 from pathlib import Path
 
 try:
@@ -19,6 +20,10 @@ ROOT = HERE.parent
 MARKER = re.compile(r" +# (\d+\. \w+|For the log)")
 
 
+parse = cache(ast.parse)                         # nobody changes these trees
+
+
+@cache
 def read_toml(name):
     return tomllib.loads((HERE / name).read_text())
 
@@ -95,7 +100,7 @@ def body_lines(text, item):
         while not lines[last - 1].strip():
             last -= 1
     else:
-        node = find_function(ast.parse(text), item["function"])
+        node = find_function(parse(text), item["function"])
         statements = node.body[1:] if ast.get_docstring(node) else node.body
         before = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
         first, last = before + 1, statements[-1].end_lineno
@@ -117,7 +122,7 @@ def with_body(text, item, new):
 
 def with_docstring(text, item, docstring):
     """The text with the docstring of the item's function exchanged."""
-    node = find_function(ast.parse(text), item["function"])
+    node = find_function(parse(text), item["function"])
     lines, old = text.splitlines(), node.body[0]
     new = textwrap.indent(f'"""{docstring.strip()}\n"""', " " * old.col_offset)
     lines[old.lineno - 1:old.end_lineno] = new.splitlines()

@@ -83,7 +83,8 @@ def flat(value):
 
 
 def same(got, wanted, tolerance):
-    """Whether two flat lists agree: kinds of numbers, shapes, and values within the tolerance."""
+    """Whether two flat lists agree: kinds of numbers, shapes, and values within the tolerance,
+    which is relative to the largest value of a tensor if that is above 1."""
     if len(got) != len(wanted):
         return False
     return all(same_leaf(a, b, tolerance) for a, b in zip(got, wanted))
@@ -97,8 +98,10 @@ def same_leaf(a, b, tolerance):
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
         return False
-    relative = tolerance if tolerance > 1e-4 else 1e-5
-    return torch.allclose(a.double(), b.double(), relative, tolerance, equal_nan=True)
+    a, b = a.double(), b.double()
+    finite = b[b.isfinite()].abs()
+    scale = max(1.0, finite.max().item()) if len(finite) else 1.0
+    return torch.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
 def raises(function, *args, **kwargs):

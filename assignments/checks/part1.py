@@ -305,7 +305,7 @@ def _(m, d):
 @check("1.8", "codes are drawn with the probability that is returned", tolerance=0.02)
 def _(m, d):
     model, cond = transformer(m, d, vocab_size=3), d.codes(3, 1)
-    tokens, logp = m.generate(model, cond, samples_per_prompt=DRAWS // 4, cfg_scale=1.5,
+    tokens, logp = m.generate(model, cond, samples_per_prompt=DRAWS, cfg_scale=1.5,
                               generator=d.generator())
     learner, _ = m.token_logp(model, tokens[:50], cond.expand(50), cfg_scale=1.5)
     return frequencies(tokens[:, :2], 3), frequencies(tokens[:, 2:], 3), logp[:50] - learner

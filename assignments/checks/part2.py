@@ -13,7 +13,7 @@ from checks import check, raises, with_gradients
 def scored(m, d, cfg_scale=1.0, temperature=1.0, entropy_grad=True):
     """chunk_logp of drawn hidden states and tokens, with its gradients by the hidden states."""
     B, n, C, V = d.size(1, 3), d.size(1, 4), d.size(2, 5), d.size(3, 8)
-    weight = d.normal(V, C)
+    weight = 0.4 * d.normal(V, C)
     model = SimpleNamespace(output=lambda hidden: hidden @ weight.T)
     hidden, tokens = d.normal(B if cfg_scale == 1 else 2 * B, n, C), d.codes(V, B, n)
     return with_gradients(lambda h: m.chunk_logp(model, h, tokens, cfg_scale, temperature,
@@ -44,7 +44,8 @@ def _(m, d):
 def _(m, d):
     hidden = 300 * d.normal(1, d.size(1, 3), 4)
     model = SimpleNamespace(output=lambda hidden: hidden)
-    return m.chunk_logp(model, hidden, d.codes(4, *hidden.shape[:2]), 1.0, 1.0, True)
+    logp, entropy = m.chunk_logp(model, hidden, d.codes(4, *hidden.shape[:2]), 1.0, 1.0, True)
+    return logp, entropy.isfinite().all()
 
 
 # --- 2.2 and 2.3: statistics and advantages ---------------------------------------------------

@@ -1,0 +1,198 @@
+"""Makes the students' folder, and Gradescope's zip, from the repository itself.
+
+    python assignments/make.py --out handout/                     # and handout.key.json beside it
+    python assignments/make.py --out handout/ --debug-seed 7      # other runs to debug
+    python assignments/make.py --out handout/ --variant loo       # another objective
+    python assignments/make.py --gradescope grader.zip --key handout.key.json --seed 12345
+
+STAFF.md tells the rest.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import faults  # noqa: E402
+import grade  # noqa: E402
+import source  # noqa: E402
+import torch  # noqa: E402
+from source import HERE, ITEMS, PARTS, ROOT  # noqa: E402
+
+PUBLIC_SEED = 0
+GIVEN = ("vqgan.py", "reward.py", "pretrained.py", "diversity.py", "toy", "rewards/__init__.py",
+         "rewards/shapes.py", "LICENSE", "assignments/checks")
+GRADER = (*GIVEN, "argrpo.py", "harness", "assignments")
+SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+
+
+def copy(names, out):
+    """Copies files and folders of the repository to the same places under `out`."""
+    for name in names:
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=SKIPPED, dirs_exist_ok=True)
+        else:
+            shutil.copy(ROOT / name, target)
+
+
+def blanked(variant=None):
+    """argrpo.py with all items blank."""
+    text, docstrings = source.reference(variant), source.variant_of(variant).get("docstring", {})
+    for name in sorted(source.CODE_ITEMS, reverse=True):
+        item = ITEMS[name]
+        if name in docstrings:
+            item = item | {"docstring": docstrings[name]}
+        text = source.with_blank(text, item)
+    return text
+
+
+def make_handout(out, debug_seed=0, variant=None, steps=20):
+    """Makes the students' folder `out`, which must not exist or be empty.  Returns the key."""
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise SystemExit(f"{out} is not empty: name a new folder")
+    source.variant_of(variant)
+    copy(GIVEN, out)
+    shutil.move(out / "assignments/checks", out / "checks")
+    shutil.rmtree(out / "assignments")
+    shutil.copytree(HERE / "handout", out, ignore=SKIPPED, dirs_exist_ok=True)
+    (out / "argrpo.py").write_text(blanked(variant))
+    (out / "README.md").write_text(readme(variant))
+    hints = {name: {"name": source.label(item), "read": item["read"], "hints": item["hints"]}
+             for name, item in ITEMS.items()}
+    (out / "hints.json").write_text(json.dumps(hints, indent=1) + "\n")
+    torch.save(expected(variant), out / "expected.pt")
+    key = make_debug_runs(out / "debug", debug_seed, steps)
+    (out / "answers.toml").write_text("".join(
+        f'[{run}]\nfault = ""\nstep = -1\nmetric = ""\n\n' for run in key))
+    return key
+
+
+def expected(variant):
+    """What the reference computes in the public tests: {says: [flat values at each level]}."""
+    reference = grade.load_reference(variant)
+    values = {"seed": PUBLIC_SEED, "faults": list(faults.FAULTS)}
+    for check in grade.checks.CHECKS:
+        levels = grade.compute(reference, check, PUBLIC_SEED)
+        if any(error for _, error, _ in levels):
+            raise RuntimeError(f"the reference itself fails: {check.says}: {levels[-1][1]}")
+        values[check.says] = [value for value, _, _ in levels]
+    return values
+
+
+def make_debug_runs(folder, seed, steps):
+    """Six runs with a fault each, chosen by the seed: {run: {"fault", "shows"}}."""
+    rng, key = random.Random(seed), {}
+    for number, fault in enumerate(rng.sample(list(faults.FAULTS), 6), start=1):
+        for attempt in range(5):                 # a run may be too short to show its fault
+            try:
+                run_seed = rng.randrange(10 ** 6)
+                made = faults.make_run(folder / f"run_{number}", fault, run_seed, steps,
+                                       pictures=True)
+                break
+            except RuntimeError:
+                if attempt == 4:
+                    raise
+        key[f"run_{number}"] = {"fault": fault, "shows": made["shows"]}
+        print(f"made {folder}/run_{number}", flush=True)
+    return key
+
+
+def readme(variant):
+    rows = ["| item | what | points |", "|---|---|---|"]
+    for part in PARTS["part"]:
+        items = [i for i in ITEMS.values() if i["id"].startswith(f"{part['number']}.")]
+        points = sum(i["points"] for i in items)
+        rows.append(f"| **{part['number']}** | **{part['title']}**. Read: {part['reading']} "
+                    f"| **{points}** |")
+        rows += [f"| {i['id']} | {name_in_table(i)} | {i['points']} |" for i in items]
+    table = ["| fault | what is wrong |", "|---|---|"]
+    table += [f"| `{name}` | {fault.says} |" for name, fault in sorted(faults.FAULTS.items())]
+    says = source.variant_of(variant).get("says")
+    note = f"\n\n**The objective of this course is not the published one**: {says}. Mind the " \
+           "docstrings." if says else ""
+    text = (HERE / "handout/README.md").read_text()
+    for name, value in (("title", PARTS["title"]), ("variant", note), ("parts", "\n".join(rows)),
+                        ("faults", "\n".join(table))):
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def name_in_table(item):
+    if "section" in item:
+        return f"`train`, section \"{item['section']}\""
+    return f"`{source.label(item)}`"
+
+
+# ---------------------------------------------------------------------------------------------
+# Gradescope
+# ---------------------------------------------------------------------------------------------
+
+RUN_AUTOGRADER = """\
+#!/usr/bin/env bash
+# Gradescope runs this as /autograder/run_autograder.
+set -euo pipefail
+base=${{AUTOGRADER:-/autograder}}
+export OMP_NUM_THREADS=1
+mkdir -p "$base/results"
+"${{PYTHON:-python3}}" "$base/source/assignments/grade.py" "$base/submission" {options} \\
+    --key "$base/source/key.json" --json "$base/results/results.json"
+"""
+
+
+def make_gradescope(path, key, seed, variant=None):
+    """Writes the zip that Gradescope takes as an autograder."""
+    options = f"--seed {seed}"
+    if variant:
+        source.variant_of(variant)
+        options += f" --variant {variant}"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        copy(GRADER, out)
+        shutil.copy(HERE / "setup.sh", out / "setup.sh")
+        shutil.copy(key, out / "key.json")
+        (out / "run_autograder").write_text(RUN_AUTOGRADER.format(options=options))
+        for script in ("setup.sh", "run_autograder"):
+            (out / script).chmod(0o755)
+        shutil.make_archive(str(path.with_suffix("")), "zip", out)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Makes the handout, and Gradescope's zip.")
+    parser.add_argument("--out", type=Path, help="folder of the handout")
+    parser.add_argument("--debug-seed", type=int, default=0, help="of the runs to debug")
+    parser.add_argument("--variant", help="another objective: a name in variants.toml")
+    parser.add_argument("--gradescope", type=Path, help="zip to write, such as grader.zip")
+    parser.add_argument("--key", type=Path, help="key that was made with the handout; with --out "
+                                                 "where to write it (default: OUT.key.json)")
+    parser.add_argument("--seed", type=int, help="of the hidden inputs, for --gradescope")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if not args.out and not args.gradescope:
+        parser.error("say what to make: --out FOLDER, or --gradescope FILE.zip")
+    key = args.key or (args.out and args.out.with_name(args.out.name + ".key.json"))
+    if args.gradescope and (args.seed is None or key is None):
+        parser.error("--gradescope needs --seed, which students must not know, and --key")
+    if args.gradescope and args.gradescope.suffix != ".zip":
+        parser.error(f"Gradescope takes a file that ends in .zip, not {args.gradescope}")
+    if args.out:
+        key.write_text(json.dumps(make_handout(args.out, args.debug_seed, args.variant), indent=1))
+        print(f"wrote {args.out}/ for students, and {key}, which is not for them")
+    if args.gradescope:
+        if not key.is_file():
+            parser.error(f"there is no key at {key}: make the handout first")
+        make_gradescope(args.gradescope, key, args.seed, args.variant)
+        print(f"wrote {args.gradescope}")
+
+
+if __name__ == "__main__":
+    main()
