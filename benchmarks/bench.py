@@ -197,7 +197,7 @@ def read_command_line(argv):
         device = pick_device(options.device)
         options.device = device.type
         options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        if options.suite and device.type == "cpu" and options.size != "toy":
+        if options.suite and device.type == "cpu" and options.size != "toy" and not options.part:
             raise ValueError("--suite gpu: torch sees no GPU here, but --device cpu --size toy "
                              "rehearses it")
         reward_fn = reward.build_rewards(options.reward, device)

@@ -97,17 +97,28 @@ def parity(size, device, scale=2.0):
     return {"rollout against the CPU's": rows}
 
 
+class Float32Output(torch.nn.Linear):
+    """A last layer that autocast leaves in float32."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def mismatch(size, device):
-    """The metric `mismatch` as training computes it on a GPU."""
+    """The metric `mismatch` as training computes it on a GPU, and with a float32 last layer."""
+    model = plain_model(config_of(size, 64), device)
+    lean, labels = frozen_copy(model, torch.bfloat16), condition(model.config, 4)[0].to(device)
+    float32 = copy.deepcopy(lean)
+    float32.output, float32.output.__class__ = model.output, Float32Output
     rows = []
-    lean = frozen_copy(plain_model(config_of(size), device), torch.bfloat16)
-    labels = condition(lean.config, 4)[0].to(device)
     for scale in (1.0, 2.0, 4.0, 7.5):
-        with torch.no_grad(), in_bfloat16(device):
-            tokens, drawn = argrpo.generate(lean, labels, cfg_scale=scale)
-            logp, _ = argrpo.token_logp(lean, tokens, labels, cfg_scale=scale)
-        apart = (logp - drawn).abs()
-        rows.append({"guidance": scale, **verdict(apart, torch.bfloat16, scale)})
+        for name, drawer in (("bfloat16", lean), ("float32", float32)):
+            with torch.no_grad(), in_bfloat16(device):
+                tokens, drawn = argrpo.generate(drawer, labels, cfg_scale=scale)
+                logp, _ = argrpo.token_logp(drawer, tokens, labels, cfg_scale=scale)
+            found = verdict((logp - drawn).abs(), torch.bfloat16, scale)
+            rows.append({"guidance": scale, "last layer": name, **found})
     return {"sampler against learner": rows}
 
 

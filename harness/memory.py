@@ -85,10 +85,8 @@ def update_memory(config, rows, length, gpu, checkpointing):
     halves about four fifths.  With checkpointing, all of that for one layer, and the inputs of the
     others.  Each logit is there in float32, with its log-softmax, its softmax and their gradients;
     of these there is a chunk at most."""
-    inside = 60 if gpu else 100
-    layers = inside * config.n_layer
-    if checkpointing:
-        layers = inside + 4 * config.n_layer
+    inside, n = 60 if gpu else 100, config.n_layer
+    layers = inside + 4 * n if checkpointing else inside * n
     logits = min(argrpo.CHUNK, rows * length * config.vocab_size)
     return rows * length * config.dim * layers + 24 * logits
 

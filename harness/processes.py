@@ -9,6 +9,7 @@ says so: that is how the others, which wait for it there, learn that they must e
 """
 
 import os
+import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,14 +24,11 @@ def pick_device(name):
     Under torchrun it also joins the other processes, and gives each of them a GPU of its own."""
     gpu = torch.cuda.is_available()
     if name.startswith("cuda") and not gpu:
-        raise ValueError(f"--device {name}: torch sees no GPU here; "
-                         "leave the option out to use the CPU")
-    try:
-        device = torch.device(name or ("cuda" if gpu else "cpu"))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: torch sees no GPU here; leave the option out to use "
+                         "the CPU")
+    if name and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise ValueError(f"--device {name}: no such device; there are cpu and cuda")
+    device = torch.device(name or ("cuda" if gpu else "cpu"))
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         device = join_processes(device)
     return device
@@ -100,13 +98,10 @@ def average_over_processes(values, maximum=()):
         return values
     answers, averages = gather(values), {}
     for name in values:
-        numbers = [answer[name] for answer in answers if answer[name] is not None]
-        if not numbers:
-            averages[name] = None
-        elif name in maximum:
-            averages[name] = max(numbers)
-        else:
-            averages[name] = sum(numbers) / len(numbers)
+        numbers, average = [a[name] for a in answers if a[name] is not None], None
+        if numbers:
+            average = max(numbers) if name in maximum else sum(numbers) / len(numbers)
+        averages[name] = average
     return averages
 
 

@@ -112,12 +112,11 @@ class PackedLinear(nn.Module):
     def pack(self):
         """Reads the layer's present weights."""
         self.packed = None                       # first, to make room
-        weight = self.linear.weight.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.linear.weight.detach(), ROWS)
 
     def forward(self, x):
-        bias = self.linear.bias
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(
+            x, self.packed, self.linear.bias, "none", [], "")
 
 
 def is_large(module):

@@ -53,8 +53,6 @@ class Stopwatch:
     def seconds(self):
         """{"seconds": of the step that now ends, "seconds_rollout": ..., and of its other parts}"""
         self.begin("end")
-        order = ("rollout", "reward", "reference", "update", "end")
-        seconds = {"seconds": self.times["end"] - self.times["rollout"]}
-        for part, following in zip(order, order[1:]):
-            seconds[f"seconds_{part}"] = self.times[following] - self.times[part]
-        return seconds
+        order, t = ("rollout", "reward", "reference", "update", "end"), self.times
+        parts = {f"seconds_{a}": t[b] - t[a] for a, b in zip(order, order[1:])}
+        return {"seconds": t["end"] - t["rollout"]} | parts
