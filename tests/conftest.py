@@ -197,10 +197,10 @@ class Loop:
     """A run of `argrpo.train` on a tiny model, whose reference is another model."""
 
     def __init__(self, model_type="c2i", model=None, prompts=None, reward_fn=brightness, seams=None,
-                 first_step=0, **changes):
+                 first_step=0, reference=None, **changes):
         torch.manual_seed(0)
         self.model = model or tiny_model(model_type, block_size=4, n_layer=1)
-        self.reference = tiny_model(model_type, block_size=4, n_layer=1)
+        self.reference = reference or tiny_model(model_type, block_size=4, n_layer=1)
         cond, mask = tiny_condition(model_type, rows=5)
         self.prompts = prompts or Prompts([f"prompt {k}" for k in range(5)], cond, mask)
         self.config = GRPOConfig(**(BASE | changes))

@@ -78,19 +78,19 @@ def test_no_two_passes_share_a_random_stream(spy):
                         seams=dict(shard=(rank, 2)))
             assert len(list(loop.steps)) == 3
     seeds = seeds_of(drawn)
-    assert len(seeds) == 2 * 2 * 3 * 2
+    assert len(seeds) == 2 * 2 * 3 * 2, "rollout_prompts 1: a pass for each prompt"
     assert len(set(seeds)) == len(seeds), "two passes with the same random numbers"
 
 
 def test_a_steps_stream_depends_on_nothing_before_it(spy):
     """So a resumed run needs no generator's state."""
     drawn = spy(argrpo, "generate")
-    list(Loop(steps=3).steps)
+    list(Loop(steps=3, update_epochs=1).steps)
     whole = seeds_of(drawn)
     drawn.calls.clear()
     torch.rand(100)                              # torch's own stream is somewhere else by now
-    list(Loop(steps=3, first_step=2).steps)
-    assert seeds_of(drawn) == whole[-2:]
+    list(Loop(steps=3, first_step=2, update_epochs=1).steps)
+    assert seeds_of(drawn) == whole[-2:], "step 2 draws with step 2's stream, also after a resume"
 
 
 def test_rng_for_depends_on_every_part_of_its_key():
@@ -105,7 +105,7 @@ def test_rng_for_depends_on_every_part_of_its_key():
 
 def test_images_of_a_prompt_and_prompts_twice_in_a_step_differ():
     """Four images of each of seven prompts, of which two come twice: no two are the same draw."""
-    step = Loop(prompts_per_step=7, group_size=4, rollout_prompts=0).step()
+    step = Loop(prompts_per_step=7, group_size=4, rollout_prompts=0, update_epochs=1).step()
     assert len(step.index.unique()) < 7
     distinct = {tuple(row) for row in step.tokens.tolist()}
     assert len(distinct) > 20, f"28 images, but only {len(distinct)} different ones"

@@ -5,7 +5,17 @@ import math
 
 import pytest
 import torch
-from conftest import Blocks, brightness, same, tiny_model, tiny_run, weights
+from conftest import (
+    Blocks,
+    Loop,
+    Spy,
+    brightness,
+    gradient,
+    same,
+    tiny_model,
+    tiny_run,
+    weights,
+)
 
 import argrpo
 from argrpo import GRPOConfig, Prompts
@@ -161,9 +171,53 @@ def test_each_seam_is_given_what_it_is_promised():
     _, metrics, _ = tiny_run(steps=1, micro_batch=3, seams=dict(
         advantage_fn=advantage_fn, loss_fn=loss_fn, extra_loss=extra_loss, sync=sync))
     assert seen["advantage_fn"] == ((8,), (8, 3, 4, 4), (8, 16), (2,), 0)
-    assert set(seen["loss_fn"]) == {(8, 16)}     # the last call is for the log, on all images
+    assert set(seen["loss_fn"]) == {(8, 16)}, (  # the last call is for the log, on all images
+        "loss_fn gets log-probs, and what advantage_fn has returned")
     assert metrics[0]["mine"] == 7.0 and metrics[0]["extra"] == 5.0
     assert metrics[0]["grad_norm"] == 0, "sync comes before the norm is taken"
+
+
+def test_seams_are_asked_in_every_epoch_and_told_the_step():
+    """extra_loss(model, index, step) and loss_fn's arguments, row by row."""
+    extra, pieces = Spy(lambda model, index, step: {}), []
+
+    def loss_fn(logp, old_logp, ref_logp, advantages, entropy):
+        pieces.append([x.detach().clone() for x in (logp, old_logp, ref_logp, advantages, entropy)])
+        return argrpo.grpo_loss(logp, old_logp, ref_logp, advantages, kl_beta=0.3)
+    loop = Loop(steps=3, first_step=1, seams=dict(extra_loss=extra, loss_fn=loss_fn))
+    for step in loop.steps:
+        *epochs, log = pieces                    # two micro-batches an epoch, then the log's call
+        for k, piece in enumerate(epochs):
+            rows = torch.arange(9).split(5)[k % 2]
+            for name, ours, whole in (("old_logp", piece[1], step.logp),
+                                      ("ref_logp", piece[2], step.ref_logp),
+                                      ("advantages", piece[3], step.advantages)):
+                same(ours, whole[rows], f"loss_fn's {name} are those of the micro-batch's rows")
+        for given, whole in zip(log[1:], (step.logp, step.ref_logp, step.advantages, step.entropy)):
+            same(given, whole, "the log's statistics are of all images of the step")
+        pieces.clear()
+        for (model, index, number), _ in extra.calls:
+            assert model is loop.model and torch.equal(index, step.index)
+            assert number == step.metrics["step"], "extra_loss is told the step's number"
+        assert len(extra.calls) == 2, "extra_loss adds its gradient in every epoch"
+        extra.calls.clear()
+
+
+def test_shares_of_a_step_add_up_to_it():
+    """Two processes' mean gradient is that of one process with all prompts: the same images, and
+    b / B within a share.  See shard and sync in argrpo.train."""
+    seen = {}
+    for shard in ((0, 1), (0, 2), (1, 2)):
+        gradients = []
+        loop = Loop(prompts_per_step=4, rollout_prompts=1, update_epochs=1, seams=dict(
+            shard=shard, sync=lambda model, into=gradients: into.append(gradient(model))))
+        seen[shard] = loop.step(), gradients[0]
+    (whole, right), (first, a), (second, b) = seen.values()
+    assert torch.equal(whole.index, torch.cat([first.index, second.index])), (
+        "process k takes the k-th part of the step's prompts")
+    assert torch.equal(whole.tokens, torch.cat([first.tokens, second.tokens])), (
+        "pass k of all processes has stream k")
+    same((a + b) / 2, right, "the mean of the processes' gradients is the whole step's")
 
 
 def test_the_sampler_seam_draws_and_the_model_learns():
