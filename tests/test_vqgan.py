@@ -33,7 +33,9 @@ def test_straight_through_has_the_codes_value_and_the_features_gradient():
     codes, _ = vq.straight_through(z)
     same(codes, vq.quantize.codes()[vq.quantize.nearest(z)], "its value is the nearest code")
     gradient = torch.randn(2, 4, 2)
+    assert codes.requires_grad, "the features must get a gradient through the rounding"
     (codes * gradient).sum().backward()
+    assert z.grad is not None, "the gradient must go to the features"
     same(z.grad, gradient, "its gradient passes as if nothing had been rounded")
     assert vq.quantize.embedding.weight.grad is None, "and none of it moves the codes"
 
