@@ -87,14 +87,15 @@ def clones(r):
 
 def constant_reward(r):
     rewards = r.values("reward")[-r.window("reward"):]
-    if flat(r) and not clones(r) and max(rewards) - min(rewards) < 1e-6:
+    if flat(r) and not clones(r) and not reward_falls(r) and max(rewards) - min(rewards) < 1e-6:
         return (f"every image gets the same reward, {rewards[-1]:.4g}, and so nothing is learned: "
                 "the reward is constant, or all images have reached its ceiling")
 
 
 def no_spread(r):
     solved = r.change("reward") > SURE and r.first("flat_groups") < 0.5
-    if flat(r) and not clones(r) and not constant_reward(r) and not solved:
+    others = (clones, constant_reward, reward_falls)
+    if flat(r) and not solved and not any(rule(r) for rule in others):
         return (f"{r.last('flat_groups'):.0%} of the groups have no spread: all images of a prompt "
                 "get the same reward, though prompts differ, and so nothing is learned")
 
@@ -163,10 +164,11 @@ def always_clipped(r):
 
 
 def far_updates(r):
-    if r.last("clip_frac") > 0.2 or (r.last("clip_frac") > 0.05 and r.last("ratio_max") > 20):
-        return (f"{r.last('clip_frac'):.0%} of the tokens are clipped, and some become "
-                f"{r.last('ratio_max'):.3g} times as likely in one step: the updates go too far "
-                "from the rollout that they use")
+    clipped, ratio = mean(r.values("clip_frac")), mean(r.values("ratio_max"))
+    if clipped > 0.08 and ratio > 4:
+        return (f"on average {clipped:.0%} of the tokens are clipped, and the likeliest to grow "
+                f"becomes {ratio:.3g} times as likely in one step: the updates go too far from the "
+                "rollout that they use")
 
 
 def hacking(r):
