@@ -112,13 +112,16 @@ def ranked(rewards, groups, device):
 
 
 def examine(rewards, prompt, device):
-    """Prints what `check` finds on pictures of the toy, or on the reward's own if there is but one
-    reward and it has some.  Returns how many findings are bad."""
-    known = [reward.examples() for reward, _ in rewards.rewards.values()
-             if hasattr(reward, "examples")]
+    """Prints what `check` finds on pictures of the toy, or on those that the reward brings along.
+    Returns how many findings are bad."""
+    known = {name: reward for name, (reward, _) in rewards.rewards.items()
+             if hasattr(reward, "examples")}
+    if known and len(rewards.rewards) > 1:
+        raise ValueError(f"{', '.join(known)}: examine each by itself, on pictures of its own")
     findings = []
-    if len(known) == len(rewards.rewards) == 1:
-        [groups] = known
+    if known:
+        [reward] = known.values()
+        groups = reward.examples()
         size = len(groups[0][1])
         images = torch.stack([image for _, group in groups for _, image in group]).to(device)
         prompts = [text for text, group in groups for _ in group]

@@ -57,10 +57,12 @@ def classes_of(prompt):
     if text in class_numbers():
         return class_numbers()[text]
     names = sorted(set(name_pattern().findall(text)))
-    if len(names) != 1:
-        found = f"it names {len(names)}: {', '.join(names)}" if names else "it names none"
-        raise ValueError(f"reward 'imagenet' needs the name of one of ImageNet's classes, such as "
-                         f"'a photo of otter', but the prompt is {prompt!r}: {found}")
+    if not names:
+        raise ValueError(f"{prompt!r} names no class of ImageNet: write for instance 'a photo of "
+                         "otter', with a name of pretrained.imagenet_classes()")
+    if len(names) > 1:
+        raise ValueError(f"{prompt!r} names {len(names)} classes of ImageNet, {', '.join(names)}: "
+                         "name one")
     return class_numbers()[names[0]]
 
 
@@ -113,9 +115,10 @@ class ImageNet:
     model names one of torchvision's classifiers in the place of EfficientNet-Lite0."""
 
     def __init__(self, device, model="", micro_batch=32):
-        self.classifier = efficientnet_lite(device)
         if model:
             self.classifier = torchvision_classifier(model, device)
+        else:
+            self.classifier = efficientnet_lite(device)
         self.micro_batch = micro_batch
 
     def check_prompts(self, prompts):

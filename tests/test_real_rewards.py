@@ -97,9 +97,9 @@ def test_which_class_a_prompt_names(prompt, name, packages):
 
 
 @pytest.mark.parametrize("prompt, reason", [
-    ("a nice day", "names none"),
-    ('a sign that says "otter"', "names none"),
-    ("an otter beside a daisy", "names 2: daisy, otter"),
+    ("a nice day", "names no class"),
+    ('a sign that says "otter"', "names no class"),
+    ("an otter beside a daisy", "names 2 classes of ImageNet, daisy, otter"),
 ])
 def test_prompts_without_exactly_one_class(prompt, reason, imagenet):
     with pytest.raises(reward.BadReward, match=f"'imagenet' cannot judge 1 of 2 .*{reason}"):
@@ -208,6 +208,11 @@ def test_the_examination_uses_pictures_that_the_reward_can_judge(name, group, ca
     assert "BAD" not in output and "ok   ranking     the first picture scores best for" in output
     scores = [line for line in output.splitlines() if line.startswith("    ")]
     assert len(scores) % group == 0 and len(scores) >= 3 * group
+
+
+def test_rewards_with_pictures_of_their_own_are_examined_one_by_one(capsys, packages):
+    assert reward.main(["--check", "imagenet,ocr", "--device", "cpu"]) == 2
+    assert "imagenet, ocr: examine each by itself" in capsys.readouterr().err
 
 
 @pytest.mark.slow
