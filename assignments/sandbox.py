@@ -5,6 +5,7 @@ prints is nothing; it runs in an empty folder of its own, which is deleted after
 mistakes apart, not attackers: a child may still read and write what this user may.
 """
 
+import faulthandler
 import os
 import pickle
 import resource
@@ -68,6 +69,7 @@ class Child:
         outcome = Outcome(error="it ended without an answer")
         try:
             os.setsid()
+            faulthandler.disable()               # a crash is reported by the parent
             os.chdir(self.folder)
             silence = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
