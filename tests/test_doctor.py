@@ -3,7 +3,8 @@ healthy run.
 
 The runs were made by this repository and lie in tests/data/, their numbers rounded: those with a
 fault by assignments/faults.py (24 steps of the c2i toy), the healthy ones by the training scripts,
-with the settings that stand in them; some were stopped before their last step.  `pytest --slow -m slow` makes the faulty ones anew.
+with the settings that stand in them; some were stopped before their last step. `pytest --slow -m
+slow` makes the faulty ones anew.
 """
 
 import json
