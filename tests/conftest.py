@@ -25,10 +25,7 @@ READING_ORDER = ("test_blocks", "test_transformer", "test_vqgan", "test_sampler"
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; runs with --slow")
+    parser.addoption("--course", action="store_true", help="run the grader's whole matrix, too")
 
 
 def place(item):
@@ -39,10 +36,12 @@ def place(item):
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=place)
-    if not config.getoption("--slow"):
+    for mark in ("slow", "course"):
+        if config.getoption("--" + mark):
+            continue
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: runs with --{mark}"))
 
 
 @pytest.fixture(autouse=True)

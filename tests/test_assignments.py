@@ -220,7 +220,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.course
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_bodies_get_the_right_score(name, tmp_path):
     """An endless loop, an exit and a printed result cost the item's points, and no others; who
@@ -251,7 +251,7 @@ def test_gradescope_results():
 
 # --- faults ------------------------------------------------------------------------------------
 
-@pytest.mark.slow
+@pytest.mark.course
 def test_a_fault_shows_where_it_should_and_not_before(tmp_path):
     made = faults.make_run(tmp_path, "missing_rewards", steps=4, start=2, prompts_per_step=1,
                            group_size=4)
@@ -261,7 +261,7 @@ def test_a_fault_shows_where_it_should_and_not_before(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["steps"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.course
 @pytest.mark.parametrize("fault", [*faults.FAULTS, faults.HEALTHY])
 def test_every_fault_shows(fault, tmp_path):
     made = faults.make_run(tmp_path, fault, seed=1)
@@ -296,7 +296,7 @@ def outcomes_of(grader, item, texts):
     return wrong, {name: outcomes[name,].value for name in texts}
 
 
-@pytest.mark.slow
+@pytest.mark.course
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", CODE)
 def test_every_mistake_loses_points_and_is_explained(name, variant):
@@ -315,7 +315,7 @@ def test_every_mistake_loses_points_and_is_explained(name, variant):
         assert alike[k] and not others, (k, alike)
 
 
-@pytest.mark.slow
+@pytest.mark.course
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", CODE)
 def test_right_answers_written_otherwise_get_full_points(name, seed):
@@ -327,7 +327,7 @@ def test_right_answers_written_otherwise_get_full_points(name, seed):
         assert not wrong[k], (k, [grade.describe(w) for w in wrong[k]])
 
 
-@pytest.mark.slow
+@pytest.mark.course
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_reference_has_100_and_the_blank_handout_0(variant, tmp_path):
     whole = submission(tmp_path / "whole", source.reference(variant))
@@ -343,7 +343,7 @@ def test_the_reference_has_100_and_the_blank_handout_0(variant, tmp_path):
         assert re.search(rf"part {r.name[:3]}", r.output), r
 
 
-@pytest.mark.slow
+@pytest.mark.course
 @pytest.mark.parametrize("variant", VARIANTS[1:])
 def test_the_published_answer_fails_in_a_variant(variant):
     changed = [name for name, item in CODE.items() if source.body(REFERENCE, item)
@@ -352,7 +352,7 @@ def test_the_published_answer_fails_in_a_variant(variant):
     assert changed and all(r.score < r.points for r in results.values())
 
 
-@pytest.mark.slow
+@pytest.mark.course
 @pytest.mark.parametrize("name", CODE)
 def test_each_blank_alone_loses_exactly_its_own_points(name):
     results = grade_items(with_blank(name), *CODE)
@@ -376,7 +376,7 @@ def run_pytest(folder, *options):
     return done.stdout[-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.course
 def test_the_handouts_own_tests_fail_blank_and_pass_solved(handout):
     key = json.loads(handout.with_name("key.json").read_text())
     assert re.search(r"\n[0-9]+ failed, \d+ deselected", run_pytest(handout, "-m", "part2"))
@@ -393,7 +393,7 @@ def test_the_handouts_own_tests_fail_blank_and_pass_solved(handout):
     (handout / "argrpo.py").write_text(make.blanked())
 
 
-@pytest.mark.slow
+@pytest.mark.course
 def test_the_zip_runs_as_gradescope_runs_it(handout, tmp_path):
     make.make_gradescope(tmp_path / "grader.zip", handout.with_name("key.json"), seed=9)
     with zipfile.ZipFile(tmp_path / "grader.zip") as archive:
