@@ -216,7 +216,10 @@ def run_part(options):
     """Runs options.part in this process, and writes its tables to DIR/PART.json."""
     torch.manual_seed(options.seed)
     tables = parts_of(options.size)[options.part](torch.device(options.device))
+    Path(options.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(options.out) / f"{options.part}.json", tables)
+    for title, rows in tables.items():
+        print(f"{title}\n\n{markdown(rows)}\n")
     return tables
 
 
