@@ -5,9 +5,14 @@ loop.  So the first failure names the smallest idea that is wrong, and not what 
 """
 
 import copy
+import os
 import sys
 from math import isqrt
 from pathlib import Path
+
+# Before torch is loaded: one thread for each process of a test, which does not spin while it waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
