@@ -26,7 +26,7 @@ def draw_before_after(path, before, after, rows=8):
     fig.set_layout_engine("none")
     ax = fig.add_axes((0, 0, 1, 1))              # one for all: 96 of them would take seconds
     for left, title, gallery in ((0.05, "before", before), (width / 2 + 0.1, "after", after)):
-        ax.text(left + columns * 0.52, 0.12, title, fontsize=11, ha="center", va="center")
+        ax.text(left + columns * 0.52, 0.17, title, fontsize=11, ha="center", va="center")
         for row, i in enumerate(shown):
             draw_prompt(ax, left, 0.5 + 1.35 * row, *gallery[i][:3])
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
