@@ -241,6 +241,13 @@ class Spy:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs leave their numbers and weights, but no pictures and no page, which take seconds."""
+    monkeypatch.setattr("harness.run.Run.draw", lambda self, *galleries: None)
+    monkeypatch.setattr("harness.run.Run.write_page", lambda self: None)
+
+
+@pytest.fixture
 def spy(monkeypatch):
     """spy(module, name) replaces module.name by a Spy on it, and returns the Spy."""
     def watch(module, name):

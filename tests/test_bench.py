@@ -159,6 +159,7 @@ def test_a_failing_part_is_in_the_table_and_the_others_go_on(tmp_path):
     assert late["a"]["status"] == "left out: no time left"
 
 
+@pytest.mark.slow
 def test_a_part_is_a_process_that_may_fail_or_take_too_long(tmp_path, monkeypatch):
     options = suite_options(tmp_path)
     status, tables = gpu.process_of_part(options, "no such part", limit=100)
@@ -192,6 +193,7 @@ def test_the_suite_explains_bad_options(given, message, tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_bad_option_is_one_line():
     """As a user starts it: from the repository's root, as a file."""
     command = [sys.executable, "benchmarks/bench.py", "--tokens", "10"]

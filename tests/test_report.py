@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,9 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.progress.SHARE", 100)             # so that no picture is left out
+        log = ["--log", "tensorboard"] if find_spec("tensorboard") else []
         train_c2i.main(QUICK + ["--out", str(out), "--watch", "brightness", "--lr", "0.001",
-                                "--progress-every", "3"])
+                                "--progress-every", "3", *log])
     return out
 
 
@@ -66,7 +68,8 @@ def weights(out):
 
 # --- progress ----------------------------------------------------------------------------------
 
-def test_what_is_shown_and_watched_changes_no_bit_of_the_training(finished, tmp_path):
+def test_what_is_shown_and_watched_changes_no_bit_of_the_training(finished, tmp_path,
+                                                                  no_pictures):
     plain = tmp_path / "plain"
     train_c2i.main(QUICK + ["--out", str(plain), "--lr", "0.001", "--progress-every", "0"])
     a, b = weights(finished), weights(plain)
@@ -323,7 +326,7 @@ def test_an_unknown_reward_to_watch_is_refused(tmp_path, capsys):
     assert stop.value.code == 2 and "unknown reward 'beauty'" in capsys.readouterr().err
 
 
-def test_a_flat_reward_is_reported_once_while_the_run_goes_on(tmp_path, capsys):
+def test_a_flat_reward_is_reported_once_while_the_run_goes_on(tmp_path, capsys, no_pictures):
     (tmp_path / "flat.py").write_text("def flat(images, prompts):\n"
                                       "    return 0.25 + 0 * images.mean(dim=(1, 2, 3))\n")
     train_c2i.main(QUICK + ["--steps", "9", "--out", str(tmp_path / "run"), "--reward",
@@ -333,20 +336,17 @@ def test_a_flat_reward_is_reported_once_while_the_run_goes_on(tmp_path, capsys):
     assert "doctor: constant reward: every image gets the same reward, 0.25" in said.out
 
 
-def test_tensorboard_has_the_metrics_and_the_pictures(tmp_path):
+def test_tensorboard_has_the_metrics_and_the_pictures(finished):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    out = tmp_path / "run"
-    train_c2i.main(QUICK + ["--steps", "2", "--out", str(out), "--log", "tensorboard",
-                            "--progress-every", "1"])
-    events = EventAccumulator(str(out))
+    events = EventAccumulator(str(finished))
     events.Reload()
     logged = [event.value for event in events.Scalars("reward")]
-    assert logged == pytest.approx([m["reward"] for m in metrics_without_times(out)])
-    assert [event.step for event in events.Scalars("evaluation/verified")] == [0, 2]
+    assert logged == pytest.approx([m["reward"] for m in metrics_without_times(finished)])
+    assert [event.step for event in events.Scalars("evaluation/verified")] == [0, 6]
     assert {"progress", "before_after"} <= set(events.Tags()["images"])
     picture = events.Images("before_after")[0]
-    assert (picture.width, picture.height) == Image.open(out / "before_after.png").size
+    assert (picture.width, picture.height) == Image.open(finished / "before_after.png").size
 
 
 def leveldb_records(content):
@@ -367,6 +367,7 @@ def leveldb_records(content):
             record = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_the_metrics_and_the_pictures(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
