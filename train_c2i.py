@@ -28,7 +28,8 @@ PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, l
              kl_beta=0.1, cfg_scale=2.0, eval_images=64, save_every=25, micro_batch=None,
              rollout_prompts=None)           # None: as much as fits into the memory
 PRESETS = {
-    "toy": dict(reward="shapes", rehearsal_groups=4),    # all else as in argrpo.GRPOConfig
+    "toy": dict(reward="shapes", steps=75, prompts_per_step=16, group_size=8, lr=1.6e-3,
+                rehearsal_groups=4, progress_every=5),
     "B-256": PAPER,
     "L-256": PAPER,
     "B-384": PAPER,
@@ -38,8 +39,12 @@ PRESETS = {
     "3B-384": PAPER | dict(checkpointing=True),
 }
 
-# --recipe diverse, see harness.options.diverse.
-DIVERSE = dict(rehearsal=0.3, diversity_bonus=0.2, longer=10 / 9)
+# --recipe diverse keeps a prompt's pictures varied.  Rehearsal takes the place of the KL penalty,
+# and a bonus is added (diversity.py).  A step has more images, for noise in the update narrows the
+# policy, too.  It learns more slowly: hence more steps.
+RECIPE = dict(rehearsal=0.3, kl_beta=0.0, diversity_bonus=0.2)
+DIVERSE = {name: RECIPE | dict(steps=450, prompts_per_step=8, lr=1.25e-5) for name in PRESETS}
+DIVERSE["toy"] = RECIPE | dict(steps=200, prompts_per_step=16, group_size=16, lr=1e-3)
 
 
 @dataclass
@@ -51,8 +56,8 @@ class Settings(options.Settings):
 def main(argv=None):
     with options.one_line_errors():
         default_preset = "B-256" if torch.cuda.is_available() else "toy"
-        settings = options.parse_settings(Settings, PRESETS, default_preset, argv, "train_c2i",
-                                          __doc__, DIVERSE)
+        settings = options.parse_settings(Settings, PRESETS, DIVERSE, default_preset, argv,
+                                          "train_c2i", __doc__)
         device = pick_device(settings.device)
         reward_fn = reward.build_rewards(settings.reward, device)
         names, template = class_names(settings.preset), "a photo of {}"

@@ -35,9 +35,11 @@ PRESETS = {
     "t2i-XL-512": PAPER,
 }
 
-# --recipe diverse, see harness.options.diverse.  Weaker than for c2i: of thousands of captions,
-# none comes up often.
-DIVERSE = dict(rehearsal=0.1, diversity_bonus=0.1, longer=11 / 9)
+# --recipe diverse, see train_c2i.py.  Weaker than for c2i: of thousands of captions, none comes up
+# often.
+RECIPE = dict(rehearsal=0.1, kl_beta=0.0, diversity_bonus=0.1)
+DIVERSE = {name: RECIPE | dict(steps=730, prompts_per_step=16, lr=1.25e-5) for name in PRESETS}
+DIVERSE["toy"] = RECIPE | dict(steps=220, prompts_per_step=16, lr=1e-3)
 
 
 @dataclass
@@ -71,8 +73,8 @@ def mixed(pairs, counted):
 def main(argv=None):
     with options.one_line_errors():
         default_preset = "t2i-XL-256" if torch.cuda.is_available() else "toy"
-        settings = options.parse_settings(Settings, PRESETS, default_preset, argv, "train_t2i",
-                                          __doc__, DIVERSE)
+        settings = options.parse_settings(Settings, PRESETS, DIVERSE, default_preset, argv,
+                                          "train_t2i", __doc__)
         device = pick_device(settings.device)
         measure = spread = None
         if settings.preset == "toy":

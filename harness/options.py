@@ -157,16 +157,17 @@ def one_line_errors():
         sys.exit(2)
 
 
-def parse_settings(cls, presets, default_preset, argv, script, description, recipe_weights):
+def parse_settings(cls, presets, diverse, default_preset, argv, script, description):
     """The settings from the command line, over those of recipe and preset, over `cls`'s defaults.
 
+    presets and diverse are {preset: {field: value}}; diverse is the recipe of that name.
     With --resume the run's own config.json takes the preset's place.  Raises ValueError, naming
     the option and its value, when one is unknown or out of range."""
     given = read_options(cls, argv, f"{script}.py", description, "presets: " + ", ".join(presets))
     if "resume" in given:
         settings = resumed(cls, given, script)
     else:
-        settings = preset_settings(cls, presets, default_preset, given, script, recipe_weights)
+        settings = preset_settings(cls, presets, diverse, default_preset, given, script)
     check_processes(settings)
     check_writable(Path(settings.out))
     check_loggers(settings.log)
@@ -177,7 +178,7 @@ def parse_settings(cls, presets, default_preset, argv, script, description, reci
     return settings
 
 
-def preset_settings(cls, presets, default_preset, given, script, recipe_weights):
+def preset_settings(cls, presets, diverse, default_preset, given, script):
     """What is given, over the recipe, over the preset."""
     name = given.get("preset") or default_preset
     if name not in presets:
@@ -187,22 +188,11 @@ def preset_settings(cls, presets, default_preset, given, script, recipe_weights)
         raise ValueError(f"unknown recipe {recipe!r}: there are paper and diverse")
     values = {"out": f"runs/{script}-{name}"} | presets[name]
     if recipe == "diverse":
-        values |= diverse(cls(**presets[name]), **recipe_weights)
+        values |= diverse[name]
         values["out"] += "-diverse"
     settings = cls(**(values | given | {"preset": name}))
     settings.given = given
     return settings
-
-
-def diverse(preset, rehearsal, diversity_bonus, longer):
-    """The recipe that keeps a prompt's pictures varied, on top of a preset's settings.
-
-    Rehearsal takes the place of the KL penalty, and the diversity bonus is added.  A step has
-    twice the prompts, for noise in the update narrows the policy, too.  The recipe learns more
-    slowly: hence larger steps, and `longer` times as many."""
-    return dict(rehearsal=rehearsal, kl_beta=0.0, diversity_bonus=diversity_bonus,
-                lr=1.25 * preset.lr, steps=round(longer * preset.steps),
-                prompts_per_step=2 * preset.prompts_per_step)
 
 
 def resumed(cls, given, script):

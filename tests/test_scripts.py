@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -271,12 +270,12 @@ def test_settings_are_checked(bad, message):
 
 def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
     def settings(*given):
-        return options.parse_settings(train_c2i.Settings, train_c2i.PRESETS, "toy",
-                                      ["--out", str(tmp_path), *given], "x", "", train_c2i.DIVERSE)
+        return options.parse_settings(train_c2i.Settings, train_c2i.PRESETS, train_c2i.DIVERSE,
+                                      "toy", ["--out", str(tmp_path), *given], "x", "")
     paper, diverse = settings(), settings("--recipe", "diverse")
     mine = settings("--recipe", "diverse", "--diversity-bonus", "0.1")
     names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step")
-    assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 8]
+    assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 16]
     assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 0.2, 16]
     assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.3
     with pytest.raises(ValueError, match="unknown recipe 'wild'"):
