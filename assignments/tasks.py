@@ -12,8 +12,11 @@ from faults import FAULTS
 from source import tomllib
 
 # The open task: pictures that are right, and whose shapes are all at least 10 pixels.  The
-# pretrained toy draws 17% of them; a reward that sees both reached 43% in these 40 steps.
+# pretrained toy draws 17% of them; a reward that sees both reached 42% and more in these 40 steps.
+# Whoever pays for size alone gets 26 to 35% of them, but only 40 to 44% of all pictures are right
+# then, of 64%: hence the second measure, which counts from WRONG to RIGHT.
 LARGE, PRETRAINED, FULL = 10.0, 0.17, 0.38
+WRONG, RIGHT = 0.40, 0.60
 
 
 def load(text, name="argrpo"):
@@ -85,12 +88,13 @@ def score_reward(outcome, item):
     if outcome.error:
         return 0.0, item["points"], f"{outcome.error}\nRead {item['read']}."
     wanted, right = outcome.value
-    share = min(1.0, max(0.0, (wanted - PRETRAINED) / (FULL - PRETRAINED)))
+    share = (min(1.0, max(0.0, (wanted - PRETRAINED) / (FULL - PRETRAINED)))
+             * min(1.0, max(0.0, (right - WRONG) / (RIGHT - WRONG))))
     says = f"after 40 steps with it, {right:.0%} of the pictures are right (64% before)"
     if share == 1:
         return float(item["points"]), item["points"], f"{says}; the hidden measure is met"
     hacked = ("The policy found another way to your reward than the one you meant."
-              if right < 0.4 else "Your reward does not ask for all that the task asks for.")
+              if right < RIGHT else "Your reward does not ask for all that the task asks for.")
     return (item["points"] * share, item["points"], f"{says}; of what the task asks for, "
             f"{share:.0%} is reached.\n{hacked} Read {item['read']}.")
 

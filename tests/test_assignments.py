@@ -241,6 +241,17 @@ def test_answers_about_the_runs():
     assert all("cannot be read" in output for *_, output in tasks.score_debug("= 1", KEY))
 
 
+@pytest.mark.parametrize("wanted, right, share", [
+    (0.42, 0.77, 1.0),                           # pays for right and large pictures
+    (0.35, 0.44, 0.2),                           # pays for size alone
+    (0.17, 0.90, 0.0)])                          # pays for right pictures alone
+def test_part_41_wants_large_shapes_and_right_pictures(wanted, right, share):
+    score, points, says = tasks.score_reward(sandbox.Outcome((wanted, right)),
+                                             source.ITEMS["4.1"])
+    assert score == pytest.approx(share * points, abs=0.15)
+    assert (share == 1) == ("measure is met" in says)
+
+
 def test_gradescope_results():
     results = [grade.Result("1.1 rope_table", 2.5, 5, "text"), grade.Result("whole", 0, 0, "x")]
     tests = grade.gradescope(results)["tests"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import reward
 import train_c2i
@@ -298,7 +299,8 @@ def one(images, prompts):
 def two(device):
     return lambda images, prompts: torch.full((len(prompts),), 2.0)
 """)
-    picture = str(ROOT / "docs" / "toy_curves.png")
+    picture = str(tmp_path / "grey.png")
+    Image.new("RGB", (8, 8), "grey").save(picture)
     monkeypatch.setattr(sys, "argv", ["reward.py", "--reward", f"{file}:one,two", "--device", "cpu",
                                       picture])
     try:
