@@ -314,7 +314,7 @@ def test_functions_leave_their_inputs_alone():
         argrpo.group_statistics: (r, 3), argrpo.group_advantages: (r, 3),
         argrpo.kl_k3: (logp, -logp), argrpo.kl_exact: (logits, -logits),
         argrpo.grpo_loss: (logp, -logp, logp, r), argrpo.guide: (logits, 2.0),
-        argrpo.sample_inverse_cdf: (logits.log_softmax(-1),),
+        argrpo.sample_inverse_cdf: (logits.log_softmax(-1),), filter_logits: (logits, 0, 0.5),
         argrpo.RMSNorm(4, 1e-5): (logp,), argrpo.apply_rope: (hidden, torch.randn(3, 2, 2)),
         argrpo.both_branches: (model, cond, mask, 2.0), model: (tokens, cond, mask),
         argrpo.token_logp: (model, tokens, cond, mask), model.prefill: (cond, mask, 2)}
