@@ -355,9 +355,12 @@ def sample_inverse_cdf(logp, generator=None):
     """One code per row, drawn from log-probabilities: (B, V) -> (B,).
 
     Inverse-CDF sampling: the first code at which the cumulative probability reaches a uniform
-    random number.  It needs one random number per row, where torch.multinomial draws V."""
+    random number.  It needs one random number per row, where torch.multinomial draws V.
+    generator may be a list of B generators, so that each row has a random stream of its own."""
     cdf = logp.double().exp().cumsum(-1)                             # (B, V)
-    uniform = torch.rand(len(cdf), 1, generator=generator, device=cdf.device, dtype=cdf.dtype)
+    streams = generator if isinstance(generator, list) else [generator]
+    count, how = len(cdf) // len(streams), dict(device=cdf.device, dtype=cdf.dtype)
+    uniform = torch.cat([torch.rand(count, 1, generator=g, **how) for g in streams])     # (B, 1)
     # 1 - uniform is never 0, so a code of probability 0 is not drawn.  The clamp is for NaNs.
     return torch.searchsorted(cdf, (1 - uniform) * cdf[:, -1:])[:, 0].clamp(max=cdf.shape[-1] - 1)
 
@@ -384,18 +387,15 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
     # Rows: G of the first prompt, G of the second, ...; then the null branch's, in the same order.
     logits, cache = model.prefill(cond, cond_mask, copies=G)         # (branches * P * G, V)
     cond_mask = None if cond_mask is None else cond_mask.repeat_interleave(G, dim=0)
+    choose = (partial(torch.argmax, dim=-1) if greedy
+              else partial(sample_inverse_cdf, generator=generator))
     tokens, logps = [], []
     for i in range(N):
         if i > 0:
             logits = model.decode_step(tokens[-1].repeat(branches), i - 1, cache, cond_mask)
         logits = filter_logits(guide(logits, cfg_scale) / temperature, top_k, top_p)
         logp = logits.log_softmax(-1)                                # (P * G, V)
-        if i < given:
-            token = prefix[:, i]
-        elif greedy:
-            token = logp.argmax(dim=-1)
-        else:
-            token = sample_inverse_cdf(logp, generator)
+        token = prefix[:, i] if i < given else choose(logp)
         tokens.append(token)
         logps.append(logp.gather(-1, token[:, None])[:, 0])
     return torch.stack(tokens, dim=1), torch.stack(logps, dim=1)

@@ -303,6 +303,19 @@ def test_the_compiled_step_is_the_same_policy():
     same(plain[1], compiled[1], "compiled, the same policy", atol=1e-4)
 
 
+def test_rows_may_have_random_streams_of_their_own():
+    """A list of generators: what an image becomes does not depend on what is drawn beside it."""
+    model, labels = tiny_model(), torch.tensor([0, 0, 1, 1])
+
+    def draw(rows):
+        streams = [torch.Generator().manual_seed(100 + row) for row in rows]
+        return generate(model, labels[rows], generator=streams)[0]
+
+    together, order = draw([0, 1, 2, 3]), [3, 1]
+    assert torch.equal(draw(order), together[order]), "a row's codes come from its own generator"
+    assert not torch.equal(together[0], together[1]), "two streams, two images of one class"
+
+
 # --- functions leave what they are given alone -------------------------------------------------
 
 def test_functions_leave_their_inputs_alone():
