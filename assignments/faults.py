@@ -230,7 +230,7 @@ FAULTS = {
         "the reward does not look at the picture: equal within a group, though not constant",
         no_spread, {"reward_std": is_below(1e-6), "flat_groups": is_above(0.99)}),
     "saturated_reward": Fault(
-        "the reward has reached its ceiling, for every picture",
+        "every picture gets the reward's highest value, right or wrong",
         saturated_reward, {"reward": is_above(0.999), "reward_std": is_below(1e-6),
                            "flat_groups": is_above(0.99)}),
     "clones": Fault(
@@ -259,7 +259,8 @@ FAULTS = {
         "the sampler keeps old weights, so that it falls behind little by little",
         stale_sampler, {"mismatch": is_above(1e-3), "mismatch_mean": is_above(1e-4)}),
     "always_clipped": Fault(
-        "the rewards are on such a scale that every gradient is cut to the largest norm",
+        "rewards on a large scale, not divided by their spread: every gradient is cut to the "
+        "largest norm",
         always_clipped, {"grad_norm": is_above(5.0), "reward": is_above(2.0)}),
     "lr_without_effect": Fault(
         "the updates are far too small to change the policy",

@@ -1,11 +1,12 @@
 """Part 4.1: a reward of your own.
 
-The task: the toy shall draw what the prompt asks for, and all of its shapes shall be large, at
-least 10 of the 24 pixels high and wide.  The pretrained model draws such pictures, but small shapes
-more often, and about a third of its pictures are wrong.
+The task: the toy shall draw what the prompt asks for, and at least one of the shapes shall be
+large, 10 of the 24 pixels or more (the mean of height and width).  The pretrained model draws such
+pictures, but small shapes more often, and about four in ten of its pictures are wrong.
 
 Your reward is tried out: the toy is trained for 40 steps with it, on the prompts for one or two
-shapes, and a measure that you don't see looks at what it then draws.  The first reward that comes
+shapes, and a measure that you don't see looks at what it then draws: right pictures with a large
+shape shall be many, and right ones shall not become fewer.  The first reward that comes
 to mind is usually found out: the policy does what you pay for, not what you mean.
 
 You may use what toy/ offers: toy.read_scenes(images) reads the shapes off pictures (None where

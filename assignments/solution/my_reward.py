@@ -11,6 +11,6 @@ def my_reward(images, prompts):
         if not toy.fulfils(scene, prompt):
             rewards.append(0.0)
             continue
-        smallest = min((thing.width + thing.height) / 2 for thing in scene)
-        rewards.append(1.0 if smallest >= 10 else 0.3)
+        largest = max((thing.width + thing.height) / 2 for thing in scene)
+        rewards.append(1.0 if largest >= 10 else 0.3)
     return torch.tensor(rewards)
