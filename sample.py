@@ -11,6 +11,7 @@ The grid has a row per class or caption.  The .npz holds `arr_0`, uint8 (images,
 the ADM evaluator reads it: classes in equal numbers, larger images resized to 256 pixels.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from tqdm import tqdm
 import argrpo
 import pretrained
 from harness import captions, options
-from harness.fid import as_uint8, print_fid
+from harness.drawing import draw, draw_shards, read_shards
+from harness.fid import print_fid
 from harness.models import caption_encoder, choose_classes, class_names, load_models
 from harness.processes import pick_device
 from harness.speed import Sampler
@@ -85,25 +87,23 @@ def choose_prompts(settings, task, device):
     return argrpo.Prompts([names[k] for k in classes], torch.tensor(classes))
 
 
-def pictures_of(model, vq, prompts, index, settings, batch=32):
-    """One picture of each prompt at index: yields (B, 3, H, W) in [0, 1] on the CPU.
-
-    The same seed gives the same pictures."""
-    device = next(model.parameters()).device
-    policy = dict(cfg_scale=settings.cfg_scale, temperature=settings.temperature,
-                  top_k=settings.top_k, top_p=settings.top_p)
-    for i, some in enumerate(tqdm(index.split(batch), desc="sampling", unit="batch")):
-        rng = argrpo.rng_for(device, settings.seed, "sample", i)
-        _, _, images = argrpo.draw_images(model, vq, prompts, some, rng, micro_batch=16, **policy)
-        yield images.cpu()
+def policy_of(settings):
+    """What `generate` takes."""
+    return {name: getattr(settings, name) for name in ("cfg_scale", "temperature", "top_k",
+                                                       "top_p")}
 
 
 def write_npz(model, vq, prompts, settings):
-    """--images pictures, of all prompts in turn, into the .npz; and their FID if asked for."""
+    """--images pictures, of all prompts in turn, into the .npz; and their FID if asked for.
+
+    Until all are there they lie in a folder beside it, so that the same command goes on after an
+    interruption."""
     index = torch.arange(settings.images) % len(prompts.texts)
-    batches = pictures_of(model, vq, prompts, index, settings)
-    pictures = np.concatenate([as_uint8(images, 256) for images in batches])
+    folder = Path(settings.npz).with_suffix(".shards")
+    draw_shards(model, vq, prompts, index, folder, settings.seed, size=256, **policy_of(settings))
+    pictures = read_shards(folder)
     np.savez(settings.npz, arr_0=pictures)
+    shutil.rmtree(folder)
     print(f"wrote {len(pictures)} pictures of {len(prompts.texts)} prompts to {settings.npz}")
     if settings.fid_reference:
         print_fid(settings.npz, settings.fid_reference)
@@ -115,7 +115,9 @@ def write_grid(model, vq, prompts, settings):
     count = len(prompts.texts)
     rows = torch.linspace(0, count - 1, min(settings.rows, count)).long()
     index = rows.repeat_interleave(settings.samples)
-    images = torch.cat(list(pictures_of(model, vq, prompts, index, settings)))
+    batches = tqdm(list(torch.arange(len(index)).split(32)), desc="sampling", unit="batch")
+    images = torch.cat([draw(model, vq, prompts, index[numbers], numbers.tolist(), settings.seed,
+                             **policy_of(settings))[0].cpu() for numbers in batches])
     images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))  # visible pixels
     save_image(images, settings.out, nrow=settings.samples)
     print(f"wrote {settings.out}: a row each of {', '.join(prompts.texts[k] for k in rows)}")

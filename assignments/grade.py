@@ -205,13 +205,24 @@ def describe(wrong):
 
 def shown(values):
     texts = []
-    for value in values[:4]:
+    for value in values[:5]:
         if torch.is_tensor(value) and value.numel() > 24:
             few = ", ".join(f"{x:.5g}" for x in value.flatten()[:8].tolist())
             texts.append(f"{tuple(value.shape)} [{few}, ..]")
         else:
-            texts.append(str(value.tolist() if torch.is_tensor(value) else value))
-    return ", ".join(texts)[:400]
+            value = value.tolist() if torch.is_tensor(value) else value
+            texts.append(rounded(value))
+    text = ", ".join(texts)
+    return text if len(text) <= 400 else text[:text.rindex(",", 0, 400)] + ", .."
+
+
+def rounded(value):
+    """As text, floats with six digits, in lists too."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(rounded, value)) + "]"
+    return str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,7 +305,6 @@ def main(argv=None):
     parser.add_argument("submission", help="folder with argrpo.py, my_reward.py, answers.toml")
     parser.add_argument("--seed", type=int, default=1, help="of the hidden inputs (default: 1)")
     parser.add_argument("--json", type=Path, help="write Gradescope's results.json here")
-    parser.add_argument("--variant", help="the variant that the handout was made with")
     parser.add_argument("--key", type=Path, default=Path("handout.key.json"),
                         help="what make.py wrote beside the handout (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -302,7 +312,8 @@ def main(argv=None):
         parser.error(f"no key of the runs to debug at {args.key}: make.py writes one beside the "
                      "handout; name it with --key")
     torch.set_num_threads(1)
-    results = grade(args.submission, args.seed, args.variant, json.loads(args.key.read_text()))
+    key = json.loads(args.key.read_text())
+    results = grade(args.submission, args.seed, key["variant"], key["runs"])
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps(gradescope(results), indent=1) + "\n")

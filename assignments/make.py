@@ -3,6 +3,7 @@
     python assignments/make.py --out handout/                     # and handout.key.json beside it
     python assignments/make.py --out handout/ --debug-seed 7      # other runs to debug
     python assignments/make.py --out handout/ --variant loo       # another objective
+    python assignments/make.py --solution perfect/ --key handout.key.json     # what gets 100 of 100
     python assignments/make.py --gradescope grader.zip --key handout.key.json --seed 12345
 
 STAFF.md tells the rest.
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import shutil
 import sys
 import tempfile
@@ -56,7 +58,8 @@ def blanked(variant=None):
 
 
 def make_handout(out, debug_seed=0, variant=None, steps=20):
-    """Makes the students' folder `out`, which must not exist or be empty.  Returns the key."""
+    """Makes the students' folder `out`, which must not exist or be empty.  Returns the key:
+    {"variant", "debug_seed", "runs": {run: {"fault", "shows"}}}."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} is not empty: name a new folder")
@@ -74,7 +77,7 @@ def make_handout(out, debug_seed=0, variant=None, steps=20):
     key = make_debug_runs(out / "debug", debug_seed, steps)
     (out / "answers.toml").write_text("".join(
         f'[{run}]\nfault = ""\nstep = -1\nmetric = ""\n\n' for run in key))
-    return key
+    return {"variant": variant, "debug_seed": debug_seed, "runs": key}
 
 
 def expected(variant):
@@ -96,7 +99,8 @@ def make_debug_runs(folder, seed, steps):
         for attempt in range(5):                 # a run may be too short to show its fault
             try:
                 run_seed = rng.randrange(10 ** 6)
-                made = faults.make_run(folder / f"run_{number}", fault, run_seed, steps,
+                start = rng.randrange(2, 2 + max(1, steps // 3 - 1))
+                made = faults.make_run(folder / f"run_{number}", fault, run_seed, steps, start,
                                        pictures=True)
                 break
             except RuntimeError:
@@ -149,12 +153,22 @@ mkdir -p "$base/results"
 """
 
 
-def make_gradescope(path, key, seed, variant=None):
+def make_solution(out, key):
+    """Writes the submission that is all right, by the key of a handout, into the new folder out."""
+    out.mkdir(parents=True)
+    (out / "argrpo.py").write_text(source.reference(key["variant"]))
+    shutil.copy(HERE / "solution/my_reward.py", out)
+    lines = []
+    for run, truth in key["runs"].items():
+        metric, steps = next((name, steps) for name, steps in truth["shows"].items() if steps)
+        lines.append(f'[{run}]\nfault = "{truth["fault"]}"\nstep = {steps[0]}\n'
+                     f'metric = "{metric}"\n')
+    (out / "answers.toml").write_text("\n".join(lines))
+
+
+def make_gradescope(path, key, seed):
     """Writes the zip that Gradescope takes as an autograder."""
     options = f"--seed {seed}"
-    if variant:
-        source.variant_of(variant)
-        options += f" --variant {variant}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         copy(GRADER, out)
@@ -169,28 +183,37 @@ def make_gradescope(path, key, seed, variant=None):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Makes the handout, and Gradescope's zip.")
     parser.add_argument("--out", type=Path, help="folder of the handout")
-    parser.add_argument("--debug-seed", type=int, default=0, help="of the runs to debug")
-    parser.add_argument("--variant", help="another objective: a name in variants.toml")
+    parser.add_argument("--debug-seed", type=int, help="of the runs to debug (default: a random "
+                        "one, which the key holds; from a small one students can find the faults)")
+    parser.add_argument("--variant", choices=list(source.read_toml("variants.toml")),
+                        help="another objective, of variants.toml")
+    parser.add_argument("--solution", type=Path, help="new folder for the submission that is right")
     parser.add_argument("--gradescope", type=Path, help="zip to write, such as grader.zip")
     parser.add_argument("--key", type=Path, help="key that was made with the handout; with --out "
                                                  "where to write it (default: OUT.key.json)")
     parser.add_argument("--seed", type=int, help="of the hidden inputs, for --gradescope")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    if not args.out and not args.gradescope:
-        parser.error("say what to make: --out FOLDER, or --gradescope FILE.zip")
+    if not (args.out or args.gradescope or args.solution):
+        parser.error("say what to make: --out FOLDER, --solution FOLDER or --gradescope FILE.zip")
     key = args.key or (args.out and args.out.with_name(args.out.name + ".key.json"))
     if args.gradescope and (args.seed is None or key is None):
         parser.error("--gradescope needs --seed, which students must not know, and --key")
     if args.gradescope and args.gradescope.suffix != ".zip":
         parser.error(f"Gradescope takes a file that ends in .zip, not {args.gradescope}")
+    if args.solution and (key is None or args.solution.exists()):
+        parser.error("--solution needs a new folder, and --key")
     if args.out:
-        key.write_text(json.dumps(make_handout(args.out, args.debug_seed, args.variant), indent=1))
+        seed = secrets.randbelow(2 ** 60) if args.debug_seed is None else args.debug_seed
+        key.write_text(json.dumps(make_handout(args.out, seed, args.variant), indent=1))
         print(f"wrote {args.out}/ for students, and {key}, which is not for them")
+    if not key.is_file():
+        parser.error(f"there is no key at {key}: make the handout first")
+    if args.solution:
+        make_solution(args.solution, json.loads(key.read_text()))
+        print(f"wrote {args.solution}/, which should get 100 of 100")
     if args.gradescope:
-        if not key.is_file():
-            parser.error(f"there is no key at {key}: make the handout first")
-        make_gradescope(args.gradescope, key, args.seed, args.variant)
+        make_gradescope(args.gradescope, key, args.seed)
         print(f"wrote {args.gradescope}")
 
 

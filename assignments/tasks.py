@@ -9,7 +9,7 @@ import types
 
 import torch
 from faults import FAULTS
-from source import tomllib
+from source import ITEMS, tomllib
 
 # The open task: pictures that are right, with a shape of at least 10 pixels in each.  (Two such
 # shapes hardly fit into a picture.)  XX
@@ -83,6 +83,8 @@ def measure_reward(argrpo, text, seed):
 
 def score_reward(outcome, item):
     """(score, points, output) of the Outcome of measure_reward."""
+    if outcome.error.startswith("NotImplementedError: part"):
+        return 0.0, item["points"], f"not done yet ({outcome.error.split(': ', 1)[1]})"
     if outcome.error:
         return 0.0, item["points"], f"{outcome.error}\nRead {item['read']}."
     wanted, right = outcome.value
@@ -102,7 +104,7 @@ def score_reward(outcome, item):
 # ---------------------------------------------------------------------------------------------
 
 def score_debug(text, key):
-    """[(run, score, points, output), ...]: a point for the fault's name, one for what shows it.
+    """[(run, score, points, output), ...], the points of part 4.2 shared by the runs.
 
     text is answers.toml, or None; key is {run: {"fault", "shows": {metric: [steps]}}}."""
     problem, answers = "there is no answers.toml in the submission", {}
@@ -111,19 +113,21 @@ def score_debug(text, key):
             answers, problem = tomllib.loads(text), ""
         except tomllib.TOMLDecodeError as error:
             problem = f"answers.toml cannot be read: {error}"
-    return [(run, *score_answer(answers.get(run, {}), truth, problem))
+    each = ITEMS["4.2"]["points"] / len(key)
+    return [(run, *score_answer(answers.get(run, {}), truth, problem, each))
             for run, truth in key.items()]
 
 
-def score_answer(answer, truth, problem):
+def score_answer(answer, truth, problem, points):
+    """(score, points, output): half of the points for the fault, half for what shows it."""
     if problem or not isinstance(answer, dict) or not answer.get("fault"):
-        return 0.0, 2.0, problem or "not done yet (part 4.2)"
+        return 0.0, points, problem or "not done yet (part 4.2)"
     fault, metric, step = answer["fault"], answer.get("metric"), answer.get("step")
     score, lines = 0.0, []
     if fault not in FAULTS:
         lines.append(f"there is no fault {fault!r} in the list: see the README")
     elif fault == truth["fault"]:
-        score += 1.0
+        score += points / 2
     else:
         lines.append(f"the fault is not {fault!r}, which would be: {FAULTS[fault].says}")
     if metric not in truth["shows"]:
@@ -131,8 +135,8 @@ def score_answer(answer, truth, problem):
     elif step not in truth["shows"][metric]:
         lines.append(f"at step {step!r} {metric} does not show it")
     else:
-        score += 1.0
-    return score, 2.0, "\n".join(lines) or "fault, metric and step are right"
+        score += points / 2
+    return score, points, "\n".join(lines) or "fault, metric and step are right"
 
 
 # ---------------------------------------------------------------------------------------------

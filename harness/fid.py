@@ -1,4 +1,12 @@
-"""FID: pictures as the usual evaluators read them, and torch-fidelity's answer."""
+"""FID and its kin: pictures as the usual evaluators read them, and torch-fidelity's answer.
+
+torch-fidelity's FID takes the features of the original TensorFlow Inception, as ADM's evaluator
+does, with which its numbers agree to about the second decimal; its precision and recall are those
+of "Improved precision and recall" (arXiv 1904.06991) with 3 neighbours, on Inception's features,
+where ADM's evaluator takes 10,000 pictures of each side.  Resizing to 256 pixels is torch's
+bicubic one, antialiased, where other protocols have other filters: compare numbers of one protocol
+only.
+"""
 
 import numpy as np
 import torch
@@ -13,10 +21,10 @@ def as_uint8(images, size=None):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """The pictures of an .npz, as torch-fidelity wants them."""
+    """Pictures (n, H, W, 3) uint8, or those of an .npz's `arr_0`, as torch-fidelity wants them."""
 
-    def __init__(self, path):
-        self.images = np.load(path)["arr_0"]
+    def __init__(self, pictures):
+        self.images = pictures if isinstance(pictures, np.ndarray) else np.load(pictures)["arr_0"]
 
     def __len__(self):
         return len(self.images)
@@ -25,15 +33,33 @@ class Pictures(torch.utils.data.Dataset):
         return torch.from_numpy(self.images[i]).permute(2, 0, 1)             # (3, H, W) uint8
 
 
-def print_fid(npz, reference):
-    """FID of the .npz against a folder or an .npz of real images, and its Inception Score."""
+def fidelity(pictures, reference, option, **how):
+    """torch-fidelity's figures of a Pictures against a Pictures or a folder of real images."""
     try:
         from torch_fidelity import calculate_metrics
     except ImportError:
-        raise ImportError("--fid-reference needs torch-fidelity: "
-                          "pip install torch-fidelity") from None
-    other = str(reference)
-    if other.endswith(".npz"):
-        other = Pictures(reference)
-    print(calculate_metrics(input1=Pictures(npz), input2=other, fid=True, isc=True,
-                            cuda=torch.cuda.is_available()))
+        raise ImportError(f"{option} needs torch-fidelity: pip install torch-fidelity") from None
+    return calculate_metrics(input1=pictures, input2=reference, fid=True, verbose=False,
+                             cuda=torch.cuda.is_available(), **how)
+
+
+def print_fid(npz, reference):
+    """FID of the .npz against a folder or an .npz of real images, and its Inception Score."""
+    print(fidelity(Pictures(npz), real_pictures(reference), "--fid-reference", isc=True))
+
+
+def real_pictures(reference):
+    """A Pictures of an .npz, or the path of a folder."""
+    return Pictures(reference) if str(reference).endswith(".npz") else str(reference)
+
+
+def fid_of_pictures(pictures, reference):
+    """FID, Inception Score, precision and recall of pictures (n, H, W, 3) uint8, by name.
+
+    They are resized to 256 pixels at most, as the reference's."""
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    small = np.concatenate([as_uint8(some, 256) for some in images.split(256)])
+    found = fidelity(Pictures(small), real_pictures(reference), "--reference", isc=True, prc=True)
+    return {"FID": found["frechet_inception_distance"],
+            "Inception Score": found["inception_score_mean"],
+            "precision": found["precision"], "recall": found["recall"]}

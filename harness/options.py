@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import types
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,13 +135,15 @@ def read_options(cls, argv, prog, description, epilog=""):
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
         kind = field.type
-        if not isinstance(kind, type):
+        if typing.get_origin(kind) is types.UnionType:
             kind = typing.get_args(kind)[0]                          # float | None -> float
         how = dict(type=kind, metavar=kind.__name__)
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
+        if typing.get_origin(kind) is list:      # given once for each of its values
+            how = dict(type=str, metavar="str", action="append")
         text = comments[field.name]
-        if field.default not in ("", None):
+        if field.default not in ("", None, dataclasses.MISSING):
             text += f" (default: {field.default})"
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, **how, help=text.replace("%", "%%"))

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -191,7 +192,7 @@ def test_an_unknown_mistake_is_shown_with_its_smallest_input():
     text = source.with_body(REFERENCE, CODE["2.4"], "return (ref_logp - logp).exp() * 0.3")
     output = grade_items(text, "2.4")["2.4"].output
     assert "not so: where policy and reference agree it is zero" in output
-    assert "for [[" in output and "expected [[0.0]]" in output and "got      [[0.3" in output
+    assert "for [[" in output and "expected [[0]]" in output and "got      [[0.3" in output
 
 
 def test_helpers_of_the_students_own_come_along():
@@ -250,6 +251,12 @@ def test_part_41_wants_large_shapes_and_right_pictures(wanted, right, share):
                                              source.ITEMS["4.1"])
     assert score == pytest.approx(share * points, abs=0.15)
     assert (share == 1) == ("measure is met" in says)
+
+
+def test_changed_points_count_in_the_runs_too(monkeypatch):
+    monkeypatch.setitem(source.ITEMS["4.2"], "points", 18)
+    graded = tasks.score_debug(RIGHT_ANSWERS, KEY)
+    assert [points for _, _, points, _ in graded] == [3] * 6 == [score for _, score, *_ in graded]
 
 
 def test_gradescope_results():
@@ -393,9 +400,8 @@ def test_the_handouts_own_tests_fail_blank_and_pass_solved(handout):
     assert re.search(r"\n[0-9]+ failed, \d+ deselected", run_pytest(handout, "-m", "part2"))
     (handout / "argrpo.py").write_text(REFERENCE)
     (handout / "my_reward.py").write_text(SOLUTION)
-    (handout / "answers.toml").write_text("".join(
-        f'[{run}]\nfault = "{answer["fault"]}"\nstep = 3\nmetric = "kl"\n'
-        for run, answer in key.items()))
+    make.make_solution(handout.with_name("right"), key)
+    shutil.copy(handout.with_name("right") / "answers.toml", handout)
     output = run_pytest(handout)
     assert "passed" in output and "failed" not in output, output
     hint = subprocess.run([sys.executable, "hints.py", "2.1", "2"], cwd=handout, text=True,

@@ -64,6 +64,12 @@ def test_weighted_sum_of_unweighted_parts():
     torch.testing.assert_close(total, 2 * parts["brightness"] - 0.5 * parts["contrast"])
 
 
+def test_a_reward_of_weight_0_is_reported_and_counts_nothing():
+    total, parts = build_rewards("brightness:0, contrast", CPU)(IMAGES, PROMPTS)
+    assert set(parts) == {"brightness", "contrast"}
+    torch.testing.assert_close(total, parts["contrast"])
+
+
 @pytest.mark.parametrize("scores, message", [
     (torch.zeros(4, 1),
      r"'mine' must return a tensor of shape \(4,\), one score per image, not \(4, 1\)"),

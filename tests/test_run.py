@@ -41,6 +41,7 @@ class Watched:
     def __init__(self, folder, patch):
         torch.manual_seed(0)
         self.model, self.events = tiny_model(block_size=4, n_layer=1), []
+        self.spreads = []                        # (number of images, spread) of each evaluation
         self.start = copy.deepcopy(self.model)
         self.prompts = Prompts(["train 0", "train 1", "train 2"], torch.arange(3))
         self.eval_prompts = Prompts(["held out 3", "held out 4"], torch.arange(3, 5))
@@ -68,7 +69,10 @@ class Watched:
         return {"measured": images.mean(dim=(1, 2, 3))}
 
     def spread(self, images, texts):
-        return {"distance": images.std().item()}
+        spread = images.std().item()
+        if len(images) > 8:                      # an evaluation, and not a step's own pictures
+            self.spreads.append((len(images), spread))
+        return {"distance": spread}
 
     def called(self, name):
         return [event for event in self.events if event[0] == name]
@@ -93,6 +97,13 @@ def test_before_is_the_untrained_model_and_after_the_trained_one(watched):
         same(after, weights(watched.model), f"{name}: after training, the trained weights")
     assert not torch.equal(weights(watched.start), weights(watched.model))
     assert watched.summary["before"]["reward"] != watched.summary["after"]["reward"]
+
+
+def test_d_is_the_spread_after_over_the_spread_before(watched):
+    (_, before), (_, after) = watched.spreads
+    kept = watched.summary["after"]["diversity_kept/distance"]
+    assert before != after and kept == pytest.approx(after / before), "after over before"
+    assert "diversity_kept" not in watched.summary["before"]
 
 
 def test_it_trains_on_its_prompts_and_evaluates_on_the_others(watched):

@@ -28,7 +28,7 @@ from toy.models import encode_captions, load
 from toy.scenes import CLASSES, COUNTS, GROUND, PAIRS, PALETTE, PLACES, SHAPES, SIZE, THINGS
 from toy.scenes import SEEN_CLASSES, SEEN_PAIRS, UNSEEN, UNSEEN_CLASSES, UNSEEN_PAIRS
 from toy.scenes import Request, Thing, holds, make_scene, parse, render
-from toy.verifier import coarse_layout, distinct_in, fulfils, read_scenes, spread
+from toy.verifier import coarse_layout, distinct_in, fulfils, read_scenes, spread, spread_by_prompt
 from toy.verifier import verify, verify_all, verify_by_kind
 
 

@@ -202,28 +202,35 @@ def right_pictures(images, prompts):
 def spread(images, prompts):
     """How varied the right pictures of a prompt are.  Wrong ones do not count: junk is varied, too.
 
-    images (B, 3, SIZE, SIZE) in [0, 1].  Returns four means over prompts:
+    images (B, 3, SIZE, SIZE) in [0, 1].  Returns the means over prompts of `spread_by_prompt`, or
+    None where there are too few right pictures."""
+    means = {}
+    for name, values in spread_by_prompt(images, prompts).items():
+        means[name] = sum(values.values()) / len(values) if values else None
+    return means
+
+
+def spread_by_prompt(images, prompts):
+    """Four measures, {name: {prompt: value}}, of the prompts that have enough right pictures:
 
         distance    L1 per pixel between two pictures
         centres     standard deviation of the place of single things, in pixels
         sizes       standard deviation of the size of one or two things, in pixels
         layouts     how many different coarse layouts to expect in eight pictures
-
-    None where there are too few right pictures."""
-    parts = {"distance": [], "centres": [], "sizes": [], "layouts": []}
+    """
+    parts = {"distance": {}, "centres": {}, "sizes": {}, "layouts": {}}
     for prompt, pictures in right_pictures(images, prompts).items():
         if len(pictures) < 2:
             continue
         pixels = torch.stack([image.flatten() for image, _ in pictures])
         distance = torch.pdist(pixels, p=1).mean().item() / pixels.shape[1]
-        parts["distance"].append(distance)
+        parts["distance"][prompt] = distance
         boxes = torch.tensor([thing[2:] for _, scene in pictures for thing in scene])      # (K, 4)
         if len(boxes) == len(pictures):
-            parts["centres"].append(boxes[:, :2].std(dim=0).mean().item())
+            parts["centres"][prompt] = boxes[:, :2].std(dim=0).mean().item()
         if len(parse(prompt).things) < 3:
-            parts["sizes"].append(boxes[:, 2:].mean(dim=1).std().item())
+            parts["sizes"][prompt] = boxes[:, 2:].mean(dim=1).std().item()
         if len(pictures) >= 8:
             layouts = [coarse_layout(scene) for _, scene in pictures]
-            parts["layouts"].append(distinct_in(8, layouts))
-    return {name: sum(values) / len(values) if values else None
-            for name, values in parts.items()}
+            parts["layouts"][prompt] = distinct_in(8, layouts)
+    return parts

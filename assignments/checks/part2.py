@@ -107,7 +107,7 @@ def _(m, d):
     return m.group_advantages(*groups(d), scale=False)
 
 
-@check("2.3", "eps is added to the standard deviation: tiny spreads are damped")
+@check("2.3", "tiny spreads, and eps, count as the docstring says")
 def _(m, d):
     rewards, G = groups(d)
     return m.group_advantages(rewards * 1e-4, G), m.group_advantages(rewards, G, eps=0.5)
