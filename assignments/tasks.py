@@ -11,10 +11,12 @@ import torch
 from faults import FAULTS
 from source import ITEMS, tomllib
 
-# The open task: pictures that are right, with a shape of at least 10 pixels in each.  (Two such
-# shapes hardly fit into a picture.)  XX
-LARGE, PRETRAINED, FULL = 10.0, 0.17, 0.33
-WRONG, RIGHT = 0.40, 0.60
+# The open task: pictures that are right and have a shape of at least 10 pixels.  (Two such shapes
+# hardly fit into a picture.)  Of the pretrained toy's pictures these are 20 to 25%, and 62% are
+# right.  With a reward that sees both they become 53 and 54%, and 61 to 66% are right; with one for
+# size alone 35 to 40%, and 43 to 53% are right: hence the second measure, from WRONG to RIGHT.
+LARGE, PRETRAINED, FULL = 10.0, 0.23, 0.45
+WRONG, RIGHT = 0.46, 0.56
 
 
 def load(text, name="argrpo"):
@@ -90,7 +92,7 @@ def score_reward(outcome, item):
     wanted, right = outcome.value
     share = (min(1.0, max(0.0, (wanted - PRETRAINED) / (FULL - PRETRAINED)))
              * min(1.0, max(0.0, (right - WRONG) / (RIGHT - WRONG))))
-    says = f"after 40 steps with it, {right:.0%} of the pictures are right (64% before)"
+    says = f"after 40 steps with it, {right:.0%} of the pictures are right (62% before)"
     if share == 1:
         return float(item["points"]), item["points"], f"{says}; the hidden measure is met"
     hacked = ("The policy found another way to your reward than the one you meant."
