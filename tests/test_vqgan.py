@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from conftest import same
 
-from vqgan import Downsample, Upsample, VQConfig, VQModel, group_norm
+from vqgan import (
+    AttnBlock,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    VQConfig,
+    VQModel,
+    group_norm,
+)
 
 
 def tiny_vq(**changes):
@@ -116,3 +124,17 @@ def test_upsampling_doubles_pixels():
 def test_group_norms_are_those_of_the_published_tokenizer():
     norm = group_norm(128)
     assert (norm.num_groups, norm.eps) == (32, 1e-6), "32 groups, eps 1e-6"
+
+
+@torch.no_grad()
+def test_blocks_add_to_what_they_are_given():
+    """With a last layer of zeros nothing is added: only the residual path is left."""
+    x = torch.randn(2, 32, 3, 3)
+    attention, residual, wider = AttnBlock(32), ResnetBlock(32, 32), ResnetBlock(32, 64)
+    for layer in (attention.proj_out, residual.conv2, wider.conv2):
+        layer.weight.zero_(), layer.bias.zero_()
+    same(attention(x), x, "the attention block adds to its input: x + proj(attention)")
+    same(residual(x), x, "the residual block adds to its input")
+    same(wider(x), wider.nin_shortcut(x), "with more channels, to a 1 x 1 convolution of it")
+    attention.proj_out.bias.fill_(1.0)
+    same(attention(x), x + 1, "what the attention's last layer gives is added")

@@ -1,0 +1,188 @@
+"""Comparing checkpoints: pictures with streams of their own, in shards, and the table of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import Blocks, tiny_model
+from PIL import Image
+from safetensors.torch import save_file
+
+import argrpo
+import evaluate
+import toy
+from harness import drawing, scoring
+from harness.drawing import draw_shards, read_shards, shards
+
+PROMPTS = argrpo.Prompts([f"prompt {k}" for k in range(5)], torch.arange(5))
+INDEX = torch.arange(5).repeat_interleave(4)     # 20 pictures
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_model(block_size=4, n_layer=1)
+
+
+def drawn(model, folder, monkeypatch, size=6, parts=((0, 1),), **policy):
+    """The pictures of all processes' shards, of `size` pictures each."""
+    monkeypatch.setattr(drawing, "SHARD", size)
+    for shard in parts:
+        draw_shards(model, Blocks(), PROMPTS, INDEX, folder, 3, shard=shard, **policy)
+    return read_shards(folder)
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+def test_a_picture_depends_on_its_number_alone(model, tmp_path, monkeypatch):
+    """Not on how many are drawn at a time, nor on how many processes draw."""
+    whole = drawn(model, tmp_path / "a", monkeypatch, size=20)
+    assert whole.shape == (20, 2, 2, 3) and whole.std() > 0
+    assert (drawn(model, tmp_path / "b", monkeypatch, size=3) == whole).all()
+    halves = drawn(model, tmp_path / "c", monkeypatch, size=3, parts=((1, 2), (0, 2)))
+    assert (halves == whole).all(), "two processes draw what one draws"
+    assert len(np.unique(whole[:4].reshape(4, -1), axis=0)) > 1, "a prompt's pictures differ"
+
+
+def test_guidance_and_temperature_reach_the_pictures(model, tmp_path, monkeypatch):
+    plain = drawn(model, tmp_path / "a", monkeypatch, cfg_scale=1.0, temperature=1.0)
+    for name, policy in dict(b=dict(cfg_scale=4.0, temperature=1.0),
+                             c=dict(cfg_scale=1.0, temperature=0.2)).items():
+        assert (drawn(model, tmp_path / name, monkeypatch, **policy) != plain).any()
+
+
+def test_an_interrupted_draw_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
+    whole = drawn(model, tmp_path / "a", monkeypatch)
+    kept = {path.name: path.stat().st_mtime_ns for path in shards(tmp_path / "a")}
+    assert list(kept) == ["00000.npz", "00001.npz", "00002.npz", "00003.npz"]
+    (tmp_path / "a" / "00002.npz").unlink()
+    assert (drawn(model, tmp_path / "a", monkeypatch) == whole).all()
+    again = {path.name: path.stat().st_mtime_ns for path in shards(tmp_path / "a")}
+    assert [name for name in kept if kept[name] != again[name]] == ["00002.npz"]
+
+
+def test_pictures_of_another_model_are_not_mixed_in(model, tmp_path, monkeypatch):
+    drawn(model, tmp_path / "a", monkeypatch)
+    with torch.no_grad():
+        model.output.weight[3] += 1
+    with pytest.raises(ValueError, match="holds pictures of another model, other prompts or"):
+        drawn(model, tmp_path / "a", monkeypatch)
+
+
+def test_how_much_a_prompts_pictures_differ(tmp_path):
+    """Two prompts of two pictures: black and white, and twice the same."""
+    pictures = np.zeros((4, 2, 2, 3), np.uint8)
+    pictures[1:] = 255
+    np.savez(tmp_path / "00000.npz", images=pictures)
+    features = {"mine": lambda images: torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]])}
+    found = scoring.distances(tmp_path, torch.tensor([0, 0, 1, 1]), 2, features)
+    assert found["distance/pixels"].tolist() == [1.0, 0.0]
+    assert found["distance/mine"].tolist() == [1.0, 0.0], "1 minus the cosine"
+
+
+# --- the command -------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder as AR-GRPO's on Hugging Face, with the toy's transformer, a little changed."""
+    folder = tmp_path_factory.mktemp("hub") / "AR-GRPO_TOY"
+    folder.mkdir()
+    model, vq = toy.load("c2i")
+    with torch.no_grad():
+        model.output.weight *= 1.5               # surer, and so less varied
+    weights = {f"gpt_model.{name}": w.contiguous() for name, w in model.state_dict().items()}
+    weights |= {f"vq_model.{name}": w.contiguous() for name, w in vq.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(published, tmp_path_factory):
+    """Base, base with other random numbers, and the folder: (folder, command line, results)."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    given = ["--gpt-ckpt", "base", "--gpt-ckpt", "base@1", "--gpt-ckpt", str(published),
+             "--samples", "12", "--classes", "0,4,8,9,13", "--rewards", "jpeg", "--out", str(out)]
+    return out, given, evaluate.main(given)
+
+
+def test_the_table_of_three_checkpoints(table):
+    out, _, results = table
+    assert results["checkpoints"] == ["base", "base@1", "AR-GRPO_TOY"]
+    metrics = results["metrics"]
+    assert {"verified", "jpeg", "entropy", "distance/pixels", "D", "D/sizes"} <= set(metrics)
+    base, again, surer = metrics["entropy"]
+    assert surer["change"]["high"] < 0, "larger logits, less entropy"
+    assert again["change"]["low"] < 0 < again["change"]["high"], "two seeds of one model"
+    for cells in metrics.values():
+        for cell in cells:
+            assert cell["low"] <= cell["value"] + 1e-9 and cell["value"] <= cell["high"] + 1e-9
+    assert metrics["D"][0]["value"] == pytest.approx(1) and metrics["D"][1]["value"] != 1
+    text = (out / "results.md").read_text()
+    assert "| | base | base@1 | AR-GRPO_TOY | paper |" in text
+    assert "no difference beyond noise" in text and "not at hand" in text
+    assert Image.open(out / "grid.png").height > 5 * 3 * 96
+
+
+def test_the_numbers_are_those_of_the_pictures(table):
+    out, _, results = table
+    images = drawing.as_images(read_shards(out / "base"))
+    texts = [toy.CLASSES[k] for k in (0, 4, 8, 9, 13) for _ in range(12)]
+    assert results["metrics"]["verified"][0]["value"] == pytest.approx(
+        toy.verify(images, texts).mean().item(), abs=1e-6)
+
+
+def test_once_more_draws_and_scores_nothing(table, monkeypatch):
+    _, given, results = table
+    monkeypatch.setattr(drawing, "draw", None)
+    monkeypatch.setattr(toy, "verify_all", None)
+    monkeypatch.setattr(evaluate.reward.RewardSet, "__call__", None)
+    assert evaluate.main(given)["metrics"] == results["metrics"]
+
+
+def test_fid_of_the_toys_features(table):
+    pytest.importorskip("torch_fidelity")
+    figures = table[2]["pictures"]
+    assert all(0 < figure["FID (toy's features)"] < 100 for figure in figures)
+    assert all(0 <= figure["recall (toy's)"] <= 1 for figure in figures)
+
+
+def test_fid_is_zero_between_equal_pictures_and_grows_with_noise():
+    pytest.importorskip("torch_fidelity")
+    from toy.fid import fid_of_toy, scenes_of
+    texts = toy.CLASSES * 12
+    scenes = scenes_of(texts)                    # the very scenes of the reference
+    exact = fid_of_toy(scenes, texts)["FID (toy's features)"]
+    noisy = np.random.default_rng(0).integers(-40, 40, scenes.shape) + scenes
+    spoilt = fid_of_toy(noisy.clip(0, 255).astype(np.uint8), texts)["FID (toy's features)"]
+    assert abs(exact) < 1e-3 and spoilt > 0.05
+
+
+def test_genevals_metadata_gives_captions_and_categories(tmp_path):
+    lines = [dict(tag="counting", prompt="a photo of two cows", include=[]),
+             dict(tag="colors", prompt="a photo of a red bus", include=[])]
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = evaluate.Settings(preset="t2i-XL-256", prompts=str(path))
+    texts, tags, classes = evaluate.choose_prompts(settings, "t2i")
+    assert texts == ["a photo of two cows", "a photo of a red bus"] and classes is None
+    assert tags == ["counting", "colors"]
+
+
+@pytest.mark.parametrize("given, message", [
+    ([], "name at least one checkpoint: --gpt-ckpt base"),
+    (["--gpt-ckpt", "base", "--gpt-ckpt", "base"], "two checkpoints would be called 'base'"),
+    (["--gpt-ckpt", "base@x"], "behind the @ must be a seed such as 1, not 'x'"),
+    (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
+    (["--gpt-ckpt", "base", "--reference", "nowhere"], "--reference: there is no nowhere"),
+    (["--gpt-ckpt", "base", "--preset", "t2i-XL-256"], "give it --prompts FILE"),
+    (["--gpt-ckpt", "base", "--task", "t3i"], "--task must be c2i or t2i, not 't3i'"),
+    (["--gpt-ckpt", "base", "--preset", "M-256"], "unknown preset 'M-256'"),
+    (["--gpt-ckpt", "base", "--rewards", "beauty"], "unknown reward 'beauty'"),
+])
+def test_bad_options_are_one_line(given, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(given)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
