@@ -121,9 +121,10 @@ def mismatch(r):
 def kl_runaway(r):
     values = r.values("kl")
     third = mean(values[len(values) // 2:3 * len(values) // 4])
-    if r.last("kl") > 1 or (r.last("kl") > 0.4 and r.last("kl") > 1.3 * third):
-        return (f"the KL to the pretrained model is {r.last('kl'):.2g} nats a token by now: little "
-                "is left of what it had learned")
+    end = median(values[-r.window("kl"):])       # a single step's estimate may be far too large
+    if end > 1 or (end > 0.4 and end > 1.3 * third):
+        return (f"the KL to the pretrained model is {end:.2g} nats a token by now: little is left "
+                "of what it had learned")
 
 
 def went_back(r):
@@ -175,11 +176,15 @@ def hacking(r):
     if r.change("reward") < SURE / 2:
         return None
     for name in r.held_out():
-        fall = (r.first(name) - r.last(name)) / max(abs(r.first(name)), 1e-9)
-        if r.change(name) < -SURE and fall > 0.1:
+        values, window = r.values(name), r.window(name)
+        start, end = r.first(name), r.last(name)
+        falls = r.change(name) < -SURE and start - end > 0.1 * abs(start)
+        if len(values) >= 2 * window and 0 <= max(values[-window:]) < values[0] / 2:
+            falls, start = True, values[0]       # at once, so that there is no slow fall to see
+        if falls:
             return (f"the reward rises, and {name}, on which nothing is trained, falls from "
-                    f"{r.first(name):.3g} to {r.last(name):.3g}: the policy pleases the reward, "
-                    "not what it stands for")
+                    f"{start:.3g} to {end:.3g}: the policy pleases the reward, not what it stands "
+                    "for")
 
 
 def reward_falls(r):

@@ -71,7 +71,7 @@ def test_no_rule_fires_on_a_healthy_run(path):
 
 def test_the_healthy_runs_are_of_all_kinds():
     settings = [read(path)[1] for path in HEALTHY]
-    assert len(settings) == 7
+    assert len(settings) >= 10
     assert {s["recipe"] for s in settings} == {"paper", "diverse"}
     assert any(".py:" in s["reward"] for s in settings)          # a reward of one's own
     assert {path.stem[:3] for path in HEALTHY} == {"c2i", "t2i"}
@@ -101,6 +101,14 @@ def healthy(steps=60, **changes):
 
 
 SETTINGS = dict(max_grad_norm=1.0, cfg_scale=1.0, logprob_cfg="guided", device="cpu")
+
+
+def test_a_measure_that_falls_at_once_is_hacking_too():
+    """Before the second time that it is measured, so that no slow fall is to be seen."""
+    rising = {"reward": lambda t: 0.2 + t / 100, "reward/pleasing": lambda t: 0.2 + t / 100}
+    metrics = healthy(40, **rising, verified=lambda t: (0.7 if t == 0 else 0.0)
+                      if t % 5 == 0 else None)
+    assert "reward hacking" in faults_of(metrics, SETTINGS)
 
 
 def test_the_made_up_healthy_metrics_are_healthy():
