@@ -36,7 +36,7 @@ MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "
 @dataclass
 class Settings(argrpo.GRPOConfig):
     """The options of a training script: the loop's, and these."""
-    given = {}                           # what the command line said (no annotation: no option)
+    given = {}                           # what the command line changed (no annotation: no option)
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
@@ -193,8 +193,10 @@ def preset_settings(cls, presets, diverse, default_preset, given, script):
     if recipe == "diverse":
         values |= diverse[name]
         values["out"] += "-diverse"
-    settings = cls(**(values | given | {"preset": name}))
-    settings.given = given
+    usual = cls(**(values | {"preset": name}))
+    settings = dataclasses.replace(usual, **given)
+    settings.given = {field: value for field, value in given.items()
+                      if value != getattr(usual, field)}
     return settings
 
 

@@ -104,7 +104,7 @@ def sentence(run):
 
 
 def given_settings(run):
-    """The settings that the command line gave: those that differ from the preset's."""
+    """The settings that the command line changed: those that differ from the preset's."""
     hidden = ("out", "preset", "resume", "log", "selftest")
     return [(name, value) for name, value in run.config.get("given", {}).items()
             if name not in hidden]

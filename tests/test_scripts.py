@@ -282,6 +282,14 @@ def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
         settings("--recipe", "wild")
 
 
+def test_what_the_command_line_changed_is_remembered(tmp_path):
+    """What it repeats of the preset or the recipe is no change."""
+    settings = options.parse_settings(
+        train_c2i.Settings, train_c2i.PRESETS, train_c2i.DIVERSE, "toy",
+        ["--out", str(tmp_path), "--recipe", "diverse", "--kl-beta", "0", "--seed", "3"], "x", "")
+    assert settings.given == {"out": str(tmp_path), "recipe": "diverse", "seed": 3}
+
+
 def test_a_diverse_run_of_the_toy(tmp_path, no_pictures):
     summary = train_c2i.main(QUICK + ["--recipe", "diverse", "--classes", "0,5,13,21",
                                       "--eval-images", "300", "--out", str(tmp_path / "run")])
