@@ -4,25 +4,26 @@ Under GRPO every prompt settles on a few layouts.  Chance makes one way of being
 likelier.  Its images are then drawn more often and rewarded more often, and a way that is no longer
 drawn cannot come back.  A KL penalty is a weak cure: it pulls towards the reference's mistakes as
 well, and pulls less and less towards what has become rare, for it is measured on the policy's own
-images.  Two plug-ins of `argrpo.train` work against it.
+images.  Two plug-ins of `argrpo.train` work against it.  Both look at images that the reference
+draws and that the reward finds right: pi_ref( . | right) is what a policy should become, always
+right and as varied as the pretrained model is when it is right.
 
-`DiversityBonus` (an `advantage_fn`) moves reward, among the right images of a group, to those that
-differ from the others.
-
-`Rehearsal` (an `extra_loss`) lets the reference draw images, keeps those that the reward finds
-right, and keeps them likely:
+`Rehearsal` (an `extra_loss`) keeps them likely:
 
     loss = loss_GRPO - w E[ log pi(x) ],   x ~ pi_ref( . | right),
 
 maximum likelihood beside the reward, as InstructGPT (arXiv 2203.02155) mixes in pretraining data,
 on images chosen as in rejection-sampling fine-tuning (RAFT, arXiv 2304.06767), but those of the
 pretrained model.  With enough of them the second term alone is smallest where
-pi = pi_ref( . | right): always right, and as varied as the pretrained model's right images.  Its
-pull on what has become rare does not fade.  The two terms agree, and no KL penalty is needed beside
-them.
+pi = pi_ref( . | right).  Its pull on what has become rare does not fade.  The two terms agree, and
+no KL penalty is needed beside them.
+
+`DiversityBonus` (an `advantage_fn`) compares the policy's right images with them, and favours those
+of which the reference draws more.
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 import argrpo
@@ -63,55 +64,6 @@ def right_images(rewards, group_size):
 
 
 # ---------------------------------------------------------------------------------------------
-# The diversity bonus
-# ---------------------------------------------------------------------------------------------
-
-def diversity_bonus(rewards, features, group_size, weight):
-    """Reward for right images that differ from the other right ones of their group.
-
-    rewards (P*G,), features (P*G, ...) -> (P*G,):
-
-        bonus_i = weight * unit * (d_i / mean(d) - 1),
-
-    where d_i is the mean L1 distance of image i's features to those of the group's other right
-    images.  It sums to zero in every group: it moves reward among the right images, and never pays
-    for a wrong one.  Fewer than three right images share nothing.
-
-    The unit is 1 for verdicts, and the group's standard deviation for graded rewards (see
-    `right_images`).  Where all of a group are right, the bonus is all that its advantages are made
-    of, and dividing by their spread cancels the weight."""
-    x = rearrange(features.float().flatten(1), "(p g) f -> p g f", g=group_size)
-    right = right_images(rewards, group_size)                                        # (P, G)
-    unit = 1.0
-    if not are_verdicts(rewards):
-        _, unit, _ = group_statistics(rewards, group_size)                           # (P, 1)
-    n = right.sum(dim=1, keepdim=True)                                               # (P, 1)
-    distances = torch.cdist(x, x, p=1) * right[:, None, :]       # (P, G, G), to right images only
-    distance = distances.sum(dim=2) / (n - 1).clamp(min=1)       # (P, G); to oneself it is 0
-    mean = (distance * right).sum(dim=1, keepdim=True) / n.clamp(min=1)              # (P, 1)
-    bonus = weight * unit * (distance / mean.clamp(min=1e-12) - 1)
-    nothing = ~right | (n < 3) | (mean == 0)
-    return rearrange(bonus.masked_fill(nothing, 0.0), "p g -> (p g)")
-
-
-class DiversityBonus:
-    """An `advantage_fn` of `argrpo.train`: advantages of the rewards with `diversity_bonus` added.
-
-    It compares images by their pixels, or by the codebook vectors of their tokens."""
-
-    def __init__(self, vq, config, weight, distance="pixels"):
-        self.vq, self.config, self.weight, self.distance = vq, config, weight, distance
-
-    def __call__(self, rewards, images, tokens, index, step):
-        features = images                                                            # (B, 3, H, W)
-        if self.distance == "codes":
-            features = self.vq.quantize.codes()[tokens]                              # (B, N, C)
-        G = self.config.group_size
-        bonus = diversity_bonus(rewards, features, G, self.weight)
-        return group_advantages(rewards + bonus, G, scale=self.config.scale_advantages)
-
-
-# ---------------------------------------------------------------------------------------------
 # Rehearsal
 # ---------------------------------------------------------------------------------------------
 
@@ -121,47 +73,53 @@ class Rehearsal:
     weight is w.  Of every prompt the reference draws `groups` times config.group_size images when
     the prompt first comes up.  The right ones (see `right_images`) are remembered and used again:
     the more often a prompt comes up, the more groups it needs, lest the policy learn a few images
-    by heart.  A run that is to continue exactly has to save `remembered`."""
+    by heart.  features, if given, describes them for a `DiversityBonus`.
 
-    def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups):
+    What is drawn depends on the prompt's text and the seed alone, not on the step or the process.
+    A run that is to continue without drawing again has to save `remembered`."""
+
+    def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups, features=None):
         self.reference, self.vq, self.prompts = reference, vq, prompts
-        self.reward_fn, self.config = reward_fn, config
+        self.reward_fn, self.config, self.features = reward_fn, config, features
         self.weight, self.groups = weight, groups
         self.device = next(reference.parameters()).device
-        self.remembered = {}                     # prompt -> tokens (n, N) of its right images
+        self.remembered = {}                     # text -> tokens (n, N) of its right images
+        self.described = {}                      # text -> their features (n, ...)
 
-    def remember(self, index, step):
-        """Lets the reference draw those prompts at index (P,) that come up for the first time."""
-        new = [k for k in dict.fromkeys(index.tolist()) if k not in self.remembered]
-        if not new:
-            return
-        for some in torch.tensor(new).split(self.config.rollout_prompts or len(index)):
-            right = {k: [] for k in some.tolist()}
-            for group in range(self.groups):
-                key = (self.config.seed, "rehearsal", step, some[0].item(), group)
-                drawn = self.draw_right(some, argrpo.rng_for(self.device, *key))
-                for k, tokens in zip(right, drawn):
-                    right[k].append(tokens)
-            self.remembered |= {k: torch.cat(groups) for k, groups in right.items()}
+    def remember(self, index):
+        """Lets the reference draw those prompts at index (P,) whose texts come up for the first
+        time."""
+        for k in index.tolist():
+            text = self.prompts.texts[k]
+            if text not in self.remembered:
+                self.remembered[text], self.described[text] = self.draw_right(k, text)
 
     @torch.no_grad()
-    def draw_right(self, index, generator):
-        """One group of each prompt at index (P,): a list of the right ones' tokens (n, N)."""
+    def draw_right(self, k, text):
+        """All groups of prompt k, as many at once as a rollout has: the right images' tokens (n, N)
+        and features (n, ...), which are None without `features`."""
         c, G = self.config, self.config.group_size
-        tokens, _, images = argrpo.draw_images(
-            self.reference, self.vq, self.prompts, index, generator, samples_per_prompt=G,
-            micro_batch=c.micro_batch, cfg_scale=c.cfg_scale, temperature=c.temperature)
-        texts = [self.prompts.texts[k] for k in index.repeat_interleave(G).tolist()]
-        rewards, _ = self.reward_fn(images, texts)
-        right = right_images(rewards, G)                                             # (P, G)
-        return [drawn[good] for drawn, good in zip(tokens.split(G), right)]
+        tokens, features = [], []
+        for some in torch.arange(self.groups).split(c.rollout_prompts or c.prompts_per_step):
+            rng = argrpo.rng_for(self.device, c.seed, "rehearsal", text, some[0].item())
+            count = len(some) * G
+            drawn, _, images = argrpo.draw_images(
+                self.reference, self.vq, self.prompts, torch.tensor([k]), rng,
+                samples_per_prompt=count, micro_batch=c.micro_batch, cfg_scale=c.cfg_scale,
+                temperature=c.temperature)
+            rewards, _ = self.reward_fn(images, [text] * count)
+            right = right_images(rewards, G).flatten()                               # (count,)
+            tokens.append(drawn[right])
+            if self.features is not None:
+                features.append(self.features.describe(images, drawn)[right])
+        return torch.cat(tokens), torch.cat(features) if features else None
 
     def choose(self, index, step):
         """Half a group at most of each prompt's images: tokens (n, N), and their prompts (n,)."""
         rng = argrpo.rng_for("cpu", self.config.seed, "rehearsed", step)
         tokens, prompts = [], []
         for k in index.tolist():
-            known = self.remembered[k].to(self.device)
+            known = self.remembered[self.prompts.texts[k]].to(self.device)
             order = torch.randperm(len(known), generator=rng)
             tokens.append(known[order[:self.config.group_size // 2]])
             prompts += [k] * len(tokens[-1])
@@ -169,7 +127,7 @@ class Rehearsal:
 
     def __call__(self, model, index, step):
         """Adds the gradient for the prompts at index (P,) of a step: {"rehearsal": loss}."""
-        self.remember(index, step)
+        self.remember(index)
         tokens, prompts = self.choose(index, step)                                   # (n, N), (n,)
         if len(tokens) == 0:                     # the reference got nothing right
             return {"rehearsal": 0.0}
@@ -184,3 +142,106 @@ class Rehearsal:
             (self.weight * loss).backward()
             total += loss.item()
         return {"rehearsal": total}
+
+
+# ---------------------------------------------------------------------------------------------
+# The diversity bonus
+# ---------------------------------------------------------------------------------------------
+
+class Pixels:
+    """Images as a pyramid: what is compared are their means over 1 x 1, 3 x 3 and 24 x 24 cells.
+
+    Pixels alone hardly tell a large shape from a small one; the mean of the whole image does."""
+
+    def describe(self, images, tokens):
+        """What is remembered of images (B, 3, H, W): (B, 3, 24, 24) uint8, or less if smaller."""
+        cells = [min(24, side) for side in images.shape[-2:]]
+        return F.adaptive_avg_pool2d(images.float(), cells).mul(255).round().byte()
+
+    def levels(self, described):
+        """[(B, features), ...], from coarse to fine."""
+        x = described.float() / 255
+        return [F.adaptive_avg_pool2d(x, n).flatten(1) for n in (1, 3)] + [x.flatten(1)]
+
+
+class Codes:
+    """Images as the codebook vectors of their tokens."""
+
+    def __init__(self, vq):
+        self.codes = vq.quantize.codes().detach()                                    # (V, C)
+
+    def describe(self, images, tokens):
+        return tokens
+
+    def levels(self, described):
+        return [self.codes[described].flatten(1)]
+
+
+def mean_distance(x, y):
+    """Mean L1 distance of each of x (n, features) to all of y (m, features): (n,)."""
+    return torch.cdist(x, y, p=1).mean(dim=1)
+
+
+def energy_witness(x, others, reference, within=1.15):
+    """Of which images does the reference draw more than the policy?
+
+    x (n, features) are images of the policy, others (k, features) more of them, reference
+    (m, features) the reference's.  Returns (n,)
+
+        d_i = within * mean_j |x_i - x_j|  -  mean_k |x_i - r_k|,
+
+    in units of the mean distance between two of the reference's images.  With `within` 1 this is
+    the witness of the energy distance (Szekely and Rizzo, 2013), which is constant where both are
+    equally distributed: what is far from the policy's own images, but near the reference's, is
+    what the policy draws too rarely."""
+    m, n = len(reference), len(x) + len(others)
+    unit = mean_distance(reference, reference).mean() * m / (m - 1)  # of two different images
+    own = mean_distance(x, torch.cat([x, others])) * n / (n - 1)     # the distance to itself is 0
+    return (within * own - mean_distance(x, reference)) / unit.clamp(min=1e-12)
+
+
+class DiversityBonus:
+    """An `advantage_fn` of `argrpo.train`: `group_advantages`, and for the right images of a group
+    what `energy_witness` says of them, averaged over the features' levels:
+
+        A_i + weight * (d_i - mean of d over the group's right images).
+
+    It moves advantage among a group's right images, and gives none to a wrong one.  It is added
+    after the rewards were normalised, so that it counts as much where all of a group are right.
+    The policy's images are the group's and those of the prompt's last RECENT groups.
+
+    rehearsal has, or lets draw, the reference's right images.  gather(value) returns the values of
+    all processes.  A run that is to continue exactly has to save `recent`."""
+
+    RECENT = 4
+
+    def __init__(self, rehearsal, weight, gather=lambda value: [value]):
+        self.rehearsal, self.weight, self.gather = rehearsal, weight, gather
+        self.recent = {}                         # text -> features (n, ...) of its last groups
+
+    def __call__(self, rewards, images, tokens, index, step):
+        c, features = self.rehearsal.config, self.rehearsal.features
+        self.rehearsal.remember(index)
+        right = right_images(rewards, c.group_size)                                  # (P, G)
+        described = features.describe(images, tokens)
+        bonus, seen = torch.zeros_like(right, dtype=torch.float32), []
+        for p, k in enumerate(index.tolist()):
+            text = self.rehearsal.prompts.texts[k]
+            x = described[p * c.group_size:][:c.group_size][right[p]]                # (n, ...)
+            bonus[p, right[p]] = self.bonus(text, x)
+            seen.append((text, x.cpu()))
+        for text, x in (pair for pairs in self.gather(seen) for pair in pairs):
+            self.recent[text] = [*self.recent.get(text, []), x][-self.RECENT:]
+        advantages = group_advantages(rewards, c.group_size, scale=c.scale_advantages)
+        return advantages + bonus.flatten()
+
+    def bonus(self, text, x):
+        """The bonus (n,) of a group's right images, whose features are x (n, ...)."""
+        levels, reference = self.rehearsal.features.levels, self.rehearsal.described[text]
+        if len(x) < 2 or len(reference) < 2:     # nothing to move, or nothing to compare with
+            return torch.zeros(len(x))
+        others = torch.cat([x[:0], *[past.to(x.device) for past in self.recent.get(text, [])]])
+        d = sum(energy_witness(*level) for level in zip(levels(x), levels(others),
+                                                        levels(reference.to(x.device))))
+        d = d / len(levels(x[:1]))
+        return self.weight * (d - d.mean())

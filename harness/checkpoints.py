@@ -52,13 +52,13 @@ def save_weights(path, model):
     write_atomically(path, lambda file: torch.save({"model": model.state_dict()}, file))
 
 
-def save_checkpoint(path, step, model, optimizer, remembered=()):
+def save_checkpoint(path, step, model, optimizer, remembered=None):
     """Everything that --resume needs: the next step's number, the weights, the optimizer's state,
     and what rehearsal remembers.
 
     The checkpoint before this one stays beside it, as previous.pt."""
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "remembered": dict(remembered)}
+             "remembered": remembered}
     new = path.with_name("new.pt")
     write_atomically(new, lambda file: torch.save(state, file))
     if path.exists():
@@ -75,7 +75,8 @@ def load_checkpoint(path, model, optimizer, remembered=None):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if remembered is not None:
-            remembered.update(state["remembered"])
+            for name, memory in remembered.items():
+                memory.update(state["remembered"][name])
         return state["step"]
     except PermissionError:
         raise

@@ -7,6 +7,7 @@ from pathlib import Path
 import argrpo
 import pretrained
 import toy
+from diversity import Codes, Pixels
 from harness.captions import T5Captions
 
 
@@ -55,6 +56,16 @@ def caption_encoder(preset, t5, device):
     if preset == "toy":
         return lambda texts: argrpo.Prompts(texts, *toy.encode_captions(texts))
     return T5Captions(t5, device)
+
+
+def build_features(name, vq, device):
+    """What the diversity bonus compares: "pixels", "codes", or "imagenet", a classifier's features.
+
+    Raises ImportError, naming the packages, if the classifier's are missing."""
+    if name == "imagenet":
+        from rewards.imagenet import Features
+        return Features(device)
+    return Codes(vq) if name == "codes" else Pixels()
 
 
 def class_names(preset):

@@ -53,9 +53,10 @@ class Settings(argrpo.GRPOConfig):
     checkpointing: bool = False          # save memory: the backward pass computes the layers again
     compile: bool = False                # torch.compile the sampler's decoding step: minutes at
                                          # first, meant for GPUs
-    diversity_bonus: float = 0.0         # reward moved, among a group's right images, to those
-                                         # that differ from the others
-    bonus_distance: str = "pixels"       # what the diversity bonus compares: "pixels" or "codes"
+    diversity_bonus: float = 0.0         # advantage moved, among a group's right images, to those
+                                         # of which the pretrained model draws more (diversity.py)
+    bonus_features: str = "pixels"       # what the diversity bonus compares: "pixels", "codes", or
+                                         # "imagenet", a classifier's features
     rehearsal: float = 0.0               # weight of the likelihood of what the pretrained model
                                          # gets right (diversity.py)
     rehearsal_groups: int = 1            # groups of images that the pretrained model draws for
@@ -108,7 +109,8 @@ def check(settings):
             "tensorboard, wandb, or both with a comma")
     require("temperature max_grad_norm", lambda x: 0 < x < math.inf, "a finite number above 0")
     require("logprob_cfg", lambda name: name in ("guided", "none"), "'guided' or 'none'")
-    require("bonus_distance", lambda name: name in ("pixels", "codes"), "'pixels' or 'codes'")
+    require("bonus_features", lambda name: name in ("pixels", "codes", "imagenet"),
+            "'pixels', 'codes' or 'imagenet'")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from harness.evaluation import describe, diversity_kept, evaluate_all, evaluate_
 from harness.evidence import gallery_arrays, mind_arrays, write_evidence
 from harness.interrupts import Interrupted, StopRequest
 from harness.logs import Logs
+from harness.models import build_features
 from harness.pictures import draw_before_after, draw_curves
 from harness.processes import OtherProcessFailed
 from harness.progress import Progress, write_animation
@@ -52,7 +53,8 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=N
             return this.before_training_and_after()
         except Interrupted:
             sys.exit(128 + stop.received)
-        except (reward.BadReward, FloatingPointError, OSError, OtherProcessFailed) as error:
+        except (reward.BadReward, FloatingPointError, OSError, ImportError,
+                OtherProcessFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
@@ -69,6 +71,9 @@ class Run:
         self.rank, self.size = processes.rank_and_size()
         self.sampler = Sampler(settings.compile)
         self.spread_before, self.warned = {}, False
+        self.features = None
+        if settings.diversity_bonus:
+            self.features = build_features(settings.bonus_features, vq, self.device)
         memory.choose_sizes(model, vq, settings)
 
     def before_training_and_after(self):
@@ -174,14 +179,15 @@ class Run:
             memory.checkpoint_layers(model)
         seams = {"sampler": self.sampler, "shard": (self.rank, self.size),
                  "sync": processes.average_gradients}
-        if settings.diversity_bonus:
-            seams["advantage_fn"] = DiversityBonus(vq, settings, settings.diversity_bonus,
-                                                   settings.bonus_distance)
-        remembered = {}
+        rehearsal = Rehearsal(packed(reference), vq, self.prompts, self.reward_fn, settings,
+                              settings.rehearsal, settings.rehearsal_groups, self.features)
+        bonus = DiversityBonus(rehearsal, settings.diversity_bonus, processes.gather)
         if settings.rehearsal:
-            seams["extra_loss"] = Rehearsal(packed(reference), vq, self.prompts, self.reward_fn,
-                                            settings, settings.rehearsal, settings.rehearsal_groups)
-            remembered = seams["extra_loss"].remembered
+            seams["extra_loss"] = rehearsal
+        if settings.diversity_bonus:
+            seams["advantage_fn"] = bonus
+        remembered = {"rehearsal": rehearsal.remembered, "features": rehearsal.described,
+                      "recent": bonus.recent}
         record = Record(settings, self.script, model, optimizer, remembered, self.rank == 0)
         stopwatch = Stopwatch(model)
         steps = argrpo.train(model, reference, vq, self.prompts, stopwatch.timed(self.reward_fn),

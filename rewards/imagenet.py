@@ -97,6 +97,20 @@ def efficientnet_lite(device):
     return EfficientNetLite(device)
 
 
+class Features:
+    """The classifier's features of length one, as what a `diversity.DiversityBonus` compares."""
+
+    def __init__(self, device):
+        self.classifier = efficientnet_lite(device)
+
+    def describe(self, images, tokens):
+        """images (B, 3, H, W) in [0, 1] -> (B, 1280) float16."""
+        return torch.nn.functional.normalize(self.classifier.features(images), dim=-1).half()
+
+    def levels(self, described):
+        return [described.float()]
+
+
 def torchvision_classifier(name, device):
     """A classifier of torchvision with its best weights, which are downloaded if need be."""
     if name not in models.list_models(module=models):

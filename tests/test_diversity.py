@@ -4,11 +4,20 @@ import math
 
 import pytest
 import torch
-from conftest import Blocks, Loop, same
+from conftest import Blocks, Loop, brightness, same, tiny_model
 
 import argrpo
 from argrpo import GRPOConfig
-from diversity import DiversityBonus, are_verdicts, diversity_bonus, group_diversity, right_images
+from diversity import (
+    Codes,
+    DiversityBonus,
+    Pixels,
+    Rehearsal,
+    are_verdicts,
+    energy_witness,
+    group_diversity,
+    right_images,
+)
 from vqgan import VQConfig, VQModel
 
 # --- how varied, and what is right -----------------------------------------------------------
@@ -51,76 +60,179 @@ def test_what_is_right_is_asked_group_by_group():
 
 # --- the diversity bonus ---------------------------------------------------------------------
 
-def test_bonus_by_hand():
-    """Right images at 0, 0 and 3 on a line: mean distances 1.5, 1.5 and 3, of mean 2.
-
-    The wrong one, far away, changes nothing, and the distance's scale does not matter."""
-    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    places = torch.tensor([[0.0], [0.0], [100.0], [3.0]])
-    bonus = diversity_bonus(rewards, places, 4, weight=0.2)
-    same(bonus, 0.2 * torch.tensor([-0.25, -0.25, 0.0, 0.5]),
-         "weight * (d / mean(d) - 1), d the mean distance to the other right images")
-    same(diversity_bonus(rewards, 7 * places, 4, weight=0.2), bonus, "the scale does not matter")
+def on_a_line(*places):
+    return torch.tensor(places)[:, None]
 
 
-@pytest.mark.parametrize("rewards", [
-    torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1]),
-    torch.rand(8),
-    torch.tensor([1.0, math.nan, 1, 1] * 2)])
-def test_bonus_sums_to_zero_and_ignores_wrong_images(rewards):
-    features = torch.randn(8, 3, 4)
-    bonus = diversity_bonus(rewards, features, 4, weight=0.5)
-    same(bonus.view(2, 4).sum(dim=1), torch.zeros(2), "the bonus moves reward, and adds none")
-    graded = not ((rewards == 0) | (rewards == 1) | rewards.isnan()).all()
-    for r, b in zip(rewards.split(4), bonus.split(4)):
-        wrong = r <= r.nanmedian() if graded else r != 1
-        assert (b[wrong] == 0).all(), "a wrong image gets no bonus"
-        assert (b != 0).any() == (int((~wrong).sum()) >= 3), "from three right images on"
+def test_the_witness_by_hand():
+    """The policy's images at 0, 0 and 4 on a line, the reference's at 0 and 2, which are 2 apart.
+
+    Mean distances to the policy's others are 2, 2 and 4, to the reference 1, 1 and 3."""
+    own = on_a_line(0.0, 0.0, 4.0)
+    d = energy_witness(own, own[:0], on_a_line(0.0, 2.0), within=1.0)
+    same(d, [(2 - 1) / 2, (2 - 1) / 2, (4 - 3) / 2], "own distance minus the reference's, in units")
+    d = energy_witness(own, own[:0], on_a_line(0.0, 2.0), within=2.0)
+    same(d, [(4 - 1) / 2, (4 - 1) / 2, (8 - 3) / 2], "`within` weighs the policy's own distances")
 
 
-def test_bonus_of_graded_rewards_follows_their_spread():
-    """Above the median of 8 are 4 images; ten times the rewards, ten times the bonus."""
-    rewards, features = torch.rand(8) / 2, torch.randn(8, 5)
-    small, large = (diversity_bonus(scale * rewards, features, 8, weight=0.5) for scale in (1, 10))
-    assert (small != 0).sum() == 4
-    same(large, 10 * small, "graded rewards: the unit is the group's standard deviation")
+def test_the_policys_images_are_those_of_earlier_groups_too():
+    """At 0, with earlier ones at 3 and 6: a mean distance of 4.5 to the policy's others."""
+    d = energy_witness(on_a_line(0.0), on_a_line(3.0, 6.0), on_a_line(0.0, 2.0), within=1.0)
+    same(d, [(4.5 - 1) / 2], "all images of the policy count, but not the image itself")
 
 
-def test_two_right_images_or_equal_ones_share_nothing():
-    two, all_right = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.ones(4)
-    assert (diversity_bonus(two, torch.randn(4, 2), 4, weight=1.0) == 0).all()
-    assert (diversity_bonus(all_right, torch.zeros(4, 2), 4, weight=1.0) == 0).all()
+def test_what_the_reference_draws_more_of_is_worth_more():
+    """Nine of ten images lie at 0, where the reference has half of them."""
+    own = on_a_line(*[0.0] * 9, 1.0)
+    d = energy_witness(own, own[:0], on_a_line(*[0.0, 1.0] * 8))
+    assert (d[9] > d[:9]).all()
 
 
-@pytest.mark.parametrize("distance", ["pixels", "codes"])
-def test_the_bonus_as_advantages(distance):
-    """Of the rewards and the bonus together, which compares pictures or the codes they are of."""
+def test_where_both_are_alike_no_image_is_favoured():
+    """The same 400 images on both sides: the witness is constant up to the image itself."""
+    x = torch.randn(400, 3)
+    d = energy_witness(x, x[:0], x.clone(), within=1.0)
+    assert d.std() < 0.01
+
+
+def test_a_pyramid_of_pixels_sees_sizes():
+    """Two squares of 12 pixels and two of 8 at other places: pixel by pixel any two of them differ,
+    and only the coarsest level tells which are of one size."""
+    images = torch.zeros(4, 3, 24, 24)
+    for image, (place, size) in zip(images, [(0, 12), (12, 12), (0, 8), (12, 8)]):
+        image[:, place:place + size, place:place + size] = 1
+    pixels = Pixels()
+    levels = pixels.levels(pixels.describe(images, None))
+    assert [level.shape[1] for level in levels] == [3, 27, 1728], "1 x 1, 3 x 3 and 24 x 24 cells"
+    coarse = torch.cdist(levels[0], levels[0], p=1)
+    assert coarse[0, 1] == 0 == coarse[2, 3] and coarse[0, 2] > 0.1
+    same(levels[0][0], torch.full((3,), 144 / 576), "the mean over the picture", atol=0.002)
+
+
+def test_large_images_are_remembered_small():
+    described = Pixels().describe(torch.rand(2, 3, 256, 256), None)
+    assert described.shape == (2, 3, 24, 24) and described.dtype == torch.uint8
+
+
+def test_codes_are_compared_as_codebook_vectors():
     vq = VQModel(VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5,
                           codebook_embed_dim=4))
-    rewards, images = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.rand(4, 3, 8, 8)
-    tokens = torch.randint(5, (4, 16))
-    features = images if distance == "pixels" else vq.quantize.codes()[tokens]
-    total = rewards + diversity_bonus(rewards, features, 4, 0.3)
-    for scale in (True, False):
-        bonus = DiversityBonus(vq, GRPOConfig(group_size=4, scale_advantages=scale), 0.3, distance)
-        right = argrpo.group_advantages(total, 4, scale=scale)
-        same(bonus(rewards, images, tokens, torch.tensor([0]), 0), right,
-             f"group_advantages(rewards + bonus of {distance}), with scale_advantages {scale}")
+    tokens, codes = torch.randint(5, (3, 4)), Codes(vq)
+    level, = codes.levels(codes.describe(torch.rand(3, 3, 4, 4), tokens))
+    same(level, vq.quantize.codes()[tokens].flatten(1), "each token's unit vector, side by side")
+
+
+class Known:
+    """In the place of a Rehearsal: right images of the reference, at places on a line."""
+
+    def __init__(self, prompts=("a", "b"), **config):
+        self.prompts = argrpo.Prompts(list(prompts), torch.arange(len(prompts)))
+        self.config = GRPOConfig(group_size=4, **config)
+        self.features, self.asked = self, []
+        self.described = {text: on_a_line(0.0, 1.0) for text in prompts}
+
+    def describe(self, images, tokens):
+        return images.flatten(1)[:, :1]
+
+    def levels(self, described):
+        return [described, 3 * described]        # the second says the same in other units
+
+    def remember(self, index):
+        self.asked.append(index.tolist())
+
+
+PLACES = torch.tensor([0.0, 0.0, 5.0, 1.0, 0.0, 1.0, 0.0, 1.0])          # of two groups of four
+VERDICTS = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
+def bonus_of(bonus, rewards=VERDICTS, places=PLACES, index=(0, 1), step=0):
+    """What the bonus adds to `group_advantages`."""
+    c = bonus.rehearsal.config
+    plain = argrpo.group_advantages(rewards, 4, scale=c.scale_advantages)
+    images = places.view(-1, 1, 1, 1)
+    return bonus(rewards, images, images, torch.tensor(index), step) - plain
+
+
+def test_the_bonus_by_hand():
+    """Of the first group 0, 0 and 1 are right, of the second all; the reference is at 0 and 1.
+
+    For the first: own distances 1/2, 1/2, 1 times 1.15 minus 1/2, in units of 1; of mean 0.2667."""
+    known = Known()
+    d = torch.tensor([0.075, 0.075, 0.65])
+    right = torch.zeros(8)
+    right[[0, 1, 3]] = 2 * (d - d.mean())
+    same(bonus_of(DiversityBonus(known, 2.0)), right,
+         "weight * (d - mean of d) of the right images, averaged over levels; nothing for others")
+    assert known.asked == [[0, 1]], "the reference draws what comes up for the first time"
+
+
+def test_the_bonus_moves_advantage_and_adds_none():
+    added = bonus_of(DiversityBonus(Known(), 6.0), places=torch.rand(8)).view(2, 4)
+    same(added.sum(dim=1), torch.zeros(2), "it sums to zero in every group")
+    assert added[0, 2] == 0 and (added[1] != 0).any(), "none for a wrong image, some for all right"
+
+
+def test_earlier_groups_of_the_prompt_count_and_only_four_of_them():
+    bonus = DiversityBonus(Known(), 2.0)
+    first = bonus_of(bonus)
+    again = bonus_of(bonus)
+    assert not torch.allclose(first, again), "the second time the first group is remembered"
+    for step in range(6):
+        bonus_of(bonus, step=step)
+    assert [len(groups) for groups in bonus.recent.values()] == [4, 4]
+    assert [len(group) for group in bonus.recent["a"]] == [3] * 4, "right images only"
+
+
+def test_a_text_that_stands_twice_shares_its_memory():
+    bonus = DiversityBonus(Known(prompts=("a", "a")), 2.0)
+    bonus_of(bonus)
+    assert list(bonus.recent) == ["a"] and len(bonus.recent["a"]) == 2
+
+
+def test_all_processes_remember_the_same_groups():
+    """What the other process has drawn comes through `gather`, in the processes' order."""
+    theirs = [("b", on_a_line(7.0))]
+    bonus = DiversityBonus(Known(), 2.0, gather=lambda mine: [theirs, mine])
+    bonus_of(bonus)
+    assert [len(group) for group in bonus.recent["b"]] == [1, 4]
+    assert list(bonus.recent) == ["b", "a"]
+
+
+def test_too_few_right_images_get_no_bonus():
+    known = Known()
+    one = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0])
+    assert (bonus_of(DiversityBonus(known, 2.0), rewards=one) == 0).all(), "nothing to move"
+    known.described = {"a": on_a_line(0.0), "b": on_a_line(0.0)[:0]}
+    assert (bonus_of(DiversityBonus(known, 2.0)) == 0).all(), "the reference has nothing to show"
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_scaled_or_not_the_rewards_advantages_stay_what_they_are(scale):
+    """Wrong images have `group_advantages`' own, and graded rewards are right above the median."""
+    graded = torch.rand(8)
+    added = bonus_of(DiversityBonus(Known(scale_advantages=scale), 2.0), rewards=graded,
+                     places=1 + torch.rand(8))
+    assert torch.equal(added.view(2, 4) != 0, right_images(graded, 4))
 
 
 def test_the_bonus_leaves_what_it_is_given_alone():
     given = torch.rand(8), torch.rand(8, 3, 2, 2)
     before = [x.clone() for x in given]
-    group_diversity(given[1], 4), right_images(given[0], 4), diversity_bonus(*given, 4, 0.5)
-    DiversityBonus(None, GRPOConfig(group_size=4), 0.5)(*given, None, None, 0)
+    group_diversity(given[1], 4), right_images(given[0], 4)
+    DiversityBonus(Known(), 0.5)(*given, None, torch.tensor([0, 1]), 0)
     for x, was in zip(given, before):
         assert torch.equal(x, was), "rewards and images belong to the loop"
 
 
 def test_the_bonus_in_the_loop():
-    """Each step's advantages are those of the step's own rewards and images."""
-    config = GRPOConfig(group_size=3)
-    bonus = DiversityBonus(Blocks(), config, 0.5)
-    for step in Loop(seams=dict(advantage_fn=bonus)).steps:
-        total = step.rewards + diversity_bonus(step.rewards, step.images, 3, 0.5)
-        same(step.advantages, argrpo.group_advantages(total, 3), "rewards plus their bonus")
+    """A step's advantages are those of its own rewards, plus something for its right images."""
+    reference = tiny_model(block_size=4, n_layer=1)
+    loop = Loop(group_size=6)
+    rehearsal = Rehearsal(reference, Blocks(), loop.prompts, brightness, loop.config, 0.0, 4,
+                          Pixels())
+    bonus = DiversityBonus(rehearsal, 0.5)
+    for step in Loop(group_size=6, seams=dict(advantage_fn=bonus)).steps:
+        plain = argrpo.group_advantages(step.rewards, 6)
+        added = (step.advantages - plain).view(-1, 6)
+        assert (added.abs() > 1e-6).any() and (added[~right_images(step.rewards, 6)] == 0).all()
+        same(added.sum(dim=1), torch.zeros(len(added)), "moved among a group's right images")

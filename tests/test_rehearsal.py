@@ -52,10 +52,11 @@ def test_rehearsals_reward_reads_each_images_own_prompt(model_type):
     config = GRPOConfig(group_size=4, cfg_scale=1.5, temperature=1.3, micro_batch=3)
     rehearsal = Rehearsal(obedient_model(model_type), Blocks(), obedient_prompts(model_type),
                           came_true, config, 1.0, 2)
-    rehearsal.remember(torch.tensor([5, 0, 2]), step=0)
-    for place, tokens in rehearsal.remembered.items():
+    rehearsal.remember(torch.tensor([5, 0, 2]))
+    assert list(rehearsal.remembered) == [f"code {NUMBERS[k]}" for k in (5, 0, 2)]
+    for text, tokens in rehearsal.remembered.items():
         assert len(tokens) == 8, "all 2 x 4 images of a prompt are right by its own text"
-        assert (tokens == NUMBERS[place]).all(), f"prompt {place} remembers another prompt's images"
+        assert (tokens == int(text.split()[1])).all(), f"{text} remembers another prompt's images"
 
 
 @BOTH
@@ -68,31 +69,52 @@ def test_the_reference_draws_what_is_rehearsed(model_type, spy):
         for p in model.parameters():
             p += 1.0                             # training has moved the policy
     rehearsal(model, torch.tensor([3, 1]), step=5)
-    assert len(drawn.calls) == 3, "so many groups of each prompt"
-    for (drawer, cond, mask), how in drawn.calls:
+    passes = [(k, count) for k in (3, 1) for count in (8, 4)]
+    assert len(drawn.calls) == len(passes), "three groups of each prompt, two at a time"
+    for ((drawer, cond, mask), how), (k, count) in zip(drawn.calls, passes):
         assert drawer is rehearsal.reference, "the pretrained model draws, and not the policy"
         assert (how["cfg_scale"], how["temperature"]) == (2.0, 1.3), "under the rollout's policy"
-        assert how["samples_per_prompt"] == 4
-        assert torch.equal(cond, prompts.cond[[3, 1]]), "the prompts of the step"
-        assert mask is None or torch.equal(mask, prompts.cond_mask[[3, 1]])
+        assert how["samples_per_prompt"] == count, "whole groups of G images"
+        assert torch.equal(cond, prompts.cond[[k]]), "the prompts of the step, one by one"
+        assert mask is None or torch.equal(mask, prompts.cond_mask[[k]])
 
 
 @BOTH
 def test_only_right_images_are_remembered(model_type):
     _, rehearsal, _, _ = tiny_rehearsal(model_type)
-    rehearsal.remember(torch.tensor([3, 1, 3]), step=0)
-    assert list(rehearsal.remembered) == [3, 1]
+    rehearsal.remember(torch.tensor([3, 1, 3]))
+    assert list(rehearsal.remembered) == ["prompt 3", "prompt 1"]
     for tokens in rehearsal.remembered.values():
         assert 0 < len(tokens) <= 8              # of two groups of four
         assert dark(argrpo.to_images(Blocks(), tokens), None)[0].all(), "wrong images are forgotten"
-    before = rehearsal.remembered[1]
-    rehearsal.remember(torch.tensor([1, 2]), step=1)
-    assert rehearsal.remembered[1] is before, "a prompt's images are drawn once"
-    assert 2 in rehearsal.remembered
+    before = rehearsal.remembered["prompt 1"]
+    rehearsal.remember(torch.tensor([1, 2]))
+    assert rehearsal.remembered["prompt 1"] is before, "a prompt's images are drawn once"
+    assert "prompt 2" in rehearsal.remembered
+
+
+def test_what_is_drawn_depends_on_the_text_alone():
+    """Not on the step, on other prompts, nor on the process: so it can be drawn again."""
+    _, first, _, _ = tiny_rehearsal()
+    _, second, _, _ = tiny_rehearsal()
+    first.remember(torch.tensor([0, 4, 2]))
+    second.remember(torch.tensor([2]))
+    second.remember(torch.tensor([3, 0]))
+    for text in ("prompt 0", "prompt 2"):
+        assert torch.equal(first.remembered[text], second.remembered[text])
+
+
+def test_a_text_that_stands_twice_is_drawn_once(spy):
+    drawn = spy(argrpo, "generate")
+    _, rehearsal, _, prompts = tiny_rehearsal(groups=1)
+    prompts.texts[3] = prompts.texts[1]
+    rehearsal.remember(torch.tensor([1, 3]))
+    assert len(drawn.calls) == 1 and list(rehearsal.remembered) == ["prompt 1"]
+    assert rehearsal.choose(torch.tensor([3]), 0)[1].unique().tolist() == [3]
 
 
 def test_no_two_draws_of_rehearsal_share_a_random_stream(spy):
-    """Over groups, passes, steps and seeds; and none is a rollout's."""
+    """Over prompts, passes and seeds; and none is a rollout's."""
     drawn = spy(argrpo, "generate")
     for seed in (0, 1):
         model, rehearsal, config, prompts = tiny_rehearsal(seed=seed, rollout_prompts=1, steps=3)
@@ -109,7 +131,8 @@ def test_no_two_draws_of_rehearsal_share_a_random_stream(spy):
 def test_a_step_rehearses_half_a_group_of_each_prompt():
     """Other ones in each step, and never another prompt's."""
     _, rehearsal, _, _ = tiny_rehearsal()
-    rehearsal.remembered = {k: k + torch.zeros(8, 4, dtype=torch.long) for k in range(5)}
+    rehearsal.remembered = {f"prompt {k}": k + torch.zeros(8, 4, dtype=torch.long)
+                            for k in range(5)}
     for tokens in rehearsal.remembered.values():
         tokens[:, 0] = torch.arange(8)
     chosen = []
@@ -132,11 +155,11 @@ def test_the_gradient_is_that_of_the_likelihood(model_type, logprob_cfg):
     model, rehearsal, _, prompts = tiny_rehearsal(
         model_type, weight=0.5, cfg_scale=2.0, temperature=1.3, logprob_cfg=logprob_cfg)
     index = torch.tensor([0, 4])
-    rehearsal.remembered = {k: torch.randint(11, (2, 4)) for k in (0, 4)}
+    rehearsal.remembered = {f"prompt {k}": torch.randint(11, (2, 4)) for k in (0, 4)}
     logged = rehearsal(model, index, step=0)
     added = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    tokens = torch.cat([rehearsal.remembered[0], rehearsal.remembered[4]])
+    tokens = torch.cat([rehearsal.remembered["prompt 0"], rehearsal.remembered["prompt 4"]])
     _, cond, mask = prompts.pick(index.repeat_interleave(2), torch.device("cpu"))
     logits = model(tokens, cond, mask)
     if logprob_cfg == "guided":
@@ -199,7 +222,7 @@ SETTINGS = {
     "seed": (1, "streams, remembered, loss, gradient", "rows at once"),
     "group_size": (6, "remembered, rows at once, loss, gradient", ""),
     "micro_batch": (2, "rows at once", ""),
-    "rollout_prompts": (3, "passes, streams", "*"),
+    "rollout_prompts": (1, "passes, streams", "*"),
     "cfg_scale": (1.0, "loss, gradient", "remembered, rows at once"),
     "temperature": (0.8, "loss, gradient", "remembered, rows at once"),
     "logprob_cfg": ("none", "loss, gradient", "")}

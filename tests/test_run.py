@@ -15,7 +15,7 @@ from conftest import Blocks, Spy, brightness, same, tiny_model, weights
 import argrpo
 import harness.run
 from argrpo import Prompts
-from diversity import DiversityBonus, Rehearsal
+from diversity import DiversityBonus, Pixels, Rehearsal
 from harness import processes
 from reward import RewardSet
 from train_c2i import Settings
@@ -48,7 +48,7 @@ class Watched:
         self.settings = tiny_settings(
             folder, steps=3, prompts_per_step=2, group_size=4, cfg_scale=2.0, temperature=1.3,
             save_every=1, lr=0.05, warmup_steps=1, rehearsal=0.5, rehearsal_groups=2,
-            diversity_bonus=0.3, bonus_distance="pixels", eval_cfg_scales="3")
+            diversity_bonus=0.3, eval_cfg_scales="3")
         self.watch(patch, harness.run, "evaluate_all")
         self.watch(patch, harness.run, "evaluate_spread")
         self.watch(patch, argrpo, "train")
@@ -128,8 +128,8 @@ def test_the_seams_get_their_settings(watched):
     assert settings is watched.settings and how["shard"] == (0, 1)
     assert how["sync"] is processes.average_gradients
     bonus, rehearsal = how["advantage_fn"], how["extra_loss"]
-    assert isinstance(bonus, DiversityBonus) and bonus.config is settings
-    assert (bonus.weight, bonus.distance) == (0.3, "pixels"), "diversity_bonus, bonus_distance"
+    assert isinstance(bonus, DiversityBonus) and bonus.rehearsal is rehearsal
+    assert bonus.weight == 0.3 and isinstance(rehearsal.features, Pixels)
     assert isinstance(rehearsal, Rehearsal) and rehearsal.config is settings
     assert (rehearsal.weight, rehearsal.groups) == (0.5, 2), "rehearsal, rehearsal_groups"
     assert rehearsal.prompts is watched.prompts, "what is rehearsed are the training prompts"

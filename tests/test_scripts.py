@@ -231,7 +231,7 @@ SCALES = "eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not '1,hi
     (["--preset", "B-256", "--reward", "jpeg", "--gpt-ckpt", "nowhere.pt"],
      "nowhere.pt: no such file or folder in"),
     (["--preset", "toy", "--classes", TYPO], f"no class is named {TYPO!r}: did you mean"),
-    (["--preset", "toy", "--bonus-distance", "clip"], "bonus_distance must be 'pixels' or 'codes'"),
+    (["--preset", "toy", "--bonus-features", "x"], "must be 'pixels', 'codes' or 'imagenet', not"),
     (["--preset", "B-256", "--from-scratch", "--reward", "jpeg"], "--from-scratch is for the toy"),
     (["--resume", "nowhere"], "nothing to resume: there is no nowhere"),
     (["--stepps", "3"], "unrecognized arguments: --stepps 3"),
@@ -276,7 +276,7 @@ def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
     mine = settings("--recipe", "diverse", "--diversity-bonus", "0.1")
     names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step")
     assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 16]
-    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 0.2, 16]
+    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 6.0, 16]
     assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.3
     with pytest.raises(ValueError, match="unknown recipe 'wild'"):
         settings("--recipe", "wild")
