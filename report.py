@@ -28,7 +28,8 @@ def main(argv=None):
         if args.doctor:
             for folder in args.runs:
                 run = read_run(folder)
-                print(f"{folder}:", *doctor.report(run.metrics, run.settings), sep="\n")
+                lines = doctor.report(run.metrics, run.settings, run.summary)
+                print(f"{folder}:", *lines, sep="\n")
             return
         single = Path(args.runs[0]) / "report.html"
         path = args.out or (single if len(args.runs) == 1 else Path("comparison.html"))

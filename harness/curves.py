@@ -10,8 +10,8 @@ PANELS = (
     ("reward/*", "a part of the reward, unweighted",
      "Healthy: rises, or stays; one part may not rise at the cost of another."),
     ("verified", "verified: right for the toy's verifier",
-     "Healthy: rises with the reward, or stays. If it falls while the reward rises, the policy "
-     "learns to please the reward alone: reward hacking."),
+     "Of every fifth step's images. Healthy: rises with the reward, or stays. If it falls while "
+     "the reward rises, the policy learns to please the reward alone: reward hacking."),
     ("watch/*", "watched, not trained on",
      "Healthy: rises with the reward, or stays. If it falls while the reward rises, look at the "
      "pictures."),
@@ -22,21 +22,24 @@ PANELS = (
      "Groups whose rewards are all equal teach nothing. Healthy: well below 1, and rising only "
      "when most images are right."),
     ("kl", "KL to the pretrained model",
-     "Nats a token. Healthy: rises, then levels off. If it runs away, the policy forgets what it "
-     "was."),
+     "Nats a token. Healthy: rises, then levels off, below 0.5 on the toy. If it runs away, the "
+     "policy forgets what it was; if all curves go level at once, look at the learning rate."),
     ("entropy", "entropy",
      "Nats a token: how undecided the policy is. Healthy: falls slowly. Near zero, it always draws "
      "the same."),
     ("diversity", "diversity within a group",
      "Mean distance of two images of a prompt, per pixel. It falls; near zero, all are alike."),
     ("diversity_kept", "diversity kept (D)",
-     "Among right images, after to before. 1 is as varied as the pretrained model; the paper's "
-     "recipe loses much of it."),
+     "Among right images, after to before, and rough: of one step's images. The evaluation's "
+     "figure above is the one to trust. 1 is as varied as the pretrained model; the paper's recipe "
+     "loses much of it."),
+    ("lr", "learning rate",
+     "Rises in the first steps, then falls or stays. At zero nothing is learned any more."),
     ("grad_norm", "gradient norm",
      "Before clipping. Healthy: the same order of magnitude throughout, without spikes."),
     ("loss", "loss",
-     "Healthy: near zero from first to last. Advantages add up to zero in every group, so that the "
-     "loss says nothing of progress; only its gradient matters."),
+     "Healthy: near zero, but for kl_beta times the KL, from first to last. Advantages add up to "
+     "zero in every group, so that the loss says nothing of progress; only its gradient matters."),
     ("ratio_max", "largest ratio to the old policy",
      "Exactly 1 with one update per rollout; a few units with more."),
     ("clip_frac", "share of clipped tokens",
@@ -46,7 +49,7 @@ PANELS = (
     ("rehearsal", "rehearsal",
      "Nats a token that the pretrained model's right images cost. Healthy: level or falling."),
     ("missing", "images without a reward", "Healthy: 0. Images that the reward could not judge."),
-    ("seconds", "seconds a step", "Healthy: level."),
+    ("seconds", "seconds a step", "Healthy: about level; other programs on the machine show."),
 )
 TRIVIAL = {"ratio_max": {1.0}, "clip_frac": {0.0}, "missing": {0.0}}    # these need no panel
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")

@@ -18,8 +18,8 @@ SURE = 3.0                                       # standard errors that make a c
 class Readings:
     """A run's metrics, as the rules ask for them."""
 
-    def __init__(self, metrics, settings):
-        self.metrics, self.settings = metrics, settings
+    def __init__(self, metrics, settings, summary=None):
+        self.metrics, self.settings, self.summary = metrics, settings, summary or {}
 
     def values(self, name):
         """All known values of a metric, in the order of the steps."""
@@ -187,6 +187,16 @@ def hacking(r):
                     "for")
 
 
+def evaluation_falls(r):
+    before, after = (r.summary.get(when, {}).get("reward") for when in ("before", "after"))
+    if before is None or after is None or r.change("reward") < SURE:
+        return None
+    if after < before - 0.1 * abs(before):
+        return (f"the reward of the training's images rises, from {r.first('reward'):.3g} to "
+                f"{r.last('reward'):.3g}, and that of the evaluation falls, from {before:.3g} to "
+                f"{after:.3g}: what is learned does not hold for the evaluation's prompts")
+
+
 def reward_falls(r):
     fall = r.best("reward") - r.last("reward")
     if fall > 0.1 * abs(r.best("reward")) and fall > (SURE + 1) * r.error("reward"):
@@ -253,6 +263,9 @@ FAULTS = (
     Rule("reward hacking", hacking,
          "Look at the pictures. Add what is missing to the reward, raise --kl-beta, or stop at the "
          "step where the measure began to fall."),
+    Rule("training and evaluation disagree", evaluation_falls,
+         "Does every step have other prompts? Are the evaluation's of the same kind? Look at the "
+         "prompts that became worse."),
     Rule("the reward falls", reward_falls,
          "Lower --lr. In code of your own, check the sign of advantages and loss."),
     Rule("the reward does not rise", no_rise,
@@ -270,14 +283,14 @@ NOTES = (
 )
 
 
-def diagnose(metrics, settings):
+def diagnose(metrics, settings, summary=None):
     """What is wrong with a run, and what needs explaining: a list of Findings, faults first.
 
-    metrics: one dict a step.  settings: the run's, as a dict; "device" may say where it ran.  Fewer
-    than FEWEST steps say nothing."""
+    metrics: one dict a step.  settings: the run's, as a dict; "device" may say where it ran.
+    summary: the run's summary.json, if it is over.  Fewer than FEWEST steps say nothing."""
     if len(metrics) < FEWEST:
         return []
-    readings, findings = Readings(metrics, settings), []
+    readings, findings = Readings(metrics, settings, summary), []
     for kind, rules in (("fault", FAULTS), ("note", NOTES)):
         for rule in rules:
             what = rule.condition(readings)
@@ -286,11 +299,11 @@ def diagnose(metrics, settings):
     return findings
 
 
-def report(metrics, settings):
+def report(metrics, settings, summary=None):
     """The diagnosis as lines of text."""
     if len(metrics) < FEWEST:
         return [f"doctor: {len(metrics)} steps are too few to say anything; {FEWEST} are needed"]
-    findings = diagnose(metrics, settings)
+    findings = diagnose(metrics, settings, summary)
     lines = [f"doctor: {f.name}: {f.what}. {f.advice}" for f in findings if f.kind == "fault"]
     lines = lines or ["doctor: nothing wrong"]
     return lines + [f"note: {f.name} {f.what}. {f.advice}" for f in findings if f.kind == "note"]

@@ -282,7 +282,7 @@ def page(runs):
     content = dict(
         runs=runs, one=one, sentences=[sentence(run) for run in runs],
         panels=curves.panels([(run.name, run.metrics) for run in runs]),
-        diagnoses=[doctor.diagnose(run.metrics, run.settings) for run in runs])
+        diagnoses=[doctor.diagnose(run.metrics, run.settings, run.summary) for run in runs])
     if one:
         content |= dict(given=given_settings(one), results=results(one), frames=frames(one.folder),
                         pairs=pairs(one.arrays), before=only_before(one.arrays),

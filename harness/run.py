@@ -118,7 +118,8 @@ class Run:
         logs.picture(settings.steps, "before_after", out / "before_after.png")
         logs.close()
         print("before: " + describe(before) + "\nafter:  " + describe(after))
-        print(*doctor.report(metrics, config["settings"] | {"device": str(self.device)}), sep="\n")
+        known = config["settings"] | {"device": str(self.device)}
+        print(*doctor.report(metrics, known, summary), sep="\n")
         print(f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
         return summary
 
@@ -210,6 +211,7 @@ class Run:
                 stopwatch.start()
                 step = next(steps)
                 metrics = self.watch(step, stopwatch.seconds())
+                metrics["lr"] = record.optimizer.param_groups[0]["lr"]
                 if record.done == first_step:
                     warn_of_mismatch(step.metrics, settings, self.device)
                 record.add(metrics)

@@ -52,7 +52,8 @@ def read(path):
 def test_every_fault_of_the_course_has_a_run_and_a_rule():
     assert set(RULE) == set(FAULTS) == {path.stem for path in FAULTY}
     untested = {rule.name for rule in doctor.FAULTS} - set(RULE.values())
-    assert untested == {"the reward does not rise"}              # has a test of its own, below
+    # These have tests of their own, below.
+    assert untested == {"the reward does not rise", "training and evaluation disagree"}
 
 
 @pytest.mark.parametrize("path", FAULTY, ids=lambda path: path.stem)
@@ -109,6 +110,18 @@ def test_a_measure_that_falls_at_once_is_hacking_too():
     metrics = healthy(40, **rising, verified=lambda t: (0.7 if t == 0 else 0.0)
                       if t % 5 == 0 else None)
     assert "reward hacking" in faults_of(metrics, SETTINGS)
+
+
+def test_an_evaluation_that_falls_while_the_reward_rises():
+    """A run of which every step trained on the same eight prompts (`pick_prompts` always answered
+    as for step 0)."""
+    run = json.loads((DATA / "stuck_prompts.json").read_text())
+    found = diagnose(run["metrics"], run["settings"], run["summary"])
+    assert [f.name for f in found if f.kind == "fault"] == ["training and evaluation disagree"]
+    assert "falls, from 0.597 to 0.458" in found[0].what
+    assert faults_of(run["metrics"], run["settings"]) == [], "only the evaluation shows it"
+    summary = {"before": {"reward": 0.6}, "after": {"reward": 0.58}}
+    assert all(f.kind == "note" for f in diagnose(healthy(), SETTINGS, summary)), "within its noise"
 
 
 def test_the_made_up_healthy_metrics_are_healthy():
