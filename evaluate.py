@@ -28,8 +28,8 @@ import reward
 import toy
 from harness import captions, options, processes, scoring
 from harness.checkpoints import write_json
-from harness.drawing import as_images, draw_shards, read_shards
-from harness.fid import fid_of_pictures
+from harness.drawing import SHARD, as_images, draw_shards, read_pictures, read_shards, shards
+from harness.fid import ShardedPictures, fid_of_pictures
 from harness.models import caption_encoder, choose_classes, class_names, load_models
 from harness.processes import pick_device
 from harness.speed import Sampler
@@ -148,21 +148,21 @@ def write_grid(path, folders, index, labels, prompts=6, each=4):
     from torchvision.utils import save_image
     count = int(index.max()) + 1
     rows = []
-    pictures = [read_shards(folder) for folder in folders]
     for k in torch.linspace(0, count - 1, min(prompts, count)).long().tolist():
-        numbers = (index == k).nonzero()[:each, 0].numpy()
-        rows += [as_images(some[numbers]) for some in pictures]
+        numbers = (index == k).nonzero()[:each, 0].tolist()
+        rows += [as_images(read_pictures(folder, numbers)) for folder in folders]
     images = torch.cat(rows)
     images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
     save_image(images, path, nrow=min(each, len(rows[0])))
 
 
-def fid(pictures, texts, settings):
+def fid(folder, texts, settings):
     """FID and its kin by name: against settings.reference, or, of the toy, rendered scenes."""
     if settings.reference:
+        pictures = ShardedPictures(shards(folder), SHARD, len(texts))
         return fid_of_pictures(pictures, settings.reference)
     if settings.preset == "toy" and find_spec("torch_fidelity"):
-        return fid_of_toy(pictures, texts)
+        return fid_of_toy(read_shards(folder), texts)
     return {}
 
 
@@ -219,7 +219,7 @@ def main(argv=None):
         rows = scoring.compare(tables, kept)
         rows = {name: cells for name, cells in rows.items() if name not in kept}
         drawn = [texts[k] for k in index.tolist()]
-        others = [fid(read_shards(folder), drawn, settings) for folder in folders]
+        others = [fid(folder, drawn, settings) for folder in folders]
         markdown = as_markdown(rows, others, labels, settings, len(texts))
         write_json(out / "results.json", {"settings": vars(settings), "checkpoints": labels,
                                           "metrics": rows, "pictures": others})

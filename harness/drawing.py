@@ -85,6 +85,11 @@ def read_shards(folder, name="images"):
     return np.concatenate([read_shard(path, name) for path in shards(folder)])
 
 
+def read_pictures(folder, numbers):
+    """The pictures with those numbers: (n, H, W, 3) uint8."""
+    return np.stack([read_shard(shard_path(folder, i // SHARD))[i % SHARD] for i in numbers])
+
+
 def as_images(pictures):
     """(n, H, W, 3) uint8 -> (n, 3, H, W) float in [0, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255

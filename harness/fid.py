@@ -1,11 +1,11 @@
 """FID and its kin: pictures as the usual evaluators read them, and torch-fidelity's answer.
 
 torch-fidelity's FID takes the features of the original TensorFlow Inception, as ADM's evaluator
-does, with which its numbers agree to about the second decimal; its precision and recall are those
-of "Improved precision and recall" (arXiv 1904.06991) with 3 neighbours, on Inception's features,
-where ADM's evaluator takes 10,000 pictures of each side.  Resizing to 256 pixels is torch's
-bicubic one, antialiased, where other protocols have other filters: compare numbers of one protocol
-only.
+does.  Three things differ from that evaluator.  ADM's reference batch holds 10,000 pictures, and
+beside them the moments of all of ImageNet: its FID takes the moments, this one the pictures, which
+makes it larger.  Precision and recall are those of arXiv 1904.06991 with 3 neighbours in both, but
+here on all pictures.  And pictures of 384 pixels become 256 by torch's bicubic filter, antialiased.
+So compare numbers of one protocol only.
 """
 
 import numpy as np
@@ -33,6 +33,26 @@ class Pictures(torch.utils.data.Dataset):
         return torch.from_numpy(self.images[i]).permute(2, 0, 1)             # (3, H, W) uint8
 
 
+class ShardedPictures(torch.utils.data.Dataset):
+    """The pictures of files of `per_file` pictures each, read when they are asked for, and resized
+    to 256 pixels at most, as the usual reference batch is."""
+
+    def __init__(self, files, per_file, count):
+        self.files, self.per_file, self.count = files, per_file, count
+        self.last = None, None                   # (file's number, its pictures)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        k, place = divmod(i, self.per_file)
+        if self.last[0] != k:
+            with np.load(self.files[k]) as file:
+                images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2) / 255
+            self.last = k, torch.from_numpy(as_uint8(images, 256)).permute(0, 3, 1, 2)
+        return self.last[1][place]
+
+
 def fidelity(pictures, reference, option, **how):
     """torch-fidelity's figures of a Pictures against a Pictures or a folder of real images."""
     try:
@@ -54,12 +74,8 @@ def real_pictures(reference):
 
 
 def fid_of_pictures(pictures, reference):
-    """FID, Inception Score, precision and recall of pictures (n, H, W, 3) uint8, by name.
-
-    They are resized to 256 pixels at most, as the reference's."""
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
-    small = np.concatenate([as_uint8(some, 256) for some in images.split(256)])
-    found = fidelity(Pictures(small), real_pictures(reference), "--reference", isc=True, prc=True)
+    """FID, Inception Score, precision and recall of a dataset of pictures, by name."""
+    found = fidelity(pictures, real_pictures(reference), "--reference", isc=True, prc=True)
     return {"FID": found["frechet_inception_distance"],
             "Inception Score": found["inception_score_mean"],
             "precision": found["precision"], "recall": found["recall"]}

@@ -14,6 +14,7 @@ import evaluate
 import toy
 from harness import drawing, scoring
 from harness.drawing import draw_shards, read_shards, shards
+from harness.fid import ShardedPictures
 
 PROMPTS = argrpo.Prompts([f"prompt {k}" for k in range(5)], torch.arange(5))
 INDEX = torch.arange(5).repeat_interleave(4)     # 20 pictures
@@ -156,6 +157,19 @@ def test_fid_is_zero_between_equal_pictures_and_grows_with_noise():
     noisy = np.random.default_rng(0).integers(-40, 40, scenes.shape) + scenes
     spoilt = fid_of_toy(noisy.clip(0, 255).astype(np.uint8), texts)["FID (toy's features)"]
     assert abs(exact) < 1e-3 and spoilt > 0.05
+
+
+def test_real_fid_reads_the_shards_one_by_one(tmp_path):
+    """As many pictures as there are, in their order, at most 256 pixels wide."""
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    for k, some in enumerate((pictures[:3], pictures[3:])):
+        np.savez(tmp_path / f"{k:05}.npz", images=some)
+    found = ShardedPictures(shards(tmp_path), 3, 5)
+    assert len(found) == 5
+    for i, picture in enumerate(pictures):
+        assert (found[i].permute(1, 2, 0).numpy() == picture).all()
+    np.savez(tmp_path / "00000.npz", images=np.zeros((3, 384, 384, 3), np.uint8))
+    assert ShardedPictures(shards(tmp_path), 3, 5)[1].shape == (3, 256, 256)
 
 
 def test_genevals_metadata_gives_captions_and_categories(tmp_path):
