@@ -1,6 +1,10 @@
 """Comparing checkpoints: pictures with streams of their own, in shards, and the table of them."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +185,20 @@ def test_genevals_metadata_gives_captions_and_categories(tmp_path):
     texts, tags, classes = evaluate.choose_prompts(settings, "t2i")
     assert texts == ["a photo of two cows", "a photo of a red bus"] and classes is None
     assert tags == ["counting", "colors"]
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(table, tmp_path):
+    out, given, results = table
+    given = [*given[:-1], str(tmp_path / "two")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(Path(evaluate.__file__)), *given]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1, "one process speaks"
+    for name in results["checkpoints"]:
+        assert (read_shards(tmp_path / "two" / name) == read_shards(out / name)).all()
 
 
 @pytest.mark.parametrize("given, message", [

@@ -333,6 +333,22 @@ def test_two_processes_are_one_with_two_micro_batches(tmp_path):
     assert len(read_metrics(tmp_path / "two")) == 6
 
 
+@pytest.mark.slow
+def test_two_processes_share_what_the_diverse_recipe_remembers(tmp_path):
+    """Stopped and resumed, they end bit for bit as if they had never stopped."""
+    options = (*QUICK, "--recipe", "diverse", "--classes", "0,5,13", "--prompts-per-step", 2,
+               "--group-size", 8, "--rollout-prompts", 1, "--micro-batch", 8, "--lr-end", 1)
+    for name, steps in (("two", 6), ("stopped", 3)):
+        status, _, errors = finish(start(*options, "--steps", steps, "--out", tmp_path / name,
+                                         program=TORCHRUN))
+        assert status == 0, errors
+    resumed = start("--resume", tmp_path / "stopped", "--steps", 6, program=TORCHRUN)
+    assert finish(resumed)[0] == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "two")
+    remembered = torch.load(tmp_path / "two" / "last.pt", weights_only=True)["remembered"]
+    assert len(remembered["recent"]) == 3, "the groups of both processes"
+
+
 DIES = """
 import os
 calls = 0
