@@ -135,20 +135,22 @@ def make_scene(prompt, rng):
 SUPERSAMPLE = 4                                  # points per pixel, in each direction
 
 
-def stencils(boxes):
-    """How much of each pixel a circle, a square and a triangle in each box would cover.
+def stencil(shape, boxes):
+    """How much of each pixel a circle, a square or a triangle in each box would cover.
 
-    boxes (K, 4): centre x, centre y, width, height, in pixels.  Returns (K, 3, SIZE, SIZE) in
+    boxes (K, 4): centre x, centre y, width, height, in pixels.  Returns (K, SIZE, SIZE) in
     [0, 1]."""
     points = (torch.arange(SIZE * SUPERSAMPLE, device=boxes.device) + 0.5) / SUPERSAMPLE
     x, y, width, height = (column[:, None, None] for column in boxes.unbind(-1))     # (K, 1, 1)
     u = (points[None, None, :] - x) / (width / 2)        # (K, 1, points), -1 .. 1 within the box
     v = (points[None, :, None] - y) / (height / 2)       # (K, points, 1)
-    circle = u * u + v * v <= 1
-    square = (u.abs() <= 1) & (v.abs() <= 1)
-    triangle = (v.abs() <= 1) & (u.abs() <= (v + 1) / 2)                             # tip up
-    shapes = torch.stack([circle, square, triangle], dim=1)                # (K, 3, points, points)
-    return F.avg_pool2d(shapes.float(), SUPERSAMPLE)
+    if shape == "circle":
+        inside = u * u + v * v <= 1                                        # (K, points, points)
+    elif shape == "square":
+        inside = (u.abs() <= 1) & (v.abs() <= 1)
+    else:
+        inside = (v.abs() <= 1) & (u.abs() <= (v + 1) / 2)                           # tip up
+    return F.avg_pool2d(inside[:, None].float(), SUPERSAMPLE)[:, 0]
 
 
 def render(scenes):
@@ -158,9 +160,11 @@ def render(scenes):
         deep_enough = [i for i, scene in enumerate(scenes) if len(scene) > layer]
         for rows in torch.tensor(deep_enough).split(500):
             things = [scenes[i][layer] for i in rows.tolist()]
-            masks = stencils(torch.tensor([thing[2:] for thing in things]))    # (b, 3, SIZE, SIZE)
-            shapes = [SHAPES.index(thing.shape) for thing in things]
-            alpha = masks[range(len(things)), shapes][:, None]                 # (b, 1, SIZE, SIZE)
+            boxes = torch.tensor([thing[2:] for thing in things])                      # (b, 4)
+            alpha = torch.zeros(len(things), 1, SIZE, SIZE)
+            for shape in SHAPES:
+                these = [i for i, thing in enumerate(things) if thing.shape == shape]
+                alpha[these, 0] = stencil(shape, boxes[these])
             colours = torch.tensor([PALETTE[thing.colour] for thing in things])            # (b, 3)
             images[rows] = images[rows] * (1 - alpha) + colours[:, :, None, None] * alpha
     return images

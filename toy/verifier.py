@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from toy.scenes import GROUND, PALETTE, SHAPES, SIZE, UNSEEN, Thing, holds, parse, stencils
+from toy.scenes import GROUND, PALETTE, SHAPES, SIZE, UNSEEN, Thing, holds, parse, stencil
 
 # What a blob must be to count as a thing.
 MIN_OVERLAP = 0.85                               # soft intersection over union with the shape
@@ -75,8 +75,8 @@ def recognise(soft, boxes):
 
     A triangle's tip and corners are too thin to show in the measured box: it is drawn that much
     larger."""
-    perfect = stencils(boxes)                                              # (K, 3, H, W)
-    perfect[:, 2] = stencils(boxes + boxes.new_tensor([0.0, -0.5, 0.6, 1.0]))[:, 2]
+    larger = {"triangle": boxes + boxes.new_tensor([0.0, -0.5, 0.6, 1.0])}
+    perfect = torch.stack([stencil(shape, larger.get(shape, boxes)) for shape in SHAPES], dim=1)
     both = torch.minimum(perfect, soft[:, None]).sum((2, 3))
     either = torch.maximum(perfect, soft[:, None]).sum((2, 3))
     overlap, shape = (both / either).max(dim=1)                            # (K,), (K,)
