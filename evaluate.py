@@ -125,9 +125,12 @@ def choose_prompts(settings, task):
 def evaluate_checkpoint(folder, texts, index, tags, reward_fn, settings, device):
     """Everything about one checkpoint's pictures: {metric: a number of each prompt (M,)}."""
     count, drawn = len(texts), [texts[k] for k in index.tolist()]
-    is_toy = settings.preset == "toy"
-    measure = toy.verify_by_kind if is_toy and settings.task == "t2i" else toy.verify_all
-    scores = scoring.score_shards(folder, drawn, reward_fn, measure if is_toy else None, device)
+    is_toy, measure = settings.preset == "toy", None
+    if is_toy:
+        measure = toy.verify_by_kind if settings.task == "t2i" else toy.verify_all
+    elif reward_fn and "imagenet" in reward_fn.rewards:
+        from rewards.imagenet import right_class as measure
+    scores = scoring.score_shards(folder, drawn, reward_fn, measure, device)
     table = {name: scoring.by_prompt(values, index, count) for name, values in scores.items()}
     if tags and "geneval" in table:              # right is what meets all demands
         right = scoring.by_prompt((scores["geneval"] >= 1).double(), index, count)

@@ -97,6 +97,14 @@ def efficientnet_lite(device):
     return EfficientNetLite(device)
 
 
+@torch.no_grad()
+def right_class(images, prompts):
+    """Whether the classifier finds the prompt's class likeliest: {"imagenet/accuracy": (B,)}."""
+    guesses = efficientnet_lite(images.device)(images.float()).argmax(dim=-1).tolist()
+    right = [guess in classes_of(prompt) for guess, prompt in zip(guesses, prompts)]
+    return {"imagenet/accuracy": torch.tensor(right, dtype=torch.float32)}
+
+
 class Features:
     """The classifier's features of length one, as what a `diversity.DiversityBonus` compares."""
 
