@@ -8,6 +8,8 @@
     python train_c2i.py --help                         # all options
 """
 
+# ruff: noqa: I001 (the first import sets what torch reads when it is loaded)
+import harness.threads  # noqa: F401
 from dataclasses import dataclass
 
 import torch
