@@ -11,8 +11,6 @@ What changes from train_c2i.py: the condition is a caption's features and mask i
 class label, and the prompts are captions.  Nothing else: the loop does not know the difference.
 """
 
-# ruff: noqa: I001 (the first import sets what torch reads when it is loaded)
-import harness.threads  # noqa: F401
 from dataclasses import dataclass
 
 import torch
