@@ -54,11 +54,11 @@ def save_weights(path, model):
 
 def save_checkpoint(path, step, model, optimizer, remembered=None):
     """Everything that --resume needs: the next step's number, the weights, the optimizer's state,
-    and what rehearsal remembers.
+    and what the diverse recipe remembers, {name: {text: ...}}.
 
     The checkpoint before this one stays beside it, as previous.pt."""
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "remembered": remembered}
+             "remembered": remembered or {}}
     new = path.with_name("new.pt")
     write_atomically(new, lambda file: torch.save(state, file))
     if path.exists():
@@ -67,7 +67,7 @@ def save_checkpoint(path, step, model, optimizer, remembered=None):
 
 
 def load_checkpoint(path, model, optimizer, remembered=None):
-    """Restores model, optimizer and what rehearsal remembers; returns the next step's number.
+    """Restores model, optimizer and what the recipe remembers; returns the next step's number.
 
     Raises OSError, naming the last good checkpoint, for a damaged file or another model's."""
     try:
@@ -76,7 +76,7 @@ def load_checkpoint(path, model, optimizer, remembered=None):
         optimizer.load_state_dict(state["optimizer"])
         if remembered is not None:
             for name, memory in remembered.items():
-                memory.update(state["remembered"][name])
+                memory.update(state["remembered"].get(name, {}))
         return state["step"]
     except PermissionError:
         raise

@@ -33,6 +33,13 @@ def pytest_addoption(parser):
     parser.addoption("--course", action="store_true", help="run the grader's whole matrix, too")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """pytest -n 2: a file's tests stay together, for they share runs that take seconds to make."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadfile"
+
+
 def place(item):
     """The place of a test's file in the reading order; all other files come last."""
     name = item.path.stem
@@ -245,6 +252,12 @@ def no_pictures(monkeypatch):
     """Runs leave their numbers and weights, but no pictures and no page, which take seconds."""
     monkeypatch.setattr("harness.run.Run.draw", lambda self, *galleries: None)
     monkeypatch.setattr("harness.run.Run.write_page", lambda self: None)
+
+
+@pytest.fixture
+def quick(no_pictures, monkeypatch):
+    """Nor do they draw hundreds of pictures to measure D: it is 1."""
+    monkeypatch.setattr("harness.run.evaluate_spread", lambda *given: {"distance": 1.0})
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import train_t2i
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [pytest.mark.browser,
+pytestmark = [pytest.mark.browser, pytest.mark.slow,
               pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium, no chromedriver")]
 QUICK = ["--preset", "toy", "--steps", "8", "--prompts-per-step", "2", "--group-size", "4",
          "--eval-images", "24", "--progress-every", "4", "--lr", "0.002"]

@@ -186,7 +186,7 @@ def test_a_failing_write_keeps_the_previous_checkpoint(tmp_path):
     assert path.read_bytes() == b"good"
 
 
-def test_resuming_from_a_damaged_checkpoint_changes_nothing(tmp_path, capsys, no_pictures):
+def test_resuming_from_a_damaged_checkpoint_changes_nothing(tmp_path, capsys, quick):
     out = tmp_path / "run"
     train_c2i.main([*QUICK, "--steps", "4", "--out", str(out)])
     (out / "last.pt").write_bytes(b"not a checkpoint")

@@ -326,7 +326,7 @@ def test_an_unknown_reward_to_watch_is_refused(tmp_path, capsys):
     assert stop.value.code == 2 and "unknown reward 'beauty'" in capsys.readouterr().err
 
 
-def test_a_flat_reward_is_reported_once_while_the_run_goes_on(tmp_path, capsys, no_pictures):
+def test_a_flat_reward_is_reported_once_while_the_run_goes_on(tmp_path, capsys, quick):
     (tmp_path / "flat.py").write_text("def flat(images, prompts):\n"
                                       "    return 0.25 + 0 * images.mean(dim=(1, 2, 3))\n")
     train_c2i.main(QUICK + ["--steps", "9", "--out", str(tmp_path / "run"), "--reward",

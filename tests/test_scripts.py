@@ -116,8 +116,7 @@ def test_model_pt_is_the_trained_model_in_llamagens_format(finished):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters()))
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path,
-                                                                   no_pictures):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path, quick):
     for seed in "01":
         train_c2i.main(QUICK + ["--out", str(tmp_path / seed), "--reward", "shapes,jpeg:0.01",
                                 "--seed", seed])
@@ -138,8 +137,7 @@ def light(images, prompts):
 """
 
 
-def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monkeypatch, capsys,
-                                                                 no_pictures):
+def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monkeypatch, capsys, quick):
     """SIGINT in the middle: the step is finished, everything saved, the status is 130.
 
     --resume does the rest."""
@@ -162,7 +160,7 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     assert a == b
 
 
-def test_steps_that_were_logged_but_not_saved_run_again(another, no_pictures):
+def test_steps_that_were_logged_but_not_saved_run_again(another, quick):
     """As after `kill -9` between two checkpoints: the log is ahead of last.pt."""
     complete = without_times(read_metrics(another))
     model, _ = toy.load("c2i")
@@ -190,7 +188,7 @@ def test_resuming_with_another_setting_is_refused(finished, capsys):
     assert "group_size was 4 and cannot become 8" in capsys.readouterr().err
 
 
-def test_a_run_of_another_version_is_not_resumed(another, capsys, no_pictures):
+def test_a_run_of_another_version_is_not_resumed(another, capsys, quick):
     """A setting that this version does not know; one that it has in addition gets its default."""
     config = json.loads((another / "config.json").read_text())
     del config["settings"]["save_every"]
@@ -204,7 +202,7 @@ def test_a_run_of_another_version_is_not_resumed(another, capsys, no_pictures):
     assert "another version of this repository, with the setting inner" in capsys.readouterr().err
 
 
-def test_a_sampler_that_disagrees_is_reported(tmp_path, monkeypatch, recwarn, no_pictures):
+def test_a_sampler_that_disagrees_is_reported(tmp_path, monkeypatch, recwarn, quick):
     def run(name, *given):
         train_c2i.main(QUICK + ["--steps", "1", "--out", str(tmp_path / name), *given])
         return [str(w.message) for w in recwarn.list if "the ratio should be 1" in str(w.message)]
@@ -314,8 +312,7 @@ def test_a_run_with_all_memory_savers_and_the_compiler(tmp_path):
 T2I_KINDS = {"verified", *(f"verified/{k}" for k in ("seen", "unseen", "counting", "position"))}
 
 
-def test_a_t2i_run_reports_every_kind_of_caption_at_every_guidance(tmp_path,
-                                                                          no_pictures):
+def test_a_t2i_run_reports_every_kind_of_caption_at_every_guidance(tmp_path, quick):
     summary = train_t2i.main(QUICK + ["--steps", "2", "--group-size", "16", "--eval-images",
                                       "120", "--eval-cfg-scales", "1,7.5",
                                       "--out", str(tmp_path / "run")])
@@ -337,7 +334,7 @@ def test_t2i_trains_on_no_composition_that_pretraining_never_saw():
     assert sum(text in toy.CLASSES for text in texts) == len(texts) / 2
 
 
-def test_t2i_on_captions_from_a_file(tmp_path, no_pictures):
+def test_t2i_on_captions_from_a_file(tmp_path, quick):
     mine, other = tmp_path / "mine.jsonl", tmp_path / "other.txt"
     mine.write_text('{"prompt": "Two red circles"}\n'
                     '{"prompt": "a red circle above  a blue square"}\n')
