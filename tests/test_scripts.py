@@ -116,7 +116,8 @@ def test_model_pt_is_the_trained_model_in_llamagens_format(finished):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters()))
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path, quick):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path,
+                                                                   no_pictures):
     for seed in "01":
         train_c2i.main(QUICK + ["--out", str(tmp_path / seed), "--reward", "shapes,jpeg:0.01",
                                 "--seed", seed])
@@ -137,7 +138,8 @@ def light(images, prompts):
 """
 
 
-def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monkeypatch, capsys, quick):
+def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monkeypatch, capsys,
+                                                                 quick):
     """SIGINT in the middle: the step is finished, everything saved, the status is 130.
 
     --resume does the rest."""
@@ -160,7 +162,7 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     assert a == b
 
 
-def test_steps_that_were_logged_but_not_saved_run_again(another, quick):
+def test_steps_that_were_logged_but_not_saved_run_again(another, no_pictures):
     """As after `kill -9` between two checkpoints: the log is ahead of last.pt."""
     complete = without_times(read_metrics(another))
     model, _ = toy.load("c2i")
