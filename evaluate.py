@@ -108,7 +108,7 @@ def check(settings):
 
 
 def choose_prompts(settings, task):
-    """(texts, tags, index): the prompts' texts, GenEval's categories or [], and classes or None."""
+    """The prompts' texts, GenEval's categories or [], and the classes' numbers or None."""
     if task == "c2i":
         names = class_names(settings.preset)
         template = "{}" if settings.preset == "toy" else "a photo of {}"
@@ -146,7 +146,7 @@ def evaluate_checkpoint(folder, texts, index, tags, reward_fn, settings, device)
     return table
 
 
-def write_grid(path, folders, index, labels, prompts=6, each=4):
+def write_grid(path, folders, index, prompts=6, each=4):
     """The same pictures of all checkpoints, a row a prompt and checkpoint, the first on top."""
     from torchvision.utils import save_image
     count = int(index.max()) + 1
@@ -227,7 +227,7 @@ def main(argv=None):
         write_json(out / "results.json", {"settings": vars(settings), "checkpoints": labels,
                                           "metrics": rows, "pictures": others})
         (out / "results.md").write_text(markdown)
-        write_grid(out / "grid.png", folders, index, labels)
+        write_grid(out / "grid.png", folders, index)
         print(markdown + f"wrote {out}/results.md, results.json and grid.png")
         return json.loads((out / "results.json").read_text())
 

@@ -133,20 +133,31 @@ def compare(tables, kept=()):
                       for table in tables]
     categories = [name for name in base if name.startswith("geneval/")]
     if categories:
-        change = lambda *c: overall(*c[len(c) // 2:]) - overall(*c[:len(c) // 2])    # noqa: E731
-        rows["geneval/overall"] = [
-            cell(overall, [t[c] for c in categories], change,
-                 [base[c] for c in categories] + [t[c] for c in categories]) for t in tables]
+        columns = [[table[name] for name in categories] for table in tables]
+        rows["geneval/overall"] = [cell(overall, own, overall_change, columns[0] + own)
+                                   for own in columns]
     if kept:
-        def d(*columns):
-            half = len(columns) // 2
-            return torch.stack([ratio(*pair) for pair in zip(columns[:half],
-                                                             columns[half:])]).mean(0)
-        rows["D"] = [cell(d, [base[n] for n in kept] + [t[n] for n in kept]) for t in tables]
+        columns = [[table[name] for name in kept] for table in tables]
+        rows["D"] = [cell(mean_ratio, columns[0] + own) for own in columns]
         for name in kept:
             rows[f"D/{name.removeprefix('spread/')}"] = [
-                cell(ratio, [base[name], t[name]]) for t in tables]
+                cell(ratio, [base[name], table[name]]) for table in tables]
     return rows
+
+
+def halves(columns):
+    """Columns of the base, and those of another checkpoint."""
+    return columns[:len(columns) // 2], columns[len(columns) // 2:]
+
+
+def overall_change(*columns):
+    before, after = halves(columns)
+    return overall(*after) - overall(*before)
+
+
+def mean_ratio(*columns):
+    """D: the mean of the ratios of columns after to columns before."""
+    return torch.stack([ratio(*pair) for pair in zip(*halves(columns))]).mean(dim=0)
 
 
 def cell(statistic, columns, change=None, pair=()):

@@ -36,8 +36,5 @@ def difference(before, after):
 
 
 def ratio(before, after):
-    """The mean after over the mean before, over the rows that both know."""
-    known = ~(before.isnan() | after.isnan())
-    nothing = torch.full_like(before, torch.nan)
-    return torch.where(known, after, nothing).nanmean(-1) / torch.where(known, before,
-                                                                        nothing).nanmean(-1)
+    """The mean after over the mean before, each over the rows that it knows."""
+    return mean(after) / mean(before)

@@ -34,9 +34,10 @@ def test_differences_are_paired():
     assert (found.low, found.value, found.high) == pytest.approx((1.0, 1.0, 1.0), abs=1e-4)
 
 
-def test_what_is_unknown_is_left_out_of_both():
-    before, after = torch.tensor([1.0, 3.0, math.nan]), torch.tensor([2.0, math.nan, 9.0])
-    assert difference(before, after) == 1 and ratio(before, after) == 2 and mean(before) == 2
+def test_what_is_unknown_is_left_out():
+    """Of a difference in both; of a ratio of means in each, as D of a run does."""
+    before, after = torch.tensor([1.0, 3.0, math.nan]), torch.tensor([2.0, math.nan, 10.0])
+    assert difference(before, after) == 1 and ratio(before, after) == 3 and mean(before) == 2
 
 
 def test_the_same_seed_gives_the_same_interval_and_one_row_none():
@@ -52,8 +53,8 @@ def test_the_mean_of_a_prompts_pictures():
 
 
 def test_genevals_overall_score_is_the_mean_of_its_categories():
-    """By GenEval's own script, for these eight pictures: 62.5% of the pictures and 75% of the
-    prompts right, counting 75%, colors 50%, overall 0.58333 with position 50%."""
+    """As GenEval's own script counts (on a file of 240 verdicts of 60 prompts all its figures and
+    ours were equal, when it was run by hand)."""
     right, tags = torch.tensor([1.0, 0.5, 0.5, 0.0, 0.5]), ["counting", "counting", "colors",
                                                             "colors", "position"]
     columns = geneval_summary(right, tags)
