@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageDraw, ImageFont
 
 import argrpo
 import pretrained
@@ -32,6 +33,7 @@ from harness.drawing import SHARD, as_images, draw_shards, read_pictures, read_s
 from harness.fid import ShardedPictures, fid_of_pictures
 from harness.models import caption_encoder, choose_classes, class_names, load_models
 from harness.processes import pick_device
+from harness.progress import to_pillow
 from harness.speed import Sampler
 from toy.fid import fid_of_toy
 
@@ -146,17 +148,22 @@ def evaluate_checkpoint(folder, texts, index, tags, reward_fn, settings, device)
     return table
 
 
-def write_grid(path, folders, index, prompts=6, each=4):
-    """The same pictures of all checkpoints, a row a prompt and checkpoint, the first on top."""
-    from torchvision.utils import save_image
-    count = int(index.max()) + 1
-    rows = []
-    for k in torch.linspace(0, count - 1, min(prompts, count)).long().tolist():
-        numbers = (index == k).nonzero()[:each, 0].tolist()
-        rows += [as_images(read_pictures(folder, numbers)) for folder in folders]
-    images = torch.cat(rows)
-    images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
-    save_image(images, path, nrow=min(each, len(rows[0])))
+def write_grid(path, folders, index, labels, prompts=8, each=4):
+    """The same pictures of all checkpoints side by side, a row a prompt."""
+    from torchvision.utils import make_grid
+    count, columns = int(index.max()) + 1, []
+    rows = torch.linspace(0, count - 1, min(prompts, count)).long().tolist()
+    numbers = [number for k in rows for number in (index == k).nonzero()[:each, 0].tolist()]
+    for folder in folders:
+        images = as_images(read_pictures(folder, numbers))
+        images = F.interpolate(images, scale_factor=max(1, 72 // images.shape[-1]))
+        columns.append(make_grid(images, nrow=len(numbers) // len(rows), pad_value=1))
+    grid = F.pad(torch.cat(columns, dim=2), (6, 6, 26, 6), value=1)      # room for the labels
+    picture = to_pillow(grid)
+    draw = ImageDraw.Draw(picture)
+    for i, label in enumerate(labels):
+        draw.text((8 + i * columns[0].shape[2], 7), label, "black", ImageFont.load_default(13))
+    picture.save(path)
 
 
 def fid(folder, texts, settings):
@@ -227,7 +234,7 @@ def main(argv=None):
         write_json(out / "results.json", {"settings": vars(settings), "checkpoints": labels,
                                           "metrics": rows, "pictures": others})
         (out / "results.md").write_text(markdown)
-        write_grid(out / "grid.png", folders, index)
+        write_grid(out / "grid.png", folders, index, labels)
         print(markdown + f"wrote {out}/results.md, results.json and grid.png")
         return json.loads((out / "results.json").read_text())
 
