@@ -28,7 +28,7 @@ PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, l
              kl_beta=0.1, cfg_scale=2.0, eval_images=64, save_every=25, micro_batch=None,
              rollout_prompts=None)           # None: as much as fits into the memory
 PRESETS = {
-    "toy": dict(reward="shapes", steps=80, prompts_per_step=16, group_size=8, lr=1.6e-3,
+    "toy": dict(reward="shapes", steps=75, prompts_per_step=16, group_size=8, lr=1.6e-3,
                 rehearsal_groups=4),
     "B-256": PAPER,
     "L-256": PAPER,
