@@ -96,12 +96,14 @@ def test_the_figures_are_there(tmp_path, capsys):
     assert "x full_mask" in text and "3 evenly spread positions, times 16" in text
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_add_up():
     result = bench.main(QUICK + ["--skip-uncached", "--repeats", "1"])       # one round: no medians
     seconds = {part: figures["seconds"] for part, figures in result["step"].items()}
     assert seconds.pop("step") == pytest.approx(sum(seconds.values()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_parts_can_be_left_out():
     skip = ["--skip-uncached", "--skip-step"]
     result = bench.main(QUICK + ["--group", "1", "--repeats", "1", *skip])

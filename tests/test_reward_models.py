@@ -339,6 +339,7 @@ def test_the_whole_paper_mixture_scores_a_batch(random_towers, monkeypatch):
     torch.testing.assert_close(total, sum(parts.values()))
 
 
+@pytest.mark.slow
 def test_training_on_paper_lite(random_towers, tmp_path):
     """From the toy's pictures through every tower to an update."""
     out = tmp_path / "run"

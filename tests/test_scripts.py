@@ -145,7 +145,7 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     --resume does the rest."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     (tmp_path / "mine.py").write_text(INTERRUPTED)
-    given = QUICK + ["--steps", "7", "--reward", f"{tmp_path}/mine.py:light"]
+    given = QUICK + ["--steps", "5", "--reward", f"{tmp_path}/mine.py:light"]
     train_c2i.main(given + ["--out", str(whole)])
     monkeypatch.setenv("INTERRUPT_CALL", "6")    # three calls were the evaluation's
     with pytest.raises(SystemExit) as stop:

@@ -151,6 +151,7 @@ def test_weights_are_small():
     assert len(sizes) == 3 and sum(sizes) <= 4_000_000
 
 
+@pytest.mark.slow
 def test_pretraining_writes_what_load_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.pretraining, "STEPS", {"vq": 2, "c2i": 2, "t2i": 2})
     toy.main(["--out", str(tmp_path), "--scenes", "64"])
