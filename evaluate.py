@@ -2,7 +2,7 @@
 
     python evaluate.py --gpt-ckpt base --gpt-ckpt runs/train_c2i-toy/model.pt          # the toy
     python evaluate.py --preset B-256 --gpt-ckpt base --gpt-ckpt CSshihao/AR-GRPO_C2I_B_256 \\
-        --gpt-ckpt runs/train_c2i-B-256/model.pt --cfg-scale 2 --reference VIRTUAL_imagenet256.npz
+        --gpt-ckpt runs/train_c2i-B-256/model.pt --cfg-scale 2 --reference REFERENCE.npz
     python evaluate.py --preset t2i-XL-256 --gpt-ckpt base --gpt-ckpt CSshihao/AR-GRPO_T2I_XL_256 \\
         --prompts evaluation_metadata.jsonl --rewards geneval --cfg-scale 7.5
     torchrun --nproc_per_node 4 evaluate.py ...          # several GPUs draw
@@ -50,8 +50,8 @@ class Settings:
     classes: str = "all"                 # classes to draw: "all", numbers or names
     prompts: str = ""                    # captions: one a line, or .json or .jsonl; GenEval's
                                          # evaluation_metadata.jsonl gives its categories, too
-    samples: int = 0                     # pictures of each prompt; default: 32 for the toy, 50 for
-                                         # a class, 4 for a caption
+    samples: int = 0                     # pictures of each prompt; 0 is 32 for the toy, 50 for a
+                                         # class, 4 for a caption
     rewards: str = ""                    # rewards to report, as in --reward of the training scripts
     reference: str = ""                  # real pictures for FID, precision and recall: a folder, or
                                          # an .npz such as ADM's (needs torch-fidelity)
