@@ -136,5 +136,9 @@ def test_blocks_add_to_what_they_are_given():
     same(attention(x), x, "the attention block adds to its input: x + proj(attention)")
     same(residual(x), x, "the residual block adds to its input")
     same(wider(x), wider.nin_shortcut(x), "with more channels, to a 1 x 1 convolution of it")
+    for norm in (residual.norm2, wider.norm2):
+        norm.weight.zero_(), norm.bias.zero_()
+    torch.nn.init.normal_(residual.conv2.weight), residual.conv2.bias.fill_(2.0)
+    same(residual(x), x + 2, "the second convolution reads the second norm, of zeros here")
     attention.proj_out.bias.fill_(1.0)
     same(attention(x), x + 1, "what the attention's last layer gives is added")
