@@ -83,6 +83,9 @@ def test_the_old_log_probs_are_the_policys_own(model_type):
     same(step.logp, of_tokens(right, step.tokens), "pi_old is the policy that drew the images")
     same(step.entropy, -(right.exp() * right).sum(-1), "the entropy is that of pi_old")
     assert step.metrics["mismatch"] < 1e-4, "the sampler's log-probs are the learner's"
+    again = Loop(model_type, update_epochs=3).step()
+    assert again.metrics["ratio_max"] > 1.001, "three updates have moved the policy"
+    assert again.metrics["mismatch"] < 1e-4, "the sampler is compared with pi_old, before updates"
 
 
 @BOTH
