@@ -239,9 +239,8 @@ class DiversityBonus:
         """The bonus (n,) of a group's right images, whose features are x (n, ...)."""
         levels, reference = self.rehearsal.features.levels, self.rehearsal.described[text]
         if len(x) < 2 or len(reference) < 2:     # nothing to move, or nothing to compare with
-            return torch.zeros(len(x))
+            return torch.zeros(len(x), device=x.device)
         others = torch.cat([x[:0], *[past.to(x.device) for past in self.recent.get(text, [])]])
-        d = sum(energy_witness(*level) for level in zip(levels(x), levels(others),
-                                                        levels(reference.to(x.device))))
-        d = d / len(levels(x[:1]))
+        compared = list(zip(levels(x), levels(others), levels(reference.to(x.device))))
+        d = sum(energy_witness(*level) for level in compared) / len(compared)
         return self.weight * (d - d.mean())

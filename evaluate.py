@@ -120,8 +120,11 @@ def choose_prompts(settings, task):
         return (toy.PAIRS + toy.CLASSES)[::6], [], None
     records = captions.read_records(Path(settings.prompts))
     texts = captions.read_captions(settings.prompts)
-    tags = [record.get("tag") for _, record in records if isinstance(record, dict)]
-    return texts, tags if None not in tags and len(tags) == len(texts) else [], None
+    tags = [record["tag"] for _, record in records if isinstance(record, dict) and "tag" in record]
+    if tags and len(tags) != len(texts):
+        raise ValueError(f"{settings.prompts} has {len(tags)} tags for {len(texts)} different "
+                         "prompts: GenEval's categories need one tag for each, or none at all")
+    return texts, tags, None
 
 
 def evaluate_checkpoint(folder, texts, index, tags, reward_fn, settings, device):

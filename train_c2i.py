@@ -42,9 +42,10 @@ PRESETS = {
 # --recipe diverse keeps a prompt's pictures varied.  Rehearsal takes the place of the KL penalty,
 # and a bonus is added (diversity.py).  A step has more images, for noise in the update narrows the
 # policy, too.  It learns more slowly: hence more steps.
-RECIPE = dict(rehearsal=0.3, rehearsal_groups=8, kl_beta=0.0, diversity_bonus=6.0)
+RECIPE = dict(rehearsal=0.3, rehearsal_groups=2, kl_beta=0.0, diversity_bonus=6.0)
 DIVERSE = {name: RECIPE | dict(steps=450, prompts_per_step=8, lr=1.25e-5) for name in PRESETS}
-DIVERSE["toy"] = RECIPE | dict(steps=450, prompts_per_step=16, group_size=16, lr=1e-3)
+DIVERSE["toy"] = RECIPE | dict(steps=450, prompts_per_step=16, group_size=16, lr=1e-3,
+                               rehearsal_groups=8)
 
 
 @dataclass

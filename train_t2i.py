@@ -35,8 +35,8 @@ PRESETS = {
     "t2i-XL-512": PAPER,
 }
 
-# --recipe diverse, see train_c2i.py.  Weaker than for c2i: of thousands of captions, none comes up
-# often.
+# --recipe diverse, see train_c2i.py.  Less rehearsal than for c2i: of thousands of captions, none
+# comes up often.
 RECIPE = dict(rehearsal=0.1, rehearsal_groups=2, kl_beta=0.0, diversity_bonus=6.0)
 DIVERSE = {name: RECIPE | dict(steps=730, prompts_per_step=16, lr=1.25e-5) for name in PRESETS}
 DIVERSE["toy"] = RECIPE | dict(steps=450, prompts_per_step=16, lr=1e-3)

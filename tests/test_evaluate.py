@@ -186,6 +186,9 @@ def test_genevals_metadata_gives_captions_and_categories(tmp_path):
     texts, tags, classes = evaluate.choose_prompts(settings, "t2i")
     assert texts == ["a photo of two cows", "a photo of a red bus"] and classes is None
     assert tags == ["counting", "colors"]
+    path.write_text(path.read_text() + json.dumps(dict(prompt="a photo of a cat")) + "\n")
+    with pytest.raises(ValueError, match="has 2 tags for 3 different prompts"):
+        evaluate.choose_prompts(settings, "t2i")
 
 
 @pytest.mark.slow
