@@ -73,11 +73,13 @@ class GPTConfig:
     caption_dim: int = 2048        # t2i, width of the text encoder's features
     multiple_of: int = 256         # the feed-forward width is rounded up to a multiple of this
     rope_base: float = 10000
+    cond_rope: str = "zero"        # rotary table at the condition: "zero", as published, or "still"
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        if self.model_type not in ("c2i", "t2i"):
-            raise ValueError(f"model_type must be 'c2i' or 't2i', not {self.model_type!r}")
+        if self.model_type not in ("c2i", "t2i") or self.cond_rope not in ("zero", "still"):
+            raise ValueError("model_type must be 'c2i' or 't2i', and cond_rope 'zero' or 'still', "
+                             f"not {self.model_type!r} and {self.cond_rope!r}")
         if self.dim % (4 * self.n_head):         # two rotary axes, channels in pairs
             raise ValueError(f"dim / n_head must be a multiple of 4: {self.dim} / {self.n_head}")
         if isqrt(self.block_size) ** 2 != self.block_size:
@@ -119,6 +121,7 @@ def rope_table(config):
     rotation: it sets queries and keys there to zero.  So a query meets each condition key that it
     sees with logit 0, and gives all of them the same weight, e^0 over the softmax's sum.
     The condition's *values* are not touched: they carry the prompt into the image.
+    cond_rope "still" puts cosine 1 there instead, so that words can be told apart (labs/).
     """
     side, head = isqrt(config.block_size), config.dim // config.n_head
     speed = 1.0 / config.rope_base ** (torch.arange(0, head // 2, 2).float() / (head // 2))
@@ -127,7 +130,8 @@ def rope_table(config):
     column = repeat(angle, "column pair -> (row column) pair", row=side)
     angle = torch.cat([row, column], dim=-1)                         # (N, C/H/2)
     table = torch.stack([angle.cos(), angle.sin()], dim=-1)          # (N, C/H/2, 2)
-    return torch.cat([torch.zeros(config.cls_token_num, *table.shape[1:]), table])
+    cond = torch.tensor([float(config.cond_rope == "still"), 0.0])   # cosine and sine
+    return torch.cat([cond.expand(config.cls_token_num, *table.shape[1:]), table])
 
 
 def apply_rope(x, rope):
@@ -463,8 +467,7 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
     r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
     advantages = (r - mean) / (std + eps) if scale else r - mean
     # These images teach nothing, not even by rounding errors.  The KL penalty still acts on them.
-    advantages = advantages.masked_fill(flat | r.isnan(), 0.0)
-    return rearrange(advantages, "p g -> (p g)")
+    return rearrange(advantages.masked_fill(flat | r.isnan(), 0.0), "p g -> (p g)")
 
 
 def kl_k3(logp, ref_logp):
@@ -701,8 +704,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         _, std, flat = group_statistics(rewards, G)
         mismatch = (old_logp - sampler_logp).abs()       # < 1e-4 if float32 and guided
         metrics = {
-            "step": step,
-            "reward": rewards.nanmean().item(),
+            "step": step, "reward": rewards.nanmean().item(),
             **{f"reward/{name}": part.nanmean().item() for name, part in parts.items()},
             "reward_std": std.mean().item(),                         # within groups
             "flat_groups": flat.float().mean().item(),               # TRL: frac_reward_zero_std
@@ -710,8 +712,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             "entropy": entropies.mean().item(),                      # nats a token
             **stats,
             **extra,
-            "mismatch": mismatch.max().item(),
-            "mismatch_mean": mismatch.mean().item(),
+            "mismatch": mismatch.max().item(), "mismatch_mean": mismatch.mean().item(),
             "grad_norm": grad_norm,                                  # of the last epoch, unclipped
         }
         yield Step(metrics, index, texts, tokens, images, rewards, parts, advantages, old_logp,

@@ -87,12 +87,11 @@ def tiny_data(task):
 
 
 @pytest.mark.parametrize("task", ["c2i", "t2i"])
-def test_pretraining_learns_each_prompts_pictures(task, monkeypatch):
+def test_pretraining_learns_each_prompts_pictures(task):
     """100 steps: each prompt's own code, and without a prompt a third each."""
-    monkeypatch.setattr(pretraining, "CONFIGS", TINY)
     torch.manual_seed(0)
     tokens, prompts = tiny_data(task)
-    gpt = pretrain_gpt(task, tokens, prompts, random.Random(0), steps=100)
+    gpt = pretrain_gpt(Transformer(TINY[task]), tokens, prompts, random.Random(0), steps=100)
     _, cond, mask = prompts.pick(torch.arange(3), "cpu")
     with torch.no_grad():
         p = gpt(tokens[:3], cond, mask)[:, 0].softmax(-1)            # of the first code
@@ -106,7 +105,6 @@ def test_pretraining_learns_each_prompts_pictures(task, monkeypatch):
 @pytest.mark.parametrize("task", ["c2i", "t2i"])
 def test_the_condition_is_dropped_a_tenth_of_the_time(task, monkeypatch):
     """Whole prompts, each picture for itself, so that guidance has a null branch."""
-    monkeypatch.setattr(pretraining, "CONFIGS", TINY)
     tokens, prompts = torch.randint(11, (120, 4)), tiny_data(task)[1]
     shares, seen = [], []
 
@@ -129,7 +127,7 @@ def test_the_condition_is_dropped_a_tenth_of_the_time(task, monkeypatch):
         logits = gpt(x, cond, *mask)
         same(loss, F.cross_entropy(logits.flatten(0, 1), x.flatten()), "the mean over all tokens")
     monkeypatch.setattr(pretraining, "pretrain", pretrain)
-    pretrain_gpt(task, tokens, prompts, random.Random(0), steps=1)
+    pretrain_gpt(Transformer(TINY[task]), tokens, prompts, random.Random(0), steps=1)
     share = sum(shares) / len(shares)            # of 1280: a standard error of 0.0084
     assert 0.06 < share < 0.14, f"the null condition stood in for {share:.1%}, not for a tenth"
 
@@ -265,9 +263,9 @@ def test_everything_fits_together(tmp_path, monkeypatch):
         torch.manual_seed(0)
         return VQModel(models.VQ_CONFIG)
 
-    def fake_gpt(task, tokens, prompts, rng, steps):
-        seen[task] = tokens, prompts, steps, rng.random()
-        return Transformer(models.CONFIGS[task])
+    def fake_gpt(gpt, tokens, prompts, rng, steps):
+        seen[gpt.config.model_type] = tokens, prompts, steps, rng.random()
+        return gpt
     monkeypatch.setattr(pretraining, "pretrain_vq", fake_vq)
     monkeypatch.setattr(pretraining, "pretrain_gpt", fake_gpt)
     pretraining.pretrain_toy(tmp_path, seed=3, scenes=8)
@@ -295,8 +293,7 @@ def test_only_one_of_them(tmp_path, monkeypatch):
     vq = VQModel(models.VQ_CONFIG)
     pretraining.save(vq, tmp_path / "toy_vq.pt")
     before = (tmp_path / "toy_vq.pt").read_bytes()
-    monkeypatch.setattr(pretraining, "pretrain_gpt",
-                        lambda task, *given: Transformer(models.CONFIGS[task]))
+    monkeypatch.setattr(pretraining, "pretrain_gpt", lambda gpt, *given: gpt)
     pretraining.pretrain_toy(tmp_path, scenes=8, only="c2i")
     assert {path.name for path in tmp_path.iterdir()} == {"toy_vq.pt", "toy_c2i.pt"}
     assert (tmp_path / "toy_vq.pt").read_bytes() == before

@@ -5,6 +5,7 @@ it.  Shapes: T condition positions, N tokens, V codes.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,3 +242,17 @@ def test_the_null_branch_is_masked_as_its_caption():
 
 def test_reading_captions_through_the_cache_is_reading_at_once():
     check_cache("t2i")
+
+
+def test_words_can_be_looked_at_if_the_config_says_so():
+    """cond_rope "still" is a rotation by nothing at the condition, and the published table else."""
+    config = GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=8, block_size=4, model_type="t2i",
+                       cls_token_num=3, caption_dim=6)
+    zero, still = argrpo.rope_table(config), argrpo.rope_table(replace(config, cond_rope="still"))
+    assert (zero[:3] == 0).all(), "as published: neither cosine nor sine"
+    assert (still[:3, :, 0] == 1).all() and (still[:3, :, 1] == 0).all(), "angle zero"
+    same(still[3:], zero[3:], "the picture's positions are what they were")
+    x = torch.randn(1, 2, 3, 16)
+    same(argrpo.apply_rope(x, still[:3]), x, "words keep their queries and keys")
+    with pytest.raises(ValueError, match="cond_rope 'zero' or 'still', not 't2i' and 'none'"):
+        replace(config, cond_rope="none")

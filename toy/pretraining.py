@@ -108,10 +108,8 @@ def pretrain_vq(images, rng, steps):
 # The transformers
 # ---------------------------------------------------------------------------------------------
 
-def pretrain_gpt(task, tokens, prompts, rng, steps):
-    """A transformer that writes the tokens (M, N) of the M Prompts, by maximum likelihood."""
-    gpt = Transformer(CONFIGS[task])
-
+def pretrain_gpt(gpt, tokens, prompts, rng, steps, lr=3e-3):
+    """Teaches a transformer to write the tokens (M, N) of the M Prompts, by maximum likelihood."""
     def loss_of(index):
         _, cond, cond_mask = prompts.pick(index, tokens.device)
         # Sometimes there is no condition, so that guidance has a null branch.
@@ -121,8 +119,8 @@ def pretrain_gpt(task, tokens, prompts, rng, steps):
         logits = gpt(tokens[index], cond, cond_mask)                                 # (b, N, V)
         return F.cross_entropy(logits.flatten(0, 1), tokens[index].flatten())
 
-    return pretrain(gpt, loss_of, rng, name=task, steps=steps, data_size=len(tokens),
-                    batch_size=32, lr=3e-3, weight_decay=0.05)
+    return pretrain(gpt, loss_of, rng, name=gpt.config.model_type, steps=steps,
+                    data_size=len(tokens), batch_size=32, lr=lr, weight_decay=0.05)
 
 
 def as_prompts(task, texts):
@@ -184,5 +182,6 @@ def pretrain_toy(folder, seed=0, scenes=16000, only=None):
         right = verify(to_images(vq, tokens[:2000], micro_batch=16), texts[task][:2000]).mean()
         print(f"{task}: the verifier finds {right:.1%} of the tokenizer's reconstructions right")
         prompts = as_prompts(task, texts[task])
-        gpt = pretrain_gpt(task, tokens, prompts, random_stream(seed, task), STEPS[task])
+        rng = random_stream(seed, task)
+        gpt = pretrain_gpt(Transformer(CONFIGS[task]), tokens, prompts, rng, STEPS[task])
         save(gpt, folder / f"toy_{task}.pt")

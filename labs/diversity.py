@@ -1,0 +1,152 @@
+# %% [markdown]
+# # Lab 5: what does reward cost?
+#
+# Reinforcement learning makes pictures right and alike.  How alike do they have to become?
+# Let pi_ref be the pretrained model, and p the probability that its picture of a prompt is right.
+# Among all policies that are always right, pi_ref( . | right) is nearest to pi_ref.  It is
+#
+#     KL( pi_ref( . | right) || pi_ref ) = log(1/p)
+#
+# nats away: write it down, it is one line.  With p = 0.55 that is 0.6 nats *a picture*, of
+# 36 tokens.  And it is exactly as varied as the right pictures of pi_ref.  So perfect reward at
+# no cost in diversity exists, and it is near.  This lab looks at where the recipes end up.
+#
+# **You need**: `diversity.py` (the one at the top of the repository), and checkpoints:
+# `python labs/prepare.py --only paper,diverse,kl,kl_strong,entropy,negatives,weighted`.
+# **Time**: two minutes, and the checkpoints a quarter of an hour, the diverse one another.
+#
+#     python labs/diversity.py
+
+# %%
+import math
+
+import lab
+from lab import COLOURS, OTHERS, over_seeds, plt, quick
+from prepare import prepared
+
+import argrpo
+import toy
+
+lab.begin("diversity")
+
+# %% [markdown]
+# ## 1. The recipes
+#
+# | recipe | what it is |
+# |---|---|
+# | paper | GRPO with the KL penalty of weight 0.01, 75 steps of 16 x 8 pictures |
+# | KL 0.1, KL 0.3 | the same with more of it |
+# | entropy | a bonus of 0.03 nats for the entropy of each choice, through `loss_fn` |
+# | negatives | only wrong pictures teach: -1 for these, 0 for right ones (arXiv 2506.01347) |
+# | W-REINFORCE | -1 and 0.1, of the same paper |
+# | diverse | rehearsal and a bonus (`diversity.py`), which takes longer |
+#
+# And two rows that papers leave out, for they need no training:
+#
+# | | |
+# |---|---|
+# | rejection | draw from pi_ref until the verifier is content: 1/p draws |
+# | temperature | draw from pi_ref with a lower temperature |
+#
+# For each: the share of right pictures; D, the spread of the right pictures as a share of
+# pi_ref's; and the KL to pi_ref, as the mean of log pi(x) - log pi_ref(x) over drawn pictures.
+#
+# **Question 1.**  Before you look: which of these will keep the most diversity at 90% right?
+
+# %%
+SAMPLES = quick(6, 32)
+RECIPES = {                                      # name: (checkpoint, colour)
+    "paper": ("paper", COLOURS["paper"]),
+    "KL 0.1": ("kl", OTHERS[2]),
+    "KL 0.3": ("kl_strong", OTHERS[0]),
+    "entropy": ("entropy", OTHERS[1]),
+    "negatives": ("negatives", OTHERS[3]),
+    "W-REINFORCE": ("weighted", OTHERS[4]),
+    "diverse": ("diverse", COLOURS["diverse"]),
+}
+if lab.options.quick:
+    RECIPES = {name: RECIPES[name] for name in ("paper", "negatives")}
+TEMPERATURES = quick([0.7], [0.9, 0.8, 0.7, 0.6, 0.5])
+
+
+def kl_paid(drawn, temperature=1.0):
+    """Mean of log pi(x) - log pi_ref(x) over the pictures drawn from pi, in nats a picture."""
+    reference, _ = toy.load("c2i")
+    cond = lab.prompts_of("c2i", drawn.texts).cond
+    total = 0.0
+    for rows in range(0, len(cond), 128):
+        some = slice(rows, rows + 128)
+        ref_logp, _ = argrpo.token_logp(reference, drawn.tokens[some], cond[some],
+                                        entropy_grad=False)
+        total += (drawn.logp[some] - ref_logp.detach()).sum().item()
+    return total / len(cond)
+
+
+def row(drawn, base, draws=1.0):
+    return {"right": drawn.right.mean().item(), "D": lab.diversity(drawn, base),
+            "KL": kl_paid(drawn), "draws": draws}
+
+
+def compare(seed):
+    """{recipe: {"right", "D", "KL" paid, "draws" for a picture}}, and what KL is needed."""
+    base_model, _ = toy.load("c2i")
+    base = lab.draw(base_model, 2 * SAMPLES, seed=1000 + seed)       # what D compares with
+    p = [max(base.right[k:k + 2 * SAMPLES].mean().item(), 1 / (2 * SAMPLES))
+         for k in range(0, len(base.right), 2 * SAMPLES)]            # of each class
+    needed = sum(math.log(1 / rate) for rate in p) / len(p)
+    found = {"base": row(lab.draw(base_model, SAMPLES, seed=seed), base)}
+    found["rejection"] = {"right": 1.0, "D": 1.0, "KL": needed,      # all three by definition
+                          "draws": sum(1 / rate for rate in p) / len(p)}
+    for temperature in TEMPERATURES:
+        drawn = lab.draw(base_model, SAMPLES, seed=seed, temperature=temperature)
+        found[f"temperature {temperature}"] = row(drawn, base)
+    for name, (checkpoint, _) in RECIPES.items():
+        model, _ = toy.load("c2i", gpt_path=prepared(checkpoint, seed))
+        found[name] = row(lab.draw(model, SAMPLES, seed=seed), base)
+    return found
+
+
+compared = over_seeds(compare)
+
+# %% [markdown]
+# **Question 2.**  Which recipes pay more KL than is needed, and what do they buy with it?
+#
+# **Question 3.**  Entropy bonus and temperature act on every token.  Which tokens of a picture
+# should be certain, and which not?  What follows for a bonus that does not know the difference?
+#
+# **Question 4.**  Rejection sampling is right, as varied as pi_ref and needs no training.  When
+# is it no alternative?  (Think of p, of the verifier, and of what a user pays for.)
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+styles = {"base": (COLOURS["base"], "s"), "rejection": ("#000000", "*")}
+styles |= {name: (colour, "o") for name, (_, colour) in RECIPES.items()}
+for name, (colour, marker) in styles.items():
+    for k, found in enumerate(compared):
+        each = found[name]
+        label = name if k == 0 else None
+        if each["D"] is not None:
+            left.plot(each["right"], each["D"], marker, color=colour, label=label)
+        right.plot(each["KL"], each["right"], marker, color=colour, label=label)
+for found in compared:
+    path = [found[name] for name in found if name == "base" or name.startswith("temperature")]
+    known = [each for each in path if each["D"] is not None]
+    left.plot([each["right"] for each in known], [each["D"] for each in known], "-",
+              color=COLOURS["base"], linewidth=1)
+    right.plot([each["KL"] for each in path], [each["right"] for each in path], "-",
+               color=COLOURS["base"], linewidth=1)
+left.set(xlabel="share of right pictures (grey line: lower temperatures)",
+         ylabel="D, diversity kept among right pictures", ylim=(0, 1.1))
+left.legend(fontsize=7)
+right.axvline(compared[0]["rejection"]["KL"], color="#000000", linewidth=0.8, linestyle=":")
+right.set(xlabel="KL paid, nats a picture (dotted: the KL that is needed)",
+          ylabel="share of right pictures", xscale="symlog")
+
+rows = [["", "right", "D", "KL paid, nats a picture", "draws"]]
+for name in compared[0]:
+    runs = [found[name] for found in compared]
+    known = [run["D"] for run in runs if run["D"] is not None]
+    rows.append([name, lab.across([run["right"] for run in runs]),
+                 lab.across(known) if known else "too few right",
+                 lab.across([run["KL"] for run in runs]), f"{runs[0]['draws']:.1f}"])
+lab.finish(fig, rows, f"toy c2i: {27 * SAMPLES} pictures of each checkpoint of labs/prepare.py")

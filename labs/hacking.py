@@ -1,0 +1,217 @@
+# %% [markdown]
+# # Lab 2: you get what you measure
+#
+# A reward is a stand-in (a *proxy*) for what is wanted (the *truth*).  Optimised hard enough, the
+# two part company: reward hacking.  For language models Gao et al. (2022, "Scaling laws for reward
+# model overoptimization", arXiv 2210.10760) plot both against the distance that the policy has
+# travelled from the pretrained model, the square root of the KL: the proxy keeps rising, while the
+# truth rises, turns and falls.  They had to train a second, larger reward model to play the truth.
+# The toy has a verifier that reads every shape, and keeps it out of training.
+#
+# **You need**: `reward.py`.  **Time**: five minutes.
+#
+#     python labs/hacking.py
+
+# %%
+import random
+
+import lab
+import torch
+from lab import COLOURS, OTHERS, over_seeds, plt, quick
+
+import argrpo
+import toy
+from reward import jpeg_kilobytes
+
+lab.begin("hacking")
+
+# %% [markdown]
+# ## 1. Two proxies
+#
+# `lax` is a verifier written in a hurry.  It wants as many pixels of the asked colour as the
+# prompt's scenes have (within a factor of 1.5), and none of another colour.  It does not look
+# at shapes, and does not count things.  `small_jpeg` likes pictures that compress well, as DDPO's
+# (arXiv 2305.13301) does.
+#
+# **Question 1.**  Before you run it: write down a picture that `lax` takes for "three red circles"
+# and a person does not.  What will the policy draw?  And what under `small_jpeg`?
+
+# %%
+def pixels_of(images):
+    """How many pixels are nearest to each palette colour, rather than the ground: (B, 3)."""
+    palette = torch.tensor([toy.GROUND.tolist(), *toy.PALETTE.values()])             # (4, 3)
+    distance = (images[:, None] - palette[None, :, :, None, None]).square().sum(2)   # (B, 4, H, W)
+    return torch.stack([(distance.argmin(1) == c).sum((1, 2)) for c in (1, 2, 3)], dim=1)
+
+
+def usual_pixels():
+    """{class: pixels of its colour in a rendered scene, on average}."""
+    usual, rng = {}, random.Random(0)
+    for text in toy.CLASSES:
+        scenes = toy.render([toy.make_scene(text, rng) for _ in range(20)])
+        usual[text] = pixels_of(scenes).sum(1).float().mean().item()
+    return usual
+
+
+USUAL = usual_pixels()
+
+
+def lax(images, texts):
+    counts = pixels_of(images).float()                                               # (B, 3)
+    asked = torch.tensor([list(toy.PALETTE).index(text.split()[1]) for text in texts])
+    usual = torch.tensor([USUAL[text] for text in texts])
+    mine = counts.gather(1, asked[:, None])[:, 0]
+    enough = (mine > usual / 1.5) & (mine < usual * 1.5)
+    return (enough & (counts.sum(1) == mine)).float()
+
+
+def small_jpeg(images, texts):
+    return -jpeg_kilobytes(images)
+
+
+def reward_of(**weights):
+    """A RewardSet in miniature: the weighted sum of the functions named."""
+    functions = {"lax": lax, "small_jpeg": small_jpeg, "shapes": toy.verify}
+
+    def total(images, texts):
+        parts = {name: functions[name](images, texts) for name in weights}
+        return sum(weights[name] * part for name, part in parts.items()), parts
+    return total
+
+
+# %% [markdown]
+# ## 2. Proxy and truth over the distance travelled
+#
+# The brakes:
+#
+# - the **KL penalty** of GRPO, with three weights;
+# - **early stopping**: read the curves from left to right, and stop;
+# - a **mixture**: a fifth of the reward is the strict verifier.
+#
+# The distance is measured exactly where it is cheap: KL(pi || pi_ref) is the mean of
+# log pi(x) - log pi_ref(x) over the step's pictures, summed over tokens.
+
+# %%
+STEPS = quick(3, 40)
+RUNS = {                                         # name: (reward's weights, kl_beta, colour)
+    "lax": (dict(lax=1.0), 0.0, COLOURS["paper"]),
+    "lax, KL 0.1": (dict(lax=1.0), 0.1, OTHERS[2]),
+    "lax, KL 1": (dict(lax=1.0), 1.0, OTHERS[1]),
+    "lax, a fifth strict": (dict(lax=0.8, shapes=0.2), 0.0, OTHERS[0]),
+    "small JPEG": (dict(small_jpeg=1.0), 0.0, COLOURS["diverse"]),
+    "small JPEG, KL 0.1": (dict(small_jpeg=1.0), 0.1, OTHERS[3]),
+}
+
+
+def train_toy(seed):
+    """{run: {"kl", "proxy", "truth": of each step}}."""
+    found = {}
+    for name, (weights, kl_beta, _) in RUNS.items():
+        model, _ = toy.load("c2i")
+        config = argrpo.GRPOConfig(steps=STEPS, prompts_per_step=16, group_size=8, lr=1.6e-3,
+                                   lr_end=0.3, kl_beta=kl_beta, seed=seed)
+        curves = {"kl": [], "proxy": [], "truth": []}
+        for step in lab.train(model, config, reward=reward_of(**weights)):
+            curves["kl"].append((step.logp - step.ref_logp).sum(1).mean().item())
+            curves["proxy"].append(step.parts[next(iter(weights))].mean().item())
+            curves["truth"].append(toy.verify(step.images, step.texts).mean().item())
+        found[name] = curves | {"pictures": sheet(model)}
+    return found
+
+
+def sheet(model):
+    """Twelve pictures: two each of six classes."""
+    return lab.packed(lab.draw(model, 2, texts=toy.CLASSES[::5]).images)
+
+
+trained = over_seeds(train_toy)
+
+# %% [markdown]
+# **Question 2.**  Where on the lax curve would you stop, if you could not see the truth?  What
+# could you look at instead?
+#
+# **Question 3.**  The KL penalty does not move the curve of truth over distance: it only decides
+# how far along the curve a run gets.  Is that so in your figure?  And the mixture: does it stay
+# on the curve?
+#
+# **Question 4.**  In Gao et al. the truth follows a law d (a - b d) of the distance d = sqrt(KL).
+# Does it here?  What is different: the proxy, the policy, or the optimiser?
+
+# %% [markdown]
+# ## 3. A classifier as the proxy
+#
+# What does a policy draw to be called a traffic light?  The reward `imagenet` is the
+# log-probability of a class under a real ImageNet classifier.  The toy's pictures are enlarged, and
+# the prompt of the reward is one fixed class, whatever the toy was asked.  Needs
+# `pip install -r requirements-rewards.txt`, and is left out without.
+
+# %%
+def traffic_light(seed):
+    """{"log p": of each step, "pictures"}; {} without the packages."""
+    try:
+        from reward import build_rewards
+        classifier = build_rewards("imagenet", "cpu")
+    except (ImportError, SystemExit, ValueError, OSError) as error:
+        print(f"  no classifier: {error}")
+        return {}
+    texts = ["a photo of a traffic light"]
+
+    def reward(images, prompts):
+        large = torch.nn.functional.interpolate(images, size=224, mode="nearest")
+        return classifier(large, texts * len(images))
+
+    model, _ = toy.load("c2i")
+    config = argrpo.GRPOConfig(steps=quick(1, 20), prompts_per_step=quick(2, 8), group_size=8,
+                               lr=1.6e-3, kl_beta=0.0, seed=seed)
+    curve = [step.metrics["reward"] for step in lab.train(model, config, reward=reward)]
+    return {"log p": curve, "pictures": sheet(model)}
+
+
+lights = over_seeds(traffic_light)
+
+# %%
+fig = plt.figure(figsize=(11, 6.4), layout="constrained")
+top, bottom = fig.subfigures(2, 1, height_ratios=(1, 0.75))
+left, middle, right = top.subplots(1, 3)
+for ax, runs, label in ((left, list(RUNS)[:4], "lax verifier"), (middle, list(RUNS)[4:],
+                                                                "minus kilobytes of JPEG")):
+    for name in runs:
+        colour = RUNS[name][2]
+        for k, found in enumerate(trained):
+            distance = torch.tensor(found[name]["kl"]).clamp(min=0).sqrt()
+            ax.plot(distance, found[name]["proxy"], ":", color=colour, linewidth=1)
+            ax.plot(distance, found[name]["truth"], color=colour, linewidth=1.3,
+                    label=name if k == 0 else None)
+    ax.set(xlabel="distance travelled, sqrt(KL in nats a picture)",
+           ylabel="truth (lines), proxy (dotted)", title=label)
+    ax.legend(fontsize=7)
+for name, (_, _, colour) in RUNS.items():
+    ends = [(found[name]["proxy"][-1], found[name]["truth"][-1]) for found in trained]
+    if name.startswith("lax"):
+        right.scatter(*zip(*ends), color=colour, label=name)
+right.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
+right.set(xlabel="proxy at the end", ylabel="truth at the end", xlim=(0, 1.02), ylim=(0, 1.02),
+          title="the front")
+right.legend(fontsize=7)
+sheets = {name: trained[0][name]["pictures"] for name in RUNS}
+if lights[0]:
+    sheets["imagenet: traffic light"] = lights[0]["pictures"]
+for ax, (name, text) in zip(bottom.subplots(1, len(sheets)), sheets.items()):
+    ax.imshow(lab.unpacked(text), interpolation="nearest")
+    ax.set_title(name, fontsize=8)
+    ax.axis("off")
+
+rows = [["trained on", "proxy: before", "end", "truth: before", "best", "end",
+         "KL at the end, nats a picture"]]
+for name in RUNS:
+    runs = [found[name] for found in trained]
+    rows.append([name, lab.across([run["proxy"][0] for run in runs]),
+                 lab.across([run["proxy"][-1] for run in runs]),
+                 lab.across([run["truth"][0] for run in runs]),
+                 lab.across([max(run["truth"]) for run in runs]),
+                 lab.across([run["truth"][-1] for run in runs]),
+                 lab.across([run["kl"][-1] for run in runs])])
+if all(lights):
+    rows.append(["imagenet: traffic light", lab.across([run["log p"][0] for run in lights]),
+                 lab.across([run["log p"][-1] for run in lights]), "", "", "", ""])
+lab.finish(fig, rows, f"toy c2i: {STEPS} steps of 16 x 8 pictures, lr 1.6e-3")

@@ -1,0 +1,161 @@
+# %% [markdown]
+# # Lab 4: when does the clip do anything?
+#
+# Drawing pictures is expensive, so why not take several optimizer steps with the same ones?  After
+# the first step the policy is no longer the one that drew them (*off-policy*), and the loss
+# corrects for that with the ratio rho = pi_theta / pi_old of each token, clipped (PPO,
+# arXiv 1707.06347):
+#
+#     -min( rho A, clip(rho, 1 - eps, 1 + eps) A ).
+#
+# A token whose ratio has left the interval *in the direction of its advantage* has gradient zero.
+# DAPO (arXiv 2503.14476) widens the upper side alone, so that rare tokens can grow.  In
+# `argrpo.py` the number of optimizer steps for each rollout is `update_epochs`.
+#
+# **You need**: sections 3 and 5 of `argrpo.py`.  **Time**: five minutes.
+#
+#     python labs/offpolicy.py
+
+# %%
+import lab
+import torch
+from lab import COLOURS, OTHERS, over_seeds, plt, quick
+
+import argrpo
+import toy
+
+lab.begin("offpolicy")
+
+# %% [markdown]
+# ## 1. One epoch: is the clip inert?
+#
+# **Question 1.**  At the first epoch all ratios are exactly 1.  Then why is the gradient of the
+# loss not zero, and what is it?  The cell compares it, clipped and unclipped, and with plain
+# REINFORCE, the gradient of -A log pi.
+
+# %%
+def gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def first_epoch(seed):
+    """The largest differences between three gradients, relative to the largest entry of one."""
+    model, _ = toy.load("c2i")
+    drawn = lab.draw(model, 8, texts=toy.CLASSES[9:13], seed=seed)
+    A = argrpo.group_advantages(drawn.right, 8)
+    cond = torch.arange(9, 13).repeat_interleave(8)
+
+    def logp():
+        return argrpo.token_logp(model, drawn.tokens, cond)[0]
+
+    old = logp().detach()
+    clipped = gradient(model, argrpo.grpo_loss(logp(), old, None, A, clip_eps=0.2)[0])
+    unclipped = gradient(model, argrpo.grpo_loss(logp(), old, None, A, clip_eps=1e6)[0])
+    reinforce = gradient(model, -(A[:, None] * logp()).mean())
+    scale = reinforce.abs().max()
+    return {"clipped - unclipped": ((clipped - unclipped).abs().max() / scale).item(),
+            "clipped - REINFORCE": ((clipped - reinforce).abs().max() / scale).item()}
+
+
+inert = over_seeds(first_epoch)
+print(inert[0])
+
+# %% [markdown]
+# ## 2. More epochs
+#
+# Every run has as many rollouts of 64 pictures, so that runs with more epochs take more
+# optimizer steps: that is what more epochs are for.  Beside the reward we watch
+#
+# - the *clipped share*: tokens whose gradient the clip has set to zero, in the last epoch;
+# - the *largest ratio* of a token;
+# - the *KL to the pretrained model*, in nats a picture: how far the policy has run.
+#
+# There is no KL penalty here: whatever holds the policy, it is the clip.
+
+# %%
+ROLLOUTS = quick(2, 25)
+CLIPS = {                                        # name: (eps, eps of the upper side, colour)
+    "no clip": (1e6, None, COLOURS["paper"]),
+    "clip 0.2": (0.2, None, COLOURS["diverse"]),
+    "clip 0.2, upper 0.28": (0.2, 0.28, OTHERS[0]),
+}
+EPOCHS = quick([1, 2], [1, 2, 4, 8])
+RATES = quick([8e-4], [8e-4, 3e-3])
+
+
+def train_toy(seed):
+    """{"clip, epochs, lr": curves and the share of right pictures at the end}."""
+    found = {}
+    for lr in RATES:
+        for epochs in EPOCHS if lr == RATES[0] else [EPOCHS[0], EPOCHS[-2]]:
+            for name, (low, high, _) in CLIPS.items():
+                if epochs == 1 and name != "clip 0.2" or lr != RATES[0] and high:
+                    continue                     # with one epoch they are all the same run
+                model, _ = toy.load("c2i")
+                config = argrpo.GRPOConfig(
+                    steps=ROLLOUTS, prompts_per_step=8, group_size=8, update_epochs=epochs, lr=lr,
+                    lr_end=1.0, seed=seed, kl_beta=0.0, clip_eps=low, clip_eps_high=high)
+                curves = {"reward": [], "clip_frac": [], "ratio_max": [], "kl": []}
+                for step in lab.train(model, config):
+                    for key in ("reward", "clip_frac", "ratio_max"):
+                        curves[key].append(step.metrics[key])
+                    # Of the sampled pictures: an unbiased estimate of KL(pi_old || pi_ref).
+                    kl = (step.logp - step.ref_logp).sum(1).mean().item()
+                    curves["kl"].append(kl)
+                drawn = lab.draw(model, quick(4, 12))
+                curves["right"] = drawn.right.mean().item()
+                found[f"{name}, {epochs}, {lr:g}"] = curves
+    return found
+
+
+trained = over_seeds(train_toy)
+
+# %% [markdown]
+# **Question 2.**  From which number of epochs on does the clip change the result?  What happens to
+# the runs without it, and which of the curves shows it first?
+#
+# **Question 3.**  The clipped share with 8 epochs is a few per cent of all tokens.  How can so few
+# tokens matter?  (Which tokens have large ratios?)
+#
+# **Question 4.**  More epochs learn faster for each rollout.  Do they learn faster for each second?
+# `sampling : update` is about 1 : 1 in time on this toy; on LlamaGen sampling takes most of it.
+
+# %%
+fig, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
+for ax, (key, label) in zip(axes, {"reward": "reward, mean of five rollouts",
+                                   "clip_frac": "clipped share of the tokens",
+                                   "kl": "KL to the pretrained model, nats a picture"}.items()):
+    for epochs, style in zip(EPOCHS, ("-.", ":", "--", "-")):
+        for name, (_, high, colour) in CLIPS.items():
+            key_of_run = f"{name}, {epochs}, {RATES[0]:g}"
+            if key_of_run not in trained[0] or high:
+                continue
+            curves = torch.tensor([found[key_of_run][key] for found in trained])
+            smooth = curves.unfold(1, min(5, ROLLOUTS), 1).mean(-1)
+            ax.plot(smooth.mean(0), style, color=colour, label=f"{name}, {epochs} epochs")
+    ax.set(xlabel="rollouts", ylabel=label)
+axes[0].legend(fontsize=6)
+axes[2].set_yscale("symlog", linthresh=1)
+for name, (_, _, colour) in CLIPS.items():
+    for lr, marker in zip(RATES, "os"):
+        keys = [f"{name}, {epochs}, {lr:g}" for epochs in EPOCHS]
+        known = [(epochs, key) for epochs, key in zip(EPOCHS, keys) if key in trained[0]]
+        if known:
+            lab.plot_band(axes[3], [epochs for epochs, _ in known],
+                          list(zip(*[[found[key]["right"] for found in trained]
+                                     for _, key in known])),
+                          color=colour, marker=marker, label=f"{name}, lr {lr:g}")
+axes[3].set(xlabel="update epochs", ylabel="right at the end", ylim=(0, 1))
+axes[3].legend(fontsize=6)
+
+rows = [["clip", "epochs", "lr", "right at the end", "KL at the end, nats a picture",
+         "largest ratio", "clipped share"]]
+for name in trained[0]:
+    last = [found[name] for found in trained]
+    rows.append([*name.rsplit(", ", 2), lab.across([run["right"] for run in last]),
+                 lab.across([run["kl"][-1] for run in last]),
+                 lab.across([max(run["ratio_max"]) for run in last]),
+                 lab.across([sum(run["clip_frac"]) / ROLLOUTS for run in last])])
+lab.finish(fig, rows, f"toy c2i: {ROLLOUTS} rollouts of 8 x 8 pictures, no KL penalty")

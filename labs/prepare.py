@@ -1,0 +1,168 @@
+"""Makes the checkpoints that labs 5 to 7 share: an hour or two on two cores, once.
+
+    python labs/prepare.py                       # everything, of seed 0
+    python labs/prepare.py --seeds 3             # of three seeds
+    python labs/prepare.py --only kl,entropy     # some of it
+
+Checkpoints are runs/labs/prepared/NAME-SEED.pt.  What is there is not made again, and a run that
+was interrupted goes on with the same command.  With OMP_NUM_THREADS=1 two commands run side by side
+without disturbing each other.
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import lab
+import torch
+from lab import ROOT
+
+import argrpo
+import toy
+from harness.checkpoints import save_weights
+from pretrained import load_weights
+from toy import pretraining
+
+FOLDER = ROOT / "runs" / "labs" / "prepared"
+
+
+def by_command(script, *options):
+    """A checkpoint that a training command makes."""
+    def make(seed, path, quick):
+        run = path.with_suffix("")
+        command = [sys.executable, ROOT / script, "--preset", "toy", *options, "--seed", str(seed),
+                   "--out", run]
+        if quick:
+            command += ["--steps", "3", "--eval-images", "32", "--prompts-per-step", "8",
+                        "--group-size", "8", "--rehearsal-groups", "1"]
+        elif (run / "last.pt").exists():
+            command = [sys.executable, ROOT / script, "--resume", run]
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        (run / "model.pt").rename(path)
+    return make
+
+
+def by_loop(**changes):
+    """A checkpoint that the paper's recipe for classes makes, with these seams or settings."""
+    def make(seed, path, quick):
+        model, _ = toy.load("c2i")
+        seams = {name: changes[name] for name in changes if name.endswith("_fn")}
+        settings = {name: changes[name] for name in changes if name not in seams}
+        config = argrpo.GRPOConfig(**dict(steps=3 if quick else 75, prompts_per_step=16,
+                                          group_size=8, lr=1.6e-3, seed=seed) | settings)
+        for step in lab.train(model, config, **seams):
+            if step.metrics["step"] % 25 == 24:
+                print(f"  step {step.metrics['step']}, reward {step.metrics['reward']:.3f}")
+        save_weights(path, model)
+    return make
+
+
+def entropy_loss(logp, old_logp, ref_logp, advantages, entropy):
+    """GRPO's loss, less a bonus for the entropy of every choice."""
+    loss, stats = argrpo.grpo_loss(logp, old_logp, ref_logp, advantages)
+    return loss - 0.03 * entropy.mean(), stats
+
+
+def negatives_only(rewards, images, tokens, index, step):
+    """-1 for a wrong picture and 0 for a right one (NSR, arXiv 2506.01347)."""
+    return rewards - 1
+
+
+def weighted(rewards, images, tokens, index, step):
+    """-1 for a wrong picture and 0.1 for a right one (W-REINFORCE, arXiv 2506.01347)."""
+    return torch.where(rewards == 1, 0.1, -1.0)
+
+
+def scenes(seed, count, relation=True):
+    """What t2i's pretraining reads: tokens (count, N), and their Prompts, as `lab.prompts_of`."""
+    texts = pretraining.choose_texts(seed, count)["t2i"]
+    _, vq = toy.load("t2i")
+    images = pretraining.draw_scenes("t2i", texts, seed)
+    tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images.split(256)])
+    return tokens, lab.prompts_of("t2i", texts, relation)
+
+
+def transformer(cond_rope="zero"):
+    return argrpo.Transformer(replace(toy.CONFIGS["t2i"], cond_rope=cond_rope))
+
+
+def pretrained(cond_rope, relation=True):
+    """A t2i toy from nothing, with that rotary table at the condition."""
+    def make(seed, path, quick):
+        tokens, prompts = scenes(seed, 400 if quick else 16000, relation)
+        rng = pretraining.random_stream(seed, "composition")
+        save_weights(path, pretraining.pretrain_gpt(transformer(cond_rope), tokens, prompts, rng,
+                                                    20 if quick else 1200))
+    return make
+
+
+def reinforced(cond_rope):
+    """The paper's recipe for captions, from such a toy on."""
+    def make(seed, path, quick):
+        start = prepared(cond_rope, seed)
+        model, reference = (load_weights(transformer(cond_rope), start) for _ in range(2))
+        config = argrpo.GRPOConfig(steps=3 if quick else 180, seed=seed)
+        for _ in lab.train(model, config, task="t2i", reference=reference.requires_grad_(False),
+                           prompts=lab.prompts_of("t2i")):
+            pass
+        save_weights(path, model)
+    return make
+
+
+JOBS = {
+    "paper": by_command("train_c2i.py"),
+    "diverse": by_command("train_c2i.py", "--recipe", "diverse"),
+    "kl": by_loop(kl_beta=0.1),
+    "kl_strong": by_loop(kl_beta=0.3),
+    "entropy": by_loop(loss_fn=entropy_loss),
+    "negatives": by_loop(advantage_fn=negatives_only, kl_beta=0.0),
+    "weighted": by_loop(advantage_fn=weighted, kl_beta=0.0),
+    "t2i_paper": by_command("train_t2i.py"),
+    "t2i_diverse": by_command("train_t2i.py", "--recipe", "diverse"),
+    "zero": pretrained("zero"),
+    "still": pretrained("still"),
+    "zero_plain": pretrained("zero", relation=False),
+    "still_plain": pretrained("still", relation=False),
+    "zero_paper": reinforced("zero"),
+    "still_paper": reinforced("still"),
+}
+
+
+def prepared(name, seed):
+    """The path of a prepared checkpoint.  With --quick a short run makes one that is good for
+    nothing but a trial; else FileNotFoundError says what makes it."""
+    folder = lab.options.out / "quick" if lab.options.quick else FOLDER
+    path = folder / f"{name}-{seed}.pt"
+    if not path.exists():
+        if not lab.options.quick:
+            raise FileNotFoundError(f"no {path}: python labs/prepare.py --only {name} --seeds "
+                                    f"{seed + 1} makes it")
+        folder.mkdir(parents=True, exist_ok=True)
+        JOBS[name](seed, path, quick=True)
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=1, help="how many training seeds, from 0 on")
+    parser.add_argument("--only", default="", help=f"some of {', '.join(JOBS)}")
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else list(JOBS)
+    unknown = set(names) - set(JOBS)
+    if unknown:
+        parser.error(f"nothing is called {', '.join(sorted(unknown))}: choose among "
+                     f"{', '.join(JOBS)}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds):
+        for name in names:
+            path = FOLDER / f"{name}-{seed}.pt"
+            if not path.exists():
+                print(f"{path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path}",
+                      flush=True)
+                JOBS[name](seed, path, quick=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+# %% [markdown]
+# # Lab 3: why groups, and why divide by the spread?
+#
+# A policy gradient is an average over drawn pictures, so it is noisy, and most of what a training
+# run pays for is the averaging of that noise.  GRPO compares each picture with its own group of G,
+#
+#     A_i = (r_i - mean) / std,
+#
+# where Dr. GRPO (arXiv 2503.20783) leaves the division out, and leave-one-out (RLOO,
+# arXiv 2402.14740) takes the mean of the *other* G - 1 pictures, with no division either.  What is
+# G good for, and what does the division do?
+#
+# **You need**: section 3 of `argrpo.py`.  **Time**: five minutes.
+#
+#     python labs/variance.py
+
+# %%
+from math import comb
+
+import lab
+import torch
+from lab import OTHERS, Tiny, over_seeds, plt, quick
+
+import argrpo
+import toy
+
+lab.begin("variance")
+
+# %% [markdown]
+# ## 1. Exactly: how many pictures until the signal is as large as the noise?
+#
+# Take a prompt that the policy gets right with probability p, and a reward of 0 or 1.  In a group
+# of G, k are right with probability Binomial(k; G, p), all right ones have one advantage and all
+# wrong ones another.  Given k, the right pictures are independent draws of pi( . | right).  So mean
+# and variance of the group's gradient are sums over k, with no sampling at all.  `Tiny` gives
+# mean and variance of grad log pi(x) among its right and its wrong sequences.
+#
+# A batch of B pictures has B / G groups.  Their average has signal |E|^2 and noise G Var / B,
+# with E and Var the expectation and the variance of one group's gradient.  They are equal at
+#
+#     B = G Var / |E|^2 pictures.
+#
+# The fewer, the better.  This number knows nothing of the step size: an estimate and its double
+# are equally good.
+
+# %%
+GROUPS = [2, 4, 8, 16, 32, 64]
+RATES = [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98]
+
+
+def leave_one_out(rewards, group_size):
+    return argrpo.group_advantages(rewards, group_size, scale=False) * group_size / (group_size - 1)
+
+
+ADVANTAGES = {
+    "GRPO": argrpo.group_advantages,
+    "Dr. GRPO": lambda rewards, G: argrpo.group_advantages(rewards, G, scale=False),
+    "leave-one-out": leave_one_out,
+}
+
+
+def of_a_group(p, G, advantage_of, mean_right, var_right, var_wrong):
+    """Of one group's gradient: (its expectation as a multiple of grad p, B above).
+
+    mean_right is E[grad log pi | right], which is grad p / p.  Since grad log pi is 0 on average
+    over all sequences, the wrong ones have the mean -p / (1 - p) times that."""
+    mean_wrong = -p / (1 - p) * mean_right
+    first, second, noise = 0.0, 0.0, 0.0         # E, E |mean given k|^2, E [variance given k]
+    for k in range(G + 1):
+        chance = comb(G, k) * p ** k * (1 - p) ** (G - k)
+        rewards = torch.tensor([1.0] * k + [0.0] * (G - k))
+        A = advantage_of(rewards, G).double()
+        right, wrong = A[:k], A[k:]
+        mean = (right.sum() * mean_right + wrong.sum() * mean_wrong) / G
+        first = first + chance * mean
+        second = second + chance * mean.square().sum()
+        noise = noise + chance * (right.square().sum() * var_right
+                                  + wrong.square().sum() * var_wrong) / G ** 2
+    signal = first.square().sum()
+    gradient = p * mean_right                                        # of p, the expected reward
+    multiple = (first @ gradient / gradient.square().sum()).item()
+    return multiple, (G * (second - signal + noise) / signal).item()
+
+
+def with_rate(tiny, p, score):
+    """Which sequences to call right, so that about p of the draws are: (its rate, a mask)."""
+    prob, rows = score
+    order = torch.randperm(81, generator=torch.Generator().manual_seed(0))
+    right = torch.zeros(81, dtype=torch.bool)
+    right[order] = prob[order].cumsum(0) <= max(p, prob[order[0]].item())
+    return prob[right].sum().item(), right
+
+
+def exact(seed):
+    """{advantage: {"G": [(rate, multiple, pictures), ...] over RATES}} of one Tiny."""
+    tiny = Tiny(seed)
+    prob, rows = score = tiny.scores()
+    found = {name: {str(G): [] for G in GROUPS} for name in ADVANTAGES}
+    for p in RATES:
+        rate, right = with_rate(tiny, p, score)
+        moments = []
+        for mask in (right, ~right):
+            q = (prob * mask / prob[mask].sum())[:, None]            # pi( . | right), or wrong
+            mean = (q * rows).sum(0)
+            moments.append((mean, (q * (rows - mean).square()).sum()))
+        (mean_right, var_right), (_, var_wrong) = moments
+        for name, advantage_of in ADVANTAGES.items():
+            for G in GROUPS:
+                found[name][str(G)].append((rate, *of_a_group(rate, G, advantage_of, mean_right,
+                                                         var_right, var_wrong)))
+    return found
+
+
+tinies = over_seeds(exact, range(quick(2, 10)))
+
+
+def median(name, G, k, column):
+    """Over the Tiny models, at RATES[k]: column 1 is the multiple, column 2 the pictures."""
+    return torch.tensor([found[name][str(G)][k][column] for found in tinies]).median().item()
+
+
+# %% [markdown]
+# **Question 1.**  Leave-one-out and Dr. GRPO need exactly the same number of pictures.  Why?
+#
+# **Question 2.**  For one prompt, GRPO's expected update is a positive multiple of the true
+# gradient, whatever G is: the second panel shows the multiple.  So what has the division by the
+# spread changed, if not the direction?  And why does it change nothing at all at G = 2?
+#
+# **Question 3.**  At which p does a larger group pay, and why there?
+
+# %% [markdown]
+# ## 2. On the toy, at equal numbers of pictures
+#
+# Every step has 128 pictures: 64 prompts of 2, 16 of 8, or 4 of 32.  AdamW divides the gradient by
+# its own size, so that leave-one-out *is* Dr. GRPO here; we train with GRPO and with Dr. GRPO.
+
+# %%
+STEPS, PICTURES = quick(2, 40), quick(32, 128)
+TOY_GROUPS = quick([2, 8], [2, 8, 32])
+
+
+def train_toy(seed):
+    """{"advantage G": {"reward": of each step, "right": share at the end}}."""
+    found = {}
+    for scale in (True, False):
+        for G in TOY_GROUPS:
+            model, _ = toy.load("c2i")
+            config = argrpo.GRPOConfig(steps=STEPS, prompts_per_step=PICTURES // G, group_size=G,
+                                       lr=1.6e-3, seed=seed, scale_advantages=scale)
+            rewards = [step.metrics["reward"] for step in lab.train(model, config)]
+            right = lab.draw(model, quick(4, 20)).right.mean().item()
+            found[f"{'GRPO' if scale else 'Dr. GRPO'}, G = {G}"] = {"reward": rewards,
+                                                                    "right": right}
+    return found
+
+
+trained = over_seeds(train_toy)
+
+# %%
+fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+rates = [sum(found["GRPO"]["2"][k][0] for found in tinies) / len(tinies) for k in range(len(RATES))]
+for color, G in zip(OTHERS, (2, 8, 64)):
+    for name, style in (("GRPO", "-"), ("Dr. GRPO", ":")):
+        left.plot(rates, [median(name, G, k, 2) for k in range(len(RATES))], style, color=color,
+                  label=f"{name}, G = {G}")
+        middle.plot(rates, [median(name, G, k, 1) for k in range(len(RATES))], style, color=color)
+left.set(xlabel="p, how often the policy is right", ylabel="pictures until signal = noise",
+         yscale="log", title=f"{len(tinies)} enumerated models: exact")
+left.legend(fontsize=7)
+middle.set(xlabel="p", ylabel="expected update / gradient of p", yscale="log",
+           title="how much a prompt counts")
+for k, G in enumerate(TOY_GROUPS):
+    for name, style in (("GRPO", "-"), ("Dr. GRPO", ":")):
+        curves = [found[f"{name}, G = {G}"]["reward"] for found in trained]
+        smooth = torch.tensor(curves).unfold(1, min(5, STEPS), 1).mean(-1)
+        lab.plot_band(right, range(smooth.shape[1]), smooth.tolist(), color=OTHERS[[0, 1, 3][k]],
+                      linestyle=style, label=f"{name}, G = {G}")
+right.set(xlabel="steps", ylabel="reward, mean of five steps",
+          title=f"the toy, {PICTURES} pictures a step")
+right.legend(fontsize=7)
+
+rows = [["", "G", *[f"p = {p:g}" for p in RATES]]]
+for name in ("GRPO", "Dr. GRPO"):                # leave-one-out has the same numbers as Dr. GRPO
+    for G in (2, 8, 64):
+        rows.append([f"{name}: pictures", G,
+                     *[f"{median(name, G, k, 2):.0f}" for k in range(len(RATES))]])
+rows.append(["on the toy", "", *["right at the end"], *[""] * (len(RATES) - 1)])
+for name in trained[0]:
+    advantage, G = name.split(", G = ")
+    rows.append([advantage, G, lab.across([found[name]["right"] for found in trained]),
+                 *[""] * (len(RATES) - 1)])
+lab.finish(fig, rows, f"toy c2i: {STEPS} steps of {PICTURES} pictures, lr 1.6e-3")
