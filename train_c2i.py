@@ -17,7 +17,7 @@ import reward
 import toy
 from harness import options
 from harness.evaluation import with_watched
-from harness.models import choose_classes, class_names, load_models, toy_folder
+from harness.models import choose_classes, class_names, load_models, shipped_spread, toy_folder
 from harness.processes import pick_device
 from harness.run import run
 
@@ -74,7 +74,7 @@ def main(argv=None):
 
     prompts = argrpo.Prompts(texts, torch.tensor(classes))
     return run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, "train_c2i",
-               measure, spread)
+               measure, spread, shipped_spread(settings, "c2i", prompts))
 
 
 if __name__ == "__main__":

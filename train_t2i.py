@@ -19,7 +19,7 @@ import reward
 import toy
 from harness import captions, options
 from harness.evaluation import with_watched
-from harness.models import caption_encoder, load_models, toy_folder
+from harness.models import caption_encoder, load_models, shipped_spread, toy_folder
 from harness.processes import pick_device
 from harness.run import run
 
@@ -57,17 +57,9 @@ def choose_captions(settings):
         texts = captions.read_captions(settings.prompts)
         return texts, texts
     if settings.preset == "toy":         # half counting, half position; all seen by pretraining
-        return mixed(toy.SEEN_PAIRS, toy.SEEN_CLASSES), mixed(toy.PAIRS, toy.CLASSES)
+        return toy.mixed(toy.SEEN_PAIRS, toy.SEEN_CLASSES), toy.mixed(toy.PAIRS, toy.CLASSES)
     texts = captions.compose(settings.composed + 64, settings.seed)
     return texts[:-64], texts[-64:]      # compositions that training does not see
-
-
-def mixed(pairs, counted):
-    """One pair, one counted caption, and so on through all pairs."""
-    texts = []
-    for k, pair in enumerate(pairs):
-        texts += [pair, counted[k % len(counted)]]
-    return texts
 
 
 def main(argv=None):
@@ -90,7 +82,7 @@ def main(argv=None):
         del encode                       # T5 has done its work: its memory is needed for training
 
     return run(model.to(device), vq.to(device), prompts, eval_prompts, reward_fn, settings,
-               "train_t2i", measure, spread)
+               "train_t2i", measure, spread, shipped_spread(settings, "t2i", eval_prompts))
 
 
 if __name__ == "__main__":

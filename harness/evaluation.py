@@ -96,16 +96,20 @@ def evaluate_all(model, vq, prompts, reward_fn, settings, measure=None, stop=Non
     return scores, gallery
 
 
+def spread_prompts(prompts, settings):
+    """Which prompts `evaluate_spread` draws, at most 27, evenly chosen: their index."""
+    count = min(27, len(prompts.texts), settings.eval_images // 4)
+    return torch.linspace(0, len(prompts.texts) - 1, count).long()
+
+
 @torch.no_grad()
 def evaluate_spread(model, vq, prompts, settings, spread):
-    """What spread(images, texts) says of fixed-seed images of at most 27 prompts, evenly chosen.
+    """What spread(images, texts) says of fixed-seed images of the `spread_prompts`.
 
     There are 32 of each for the default eval_images, and accordingly more or less."""
-    device = next(model.parameters()).device
-    count = min(27, len(prompts.texts), settings.eval_images // 4)
+    device, batches = next(model.parameters()).device, []
     samples = max(8, 32 * settings.eval_images // 540)
-    index = torch.linspace(0, len(prompts.texts) - 1, count).long()
-    batches = []
+    index = spread_prompts(prompts, settings)
     for k, some in enumerate(index.split(4)):
         rng = argrpo.rng_for(device, settings.seed, "spread", k)
         _, _, images = argrpo.draw_images(

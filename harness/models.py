@@ -9,6 +9,7 @@ import pretrained
 import toy
 from diversity import Codes, Pixels
 from harness.captions import T5Captions
+from harness.evaluation import spread_prompts
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -56,6 +57,17 @@ def caption_encoder(preset, t5, device):
     if preset == "toy":
         return lambda texts: argrpo.Prompts(texts, *toy.encode_captions(texts))
     return T5Captions(t5, device)
+
+
+def shipped_spread(settings, task, prompts):
+    """The spread of the shipped toy's right pictures of the prompts, as `toy.shipped_spread`.
+
+    None if the run starts from other weights, or draws with guidance or another temperature."""
+    other = settings.gpt_ckpt or settings.vq_ckpt or settings.from_scratch
+    if settings.preset != "toy" or other or (settings.cfg_scale, settings.temperature) != (1, 1):
+        return None
+    index = spread_prompts(prompts, settings)
+    return toy.shipped_spread(task, [prompts.texts[k] for k in index.tolist()])
 
 
 def build_features(name, vq, device):

@@ -35,19 +35,21 @@ from harness.speed import Sampler, allowed_mismatch, frozen_copy, make_optimizer
 from harness.timing import Stopwatch
 
 
-def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=None, spread=None):
+def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=None, spread=None,
+        base_spread=None):
     """Trains `model` on `prompts`, and shows in the folder settings.out what that did to pictures
     of `eval_prompts`.
 
     reward_fn is a RewardSet.  What measure(images, texts) gives, and how much of
-    spread(images, texts) is kept, is reported but never trained on.  Returns the summary.  After
-    Ctrl-C it exits with status 130 (143 after SIGTERM); after a bad reward, a number that is not
-    finite or a full disk with status 1: with everything saved, and a line that says how to go
-    on.  With settings.selftest it exits after `selftest`, with status 0 if all is well, else 1."""
+    spread(images, texts) is kept, is reported but never trained on; base_spread is the pretrained
+    model's, if it is known already.  Returns the summary.  After Ctrl-C it exits with status 130
+    (143 after SIGTERM); after a bad reward, a number that is not finite or a full disk with
+    status 1: with everything saved, and a line that says how to go on.  With settings.selftest it
+    exits after `selftest`, with status 0 if all is well, else 1."""
     with StopRequest() as stop, memory.out_of_memory_advice(settings):
         try:
             this = Run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
-                       spread, stop)
+                       spread, base_spread, stop)
             if settings.selftest:
                 sys.exit(selftest(model, vq, prompts, reward_fn, settings))
             return this.before_training_and_after()
@@ -63,14 +65,14 @@ class Run:
     """What `run` does, without its answers to errors."""
 
     def __init__(self, model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
-                 spread, stop):
+                 spread, base_spread, stop):
         self.model, self.vq, self.prompts, self.eval_prompts = model, vq, prompts, eval_prompts
         self.reward_fn, self.settings, self.script = reward_fn, settings, script
         self.measure, self.spread, self.stop = measure, spread, stop
         self.out, self.device = Path(settings.out), next(model.parameters()).device
         self.rank, self.size = processes.rank_and_size()
         self.sampler = Sampler(settings.compile)
-        self.spread_before, self.warned = {}, False
+        self.spread_before, self.warned = base_spread or {}, False
         self.features = None
         if settings.diversity_bonus:
             self.features = build_features(settings.bonus_features, vq, self.device)
@@ -153,7 +155,7 @@ class Run:
         memory.print_memory(memory.memory_estimate(model, self.vq, s))
 
     def evaluate(self):
-        """(scores, gallery) of the model as it is; from the second time on with D."""
+        """(scores, gallery) of the model as it is; with D, once the base's spread is known."""
         model = self.sampler(self.model)
         scores, gallery = evaluate_all(model, self.vq, self.eval_prompts, self.reward_fn,
                                        self.settings, self.measure, self.stop)

@@ -1,13 +1,16 @@
 """The toy's world: what is rendered is read back, and nothing else passes."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
 
 import toy
 import toy.pretraining
-from argrpo import to_images
+from argrpo import Prompts, draw_images, rng_for, to_images
+from toy.pretraining import measure_spread
 
 PROMPTS = toy.CLASSES + toy.PAIRS
 
@@ -187,3 +190,31 @@ def test_wrong_pictures_do_not_count():
     right = [toy.make_scene(prompt, rng)] * 8
     wrong = [toy.make_scene("two blue squares", rng) for _ in range(8)]
     assert spread_of(right + wrong, [prompt] * 16) == spread_of(right, [prompt] * 8)
+
+
+def test_the_shipped_spread_is_that_of_the_shipped_weights(tmp_path):
+    """Fewer pictures give about the same; what was not measured is not made up."""
+    known = toy.shipped_spread("c2i", toy.CLASSES)
+    model, vq = toy.load("c2i")
+    prompts = Prompts(toy.CLASSES, torch.arange(27))
+    _, _, images = draw_images(model, vq, prompts, torch.arange(27), rng_for("cpu", "again"),
+                               samples_per_prompt=24, micro_batch=64)
+    again = toy.spread(images, [text for text in toy.CLASSES for _ in range(24)])
+    assert set(again) == set(known)
+    for part, value in again.items():
+        assert value == pytest.approx(known[part], rel=0.12), part
+    assert toy.shipped_spread("c2i", ["four red circles"]) is None
+    one = toy.shipped_spread("c2i", ["three red circles"])
+    assert one["sizes"] is None, "three things have one size: there is nothing to measure"
+
+
+def test_spread_is_measured_of_the_weights_in_the_folder(tmp_path):
+    for name in ("toy_vq.pt", "toy_c2i.pt", "toy_t2i.pt"):
+        shutil.copy(toy.FOLDER / name, tmp_path)
+    measure_spread(tmp_path, samples=2)
+    ours, theirs = (json.loads((folder / "spread.json").read_text())
+                    for folder in (tmp_path, toy.FOLDER))
+    for task in ("c2i", "t2i"):
+        assert ours[task]["texts"] == theirs[task]["texts"] and ours[task]["samples"] == 2
+        parts = ours[task]["parts"]
+        assert parts["distance"] and not parts["layouts"], "two pictures are enough for a distance"

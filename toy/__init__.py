@@ -24,10 +24,10 @@ them wrong, which leaves reinforcement learning something to do.
 # ruff: noqa: F401, I001 (the imports are the names that the package offers)
 
 from toy.models import CAPTION_DIM, CAPTION_LENGTH, CONFIGS, FOLDER, VQ_CONFIG, WORDS
-from toy.models import encode_captions, load
+from toy.models import encode_captions, load, shipped_spread
 from toy.scenes import CLASSES, COUNTS, GROUND, PAIRS, PALETTE, PLACES, SHAPES, SIZE, THINGS
 from toy.scenes import SEEN_CLASSES, SEEN_PAIRS, UNSEEN, UNSEEN_CLASSES, UNSEEN_PAIRS
-from toy.scenes import Request, Thing, holds, make_scene, parse, render
+from toy.scenes import Request, Thing, holds, make_scene, mixed, parse, render
 from toy.verifier import coarse_layout, distinct_in, fulfils, read_scenes, spread, spread_by_prompt
 from toy.verifier import verify, verify_all, verify_by_kind
 

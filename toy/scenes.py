@@ -51,6 +51,15 @@ UNSEEN = {*UNSEEN_CLASSES, *UNSEEN_PAIRS}
 SEEN_CLASSES = [caption for caption in CLASSES if caption not in UNSEEN]
 SEEN_PAIRS = [caption for caption in PAIRS if caption not in UNSEEN]
 
+
+def mixed(pairs, counted):
+    """One pair, one counted caption, and so on through all pairs."""
+    texts = []
+    for k, pair in enumerate(pairs):
+        texts += [pair, counted[k % len(counted)]]
+    return texts
+
+
 ONE_THING = rf"({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})"
 COUNT_PROMPT = re.compile(rf"({'|'.join(COUNTS)}) {ONE_THING}s?$")
 PAIR_PROMPT = re.compile(rf"a {ONE_THING} ({'|'.join(PLACES)}) a {ONE_THING}$")

@@ -1,0 +1,112 @@
+"""The labs: each runs as a script, and points where its text says, on a trial of seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LABS = ["guidance", "hacking", "variance", "offpolicy", "diversity", "search", "composition"]
+
+
+def run_lab(name, out, *options):
+    command = [sys.executable, str(ROOT / "labs" / f"{name}.py"), "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out,
+                          env=os.environ | {"TQDM_DISABLE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def trial(name, out):
+    """What a lab measures with --quick."""
+    run_lab(name, out, "--quick")
+    assert (out / f"{name}.png").stat().st_size > 20_000
+    assert "--quick: a trial, no conclusions" in (out / f"{name}.md").read_text()
+    return json.loads((out / f"{name}.json").read_text())["measured"]
+
+
+@pytest.mark.slow
+def test_guidance_the_official_update_turns_away_as_the_scale_grows(tmp_path):
+    measured = trial("guidance", tmp_path)
+    for found in measured["exact"]:
+        cosine, bias = found["to the guided gradient"], found["bias"]
+        assert cosine[0] == pytest.approx(1) and bias[0] < 1e-6, "without guidance they are equal"
+        assert cosine == sorted(cosine, reverse=True) and cosine[-1] < 0.9
+        assert bias == sorted(bias) and bias[-1] > 0.5
+
+
+@pytest.mark.slow
+def test_hacking_the_proxy_rises_and_the_truth_falls(tmp_path):
+    runs = trial("hacking", tmp_path)["train_toy"][0]
+    assert runs["lax"]["proxy"][-1] > runs["lax"]["proxy"][0] + 0.05
+    assert runs["small JPEG"]["truth"][-1] < runs["small JPEG"]["truth"][0] - 0.1
+    assert runs["lax, KL 1"]["kl"][-1] < runs["lax"]["kl"][-1], "the penalty brakes"
+
+
+@pytest.mark.slow
+def test_variance_sure_and_hopeless_prompts_need_the_most_pictures(tmp_path):
+    for found in trial("variance", tmp_path)["exact"]:
+        for G in ("2", "8", "64"):
+            grpo, unscaled, others = ([column[2] for column in found[name][G]]
+                                      for name in ("GRPO", "Dr. GRPO", "leave-one-out"))
+            assert others == pytest.approx(unscaled), "leave-one-out is Dr. GRPO times a number"
+            assert grpo[0] > 5 * grpo[3], "a prompt right once in 50 times needs many pictures"
+        assert found["GRPO"]["64"][3][2] < found["GRPO"]["2"][3][2], "larger groups need fewer"
+        for scaled, unscaled in zip(found["GRPO"]["2"], found["Dr. GRPO"]["2"]):
+            assert scaled[2] == pytest.approx(unscaled[2]), "in pairs the division changes nothing"
+
+
+@pytest.mark.slow
+def test_offpolicy_the_clip_is_inert_in_the_first_epoch_only(tmp_path):
+    measured = trial("offpolicy", tmp_path)
+    assert all(value < 1e-4 for value in measured["first_epoch"][0].values())
+    runs = measured["train_toy"][0]
+    assert max(runs["clip 0.2, 1, 0.0008"]["clip_frac"]) == 0
+    assert max(runs["clip 0.2, 2, 0.0008"]["clip_frac"]) > 0
+    assert max(runs["no clip, 2, 0.0008"]["clip_frac"]) == 0
+
+
+@pytest.mark.slow
+def test_diversity_rejection_is_the_yardstick(tmp_path):
+    found = trial("diversity", tmp_path)["compare"][0]
+    assert abs(found["base"]["KL"]) < 1e-3, "the base has paid nothing"
+    assert 0.4 < found["rejection"]["KL"] < 0.9, "log(1/p) of a model that is right half the time"
+    assert found["temperature 0.7"]["right"] > found["base"]["right"]
+
+
+@pytest.mark.slow
+def test_search_the_likeliest_of_several_is_more_often_right(tmp_path):
+    measured = trial("search", tmp_path)
+    for result in measured["draw_many"][0].values():
+        assert result["pass seen"] == sorted(result["pass seen"])
+        assert result["best"]["8"][0] > result["best"]["1"][0]
+    wrong = measured["where_wrong"][0]
+    assert wrong["right"][-1] == 1 and wrong["wrong"][-1] == 0
+    assert wrong["wrong"][0] > 0.2, "nothing is decided before the first code"
+
+
+@pytest.mark.slow
+def test_composition_gates_start_where_the_zeros_are_and_reward_opens_them(tmp_path):
+    measured = trial("composition", tmp_path)
+    gates = measured["switched"][0]["mean size of the gates after GRPO"]["layers"]
+    assert len(gates) == 3 and min(gates) > 0
+    weights = measured["maps_of"][0]["maps"]                         # (words, codes)
+    assert max(max(row) for row in weights) > 1.02 * min(min(row) for row in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LABS)
+def test_a_figure_is_drawn_from_the_stored_numbers(name, tmp_path):
+    run_lab(name, tmp_path, "--stored")
+    assert (tmp_path / f"{name}.md").read_text() == (ROOT / f"docs/labs/{name}.md").read_text()
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "labs"))
+    import prepare
+    monkeypatch.setattr(prepare, "FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match="labs/prepare.py --only kl --seeds 3 makes it"):
+        prepare.prepared("kl", 2)
