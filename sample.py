@@ -3,7 +3,7 @@
     python sample.py                                                 # the toy
     python sample.py --gpt-ckpt runs/train_c2i-toy/model.pt          # the toy after a run
     python sample.py --preset B-256 --classes 207,360 --cfg-scale 2  # golden retrievers, otters
-    python sample.py --caption "a blue triangle above a green square"    # the toy's captions
+    python sample.py --caption "a blue triangle above a green square" --best-of 4    # the toy's
     python sample.py --preset t2i-XL-256 --prompts captions.txt --cfg-scale 7.5
     python sample.py --preset B-256 --npz samples.npz --images 50000     # for FID, see the docs
 
@@ -50,6 +50,7 @@ class Settings:
     temperature: float = 1.0             # below 1: likelier, less varied images
     top_k: int = 0                       # draw from the k likeliest codes only; 0 is all
     top_p: float = 1.0                   # draw from the likeliest codes of this total probability
+    best_of: int = 1                     # draw so many for each image, and keep the likeliest
     seed: int = 0                        # same seed, same pictures
     device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
     out: str = "samples.png"             # the grid
@@ -66,6 +67,8 @@ def check(settings):
     if s.fid_reference and not (s.npz and Path(s.fid_reference).exists()):
         raise ValueError("--fid-reference needs --npz and an existing folder or .npz, not "
                          f"{s.npz!r} and {s.fid_reference!r}")
+    if s.best_of < 1:
+        raise ValueError(f"--best-of must be at least 1, not {s.best_of}")
     task = "t2i" if s.caption or s.prompts else "c2i"
     published = pretrained.MODELS.get(s.preset)
     if published and published.task != task:
@@ -88,9 +91,9 @@ def choose_prompts(settings, task, device):
 
 
 def policy_of(settings):
-    """What `generate` takes."""
+    """What `draw` takes."""
     return {name: getattr(settings, name) for name in ("cfg_scale", "temperature", "top_k",
-                                                       "top_p")}
+                                                       "top_p", "best_of")}
 
 
 def write_npz(model, vq, prompts, settings):

@@ -20,14 +20,19 @@ from harness.fid import as_uint8
 SHARD = 64                                       # pictures of a file
 
 
-def draw(model, vq, prompts, index, numbers, seed, **policy):
+def draw(model, vq, prompts, index, numbers, seed, best_of=1, **policy):
     """The pictures with those numbers, of the prompts at index (B,): images (B, 3, H, W) in [0, 1]
-    and logp (B, N).  policy is what `generate` takes: cfg_scale, temperature, top_k, top_p."""
+    and logp (B, N).  policy is what `generate` takes: cfg_scale, temperature, top_k, top_p.
+
+    Of best_of draws, each is the one that the model itself finds likeliest."""
     device = next(model.parameters()).device
-    streams = [argrpo.rng_for(device, seed, "image", number) for number in numbers]
-    _, logp, images = argrpo.draw_images(model, vq, prompts, index, streams, micro_batch=16,
-                                         **policy)
-    return images, logp
+    keys = [(number,) if k == 0 else (number, k) for number in numbers for k in range(best_of)]
+    streams = [argrpo.rng_for(device, seed, "image", *key) for key in keys]
+    _, logp, images = argrpo.draw_images(model, vq, prompts, index.repeat_interleave(best_of),
+                                         streams, micro_batch=16, **policy)
+    likeliest = logp.sum(1).view(-1, best_of).argmax(1)                              # (B,)
+    kept = torch.arange(len(index), device=likeliest.device) * best_of + likeliest
+    return images[kept], logp[kept]
 
 
 def fingerprint(model):

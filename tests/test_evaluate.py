@@ -57,6 +57,15 @@ def test_guidance_and_temperature_reach_the_pictures(model, tmp_path, monkeypatc
         assert (drawn(model, tmp_path / name, monkeypatch, **policy) != plain).any()
 
 
+def test_the_likeliest_of_several_is_kept(model):
+    """The first candidate is the picture that one draw gives."""
+    def logp_of(best_of):
+        _, logp = drawing.draw(model, Blocks(), PROMPTS, INDEX[:4], range(4), 3, best_of)
+        return logp.sum(1)
+    one, two, eight = map(logp_of, (1, 2, 8))
+    assert (two >= one - 1e-5).all() and (eight >= two - 1e-5).all() and (eight > one + 0.1).any()
+
+
 def test_an_interrupted_draw_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     whole = drawn(model, tmp_path / "a", monkeypatch)
     kept = {path.name: path.stat().st_mtime_ns for path in shards(tmp_path / "a")}

@@ -165,7 +165,7 @@ def test_sample_draws_a_grid_and_an_npz(tmp_path, capsys):
 
 def test_sample_draws_captions(tmp_path, capsys):
     sample.main(["--caption", "a  Blue triangle above a green square", "--samples", "2",
-                 "--out", str(tmp_path / "one.png")])
+                 "--best-of", "3", "--out", str(tmp_path / "one.png")])
     assert "a row each of a blue triangle above a green square" in capsys.readouterr().out
     (tmp_path / "captions.txt").write_text("two red circles\none blue square\n")
     sample.main(["--prompts", str(tmp_path / "captions.txt"), "--npz", str(tmp_path / "a.npz"),
@@ -188,6 +188,7 @@ def test_large_pictures_are_resized_to_256():
     (["--classes", "unicorn"], "no class is named 'unicorn'"),
     (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
     (["--fid-reference", "nowhere"], "--fid-reference needs --npz"),
+    (["--best-of", "0"], "--best-of must be at least 1, not 0"),
 ])
 def test_sample_explains_bad_options(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
