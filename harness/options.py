@@ -37,6 +37,7 @@ MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "
 class Settings(argrpo.GRPOConfig):
     """The options of a training script: the loop's, and these."""
     given = {}                           # what the command line changed (no annotation: no option)
+    paper_images = 0                     # how many the paper's recipe draws; 0: that is this recipe
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
@@ -197,9 +198,16 @@ def preset_settings(cls, presets, diverse, default_preset, given, script):
         values["out"] += "-diverse"
     usual = cls(**(values | {"preset": name}))
     settings = dataclasses.replace(usual, **given)
+    if recipe == "diverse":
+        settings.paper_images = images_of(cls(**presets[name]))
     settings.given = {field: value for field, value in given.items()
                       if value != getattr(usual, field)}
     return settings
+
+
+def images_of(settings):
+    """How many images a run draws to learn from."""
+    return settings.steps * settings.prompts_per_step * settings.group_size
 
 
 def resumed(cls, given, script):

@@ -27,6 +27,7 @@ from harness.evidence import gallery_arrays, mind_arrays, write_evidence
 from harness.interrupts import Interrupted, StopRequest
 from harness.logs import Logs
 from harness.models import build_features
+from harness.options import images_of
 from harness.pictures import draw_before_after, draw_curves
 from harness.processes import OtherProcessFailed
 from harness.progress import Progress, write_animation
@@ -152,6 +153,9 @@ class Run:
               f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
               f"{s.micro_batch} images in the update, {s.steps} steps, "
               f"on {self.device}{others}, into {s.out}/", flush=True)
+        if s.paper_images:
+            print(f"recipe {s.recipe}: {images_of(s)} images in all, "
+                  f"{images_of(s) / s.paper_images:.1f} times as many as --recipe paper")
         memory.print_memory(memory.memory_estimate(model, self.vq, s))
 
     def evaluate(self):

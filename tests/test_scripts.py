@@ -290,7 +290,7 @@ def test_what_the_command_line_changed_is_remembered(tmp_path):
     assert settings.given == {"out": str(tmp_path), "recipe": "diverse", "seed": 3}
 
 
-def test_a_diverse_run_of_the_toy(tmp_path, no_pictures):
+def test_a_diverse_run_of_the_toy(tmp_path, no_pictures, capsys):
     summary = train_c2i.main(QUICK + ["--recipe", "diverse", "--classes", "0,5,13,21",
                                       "--eval-images", "300", "--out", str(tmp_path / "run")])
     kept, *parts = (summary["after"][f"diversity_kept{part}"] for part in KEPT)
@@ -298,6 +298,9 @@ def test_a_diverse_run_of_the_toy(tmp_path, no_pictures):
     metrics = read_metrics(tmp_path / "run")
     assert all(m["rehearsal"] > 0 for m in metrics)
     assert [m["step"] for m in metrics if "diversity_kept" in m] == [0]
+    images = len(metrics) * 2 * 4
+    said = f"{images} images in all, {images / (75 * 16 * 8):.1f} times as many as --recipe paper"
+    assert said in capsys.readouterr().out, "what it takes is said before it starts"
 
 
 @pytest.mark.slow
