@@ -255,5 +255,5 @@ for runs, names in ((toys, {name: label for name, (label, _) in NAMES.items()}),
                     (afterwards, {name: f"shipped toy: {name}" for name in ways})):
     for name, label in names.items():
         rows.append([label, *[lab.across([found[name][kind] for found in runs]) for kind in KINDS]])
-lab.finish(fig, rows, "toy t2i: 1200 steps of pretraining, paper's recipe 180 steps; afterwards "
+lab.finish(fig, rows, "toy t2i: 1200 steps of pretraining, 75 of the paper's recipe; afterwards "
                       f"{LIKELIHOOD} steps of likelihood, {RL} of GRPO")

@@ -12,7 +12,7 @@
 # no cost in diversity exists, and it is near.  This lab looks at where the recipes end up.
 #
 # **You need**: `diversity.py` (the one at the top of the repository), and checkpoints:
-# `python labs/prepare.py --only paper,diverse,kl,kl_strong,entropy,negatives,weighted`.
+# `python labs/prepare.py --only paper,diverse,kl,entropy,negatives`.
 # **Time**: two minutes, and the checkpoints a quarter of an hour, the diverse one another.
 #
 #     python labs/diversity.py
@@ -35,10 +35,9 @@ lab.begin("diversity")
 # | recipe | what it is |
 # |---|---|
 # | paper | GRPO with the KL penalty of weight 0.01, 75 steps of 16 x 8 pictures |
-# | KL 0.1, KL 0.3 | the same with more of it |
+# | KL 0.1 | the same with ten times as much of it |
 # | entropy | a bonus of 0.03 nats for the entropy of each choice, through `loss_fn` |
 # | negatives | only wrong pictures teach: -1 for these, 0 for right ones (arXiv 2506.01347) |
-# | W-REINFORCE | -1 and 0.1, of the same paper |
 # | diverse | rehearsal and a bonus (`diversity.py`), which takes longer |
 #
 # And two rows that papers leave out, for they need no training:
@@ -58,10 +57,8 @@ SAMPLES = quick(6, 32)
 RECIPES = {                                      # name: (checkpoint, colour)
     "paper": ("paper", COLOURS["paper"]),
     "KL 0.1": ("kl", OTHERS[2]),
-    "KL 0.3": ("kl_strong", OTHERS[0]),
     "entropy": ("entropy", OTHERS[1]),
     "negatives": ("negatives", OTHERS[3]),
-    "W-REINFORCE": ("weighted", OTHERS[4]),
     "diverse": ("diverse", COLOURS["diverse"]),
 }
 if lab.options.quick:
