@@ -86,7 +86,7 @@ tinies = over_seeds(exact, range(quick(2, 10)))
 # and once with no guidance at all.  Each policy is decoded with s and without guidance.
 
 # %%
-STEPS, EVERY = quick((2, 1), (30, 10))
+STEPS, EVERY = quick((2, 1), (24, 8))
 CONFIG = dict(steps=STEPS, prompts_per_step=quick(4, 16), group_size=8, lr=1.6e-3)
 TOY_SCALES = [1.5, 3.0]
 WAYS = {                                         # name: (drawn with guidance?, logprob_cfg)

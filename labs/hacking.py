@@ -92,7 +92,7 @@ def reward_of(**weights):
 # log pi(x) - log pi_ref(x) over the step's pictures, summed over tokens.
 
 # %%
-STEPS = quick(3, 40)
+STEPS = quick(3, 30)
 RUNS = {                                         # name: (reward's weights, kl_beta, colour)
     "lax": (dict(lax=1.0), 0.0, COLOURS["paper"]),
     "lax, KL 0.1": (dict(lax=1.0), 0.1, OTHERS[2]),

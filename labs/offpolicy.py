@@ -75,7 +75,7 @@ print(inert[0])
 # There is no KL penalty here: whatever holds the policy, it is the clip.
 
 # %%
-ROLLOUTS = quick(2, 20)
+ROLLOUTS = quick(2, 16)
 CLIPS = {                                        # name: (eps, eps of the upper side, colour)
     "no clip": (1e6, None, COLOURS["paper"]),
     "clip 0.2": (0.2, None, COLOURS["diverse"]),

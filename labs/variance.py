@@ -135,7 +135,7 @@ def median(name, G, k, column):
 # its own size, so that leave-one-out *is* Dr. GRPO here; we train with GRPO and with Dr. GRPO.
 
 # %%
-STEPS, PICTURES = quick(2, 40), quick(32, 128)
+STEPS, PICTURES = quick(2, 30), quick(32, 128)
 TOY_GROUPS = quick([2, 8], [2, 8, 32])
 
 
