@@ -36,7 +36,9 @@ lab.begin("guidance")
 # - *what the official way estimates*: `sum_x pi_s(x) A(x) grad log pi_1(x)`.
 #
 # with A(x) = r(x) - J_s.  Two numbers compare them: the **cosine** between them, and the **bias**,
-# the length of their difference over the length of the gradient.  The official way might also
+# the length of their difference over the length of the gradient.  (Length counts in the bias:
+# grad log pi_s is about s times as long as grad log pi_1, for s multiplies the prompted logits.
+# AdamW divides lengths out, so that the cosine matters more.)  The official way might also
 # be meant to improve the policy *without* guidance; so there is a third vector, the gradient
 # of J_1.
 
@@ -83,11 +85,11 @@ tinies = over_seeds(exact, range(quick(2, 10)))
 # - "guided": drawn with s, log-probabilities with s;
 # - "official": drawn with s, log-probabilities without;
 #
-# and once with no guidance at all.  Each policy is decoded with s and without guidance.
+# and once with no guidance at all; no KL penalty anywhere.  Each policy is decoded with s and without guidance.
 
 # %%
 STEPS, EVERY = quick((2, 1), (24, 8))
-CONFIG = dict(steps=STEPS, prompts_per_step=quick(4, 16), group_size=8, lr=1.6e-3)
+CONFIG = dict(steps=STEPS, prompts_per_step=quick(4, 16), group_size=8, lr=1.6e-3, kl_beta=0.0)
 TOY_SCALES = [1.5, 3.0]
 WAYS = {                                         # name: (drawn with guidance?, logprob_cfg)
     "guided": (True, "guided"),
@@ -153,5 +155,5 @@ for name in trained[0]:
             rows.append([way, f"{float(s):g}", *map(lab.across, ends)])
 rows += [["enumerated: bias of the official update", f"{scale:g}",
           lab.across([found["bias"][k] for found in tinies]), ""] for k, scale in enumerate(SCALES)]
-lab.finish(fig, rows, f"toy c2i: {STEPS} steps of {CONFIG['prompts_per_step']} x 8 pictures, "
-                      "lr 1.6e-3")
+lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of {CONFIG['prompts_per_step']} x 8 "
+                      "pictures, lr 1.6e-3, no KL penalty")

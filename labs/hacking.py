@@ -84,15 +84,17 @@ def reward_of(**weights):
 #
 # The brakes:
 #
-# - the **KL penalty** of GRPO, with three weights;
+# - the **KL penalty** of GRPO, with the weights 0, 0.1 and 1;
 # - **early stopping**: read the curves from left to right, and stop;
 # - a **mixture**: a fifth of the reward is the strict verifier.
 #
-# The distance is measured exactly where it is cheap: KL(pi || pi_ref) is the mean of
-# log pi(x) - log pi_ref(x) over the step's pictures, summed over tokens.
+# The distance is estimated without bias: KL(pi || pi_ref) is the expectation of
+# log pi(x) - log pi_ref(x), summed over tokens, and the step's 128 pictures are draws of pi.
+# "Proxy" is always the first reward named, "truth" the strict verifier.
 
 # %%
 STEPS = quick(3, 30)
+SHOWN = toy.CLASSES[::5]                         # one red circle, one blue triangle, ...
 RUNS = {                                         # name: (reward's weights, kl_beta, colour)
     "lax": (dict(lax=1.0), 0.0, COLOURS["paper"]),
     "lax, KL 0.1": (dict(lax=1.0), 0.1, OTHERS[2]),
@@ -110,18 +112,21 @@ def train_toy(seed):
         model, _ = toy.load("c2i")
         config = argrpo.GRPOConfig(steps=STEPS, prompts_per_step=16, group_size=8, lr=1.6e-3,
                                    lr_end=0.3, kl_beta=kl_beta, seed=seed)
-        curves = {"kl": [], "proxy": [], "truth": []}
+        curves = {"kl": [], "proxy": [], "truth": [], "proxy of the right": []}
         for step in lab.train(model, config, reward=reward_of(**weights)):
             curves["kl"].append((step.logp - step.ref_logp).sum(1).mean().item())
             curves["proxy"].append(step.parts[next(iter(weights))].mean().item())
-            curves["truth"].append(toy.verify(step.images, step.texts).mean().item())
+            right = toy.verify(step.images, step.texts)
+            curves["truth"].append(right.mean().item())
+            proxy = step.parts[next(iter(weights))][right == 1]
+            curves["proxy of the right"].append(proxy.mean().item() if len(proxy) else 0.0)
         found[name] = curves | {"pictures": sheet(model)}
     return found
 
 
 def sheet(model):
-    """Twelve pictures: two each of six classes."""
-    return lab.packed(lab.draw(model, 2, texts=toy.CLASSES[::5]).images)
+    """Two pictures each of SHOWN."""
+    return lab.packed(lab.draw(model, 2, texts=SHOWN).images)
 
 
 trained = over_seeds(train_toy)
@@ -130,12 +135,12 @@ trained = over_seeds(train_toy)
 # **Question 2.**  Where on the lax curve would you stop, if you could not see the truth?  What
 # could you look at instead?
 #
-# **Question 3.**  The KL penalty does not move the curve of truth over distance: it only decides
-# how far along the curve a run gets.  Is that so in your figure?  And the mixture: does it stay
-# on the curve?
+# **Question 3.**  Does the KL penalty move the curve of truth over distance, or only decide how far
+# along the curve a run gets?  And the mixture?
 #
-# **Question 4.**  In Gao et al. the truth follows a law d (a - b d) of the distance d = sqrt(KL).
-# Does it here?  What is different: the proxy, the policy, or the optimiser?
+# **Question 4.**  In Gao et al. the truth's gain over the start follows d (a - b log d) under RL, with
+# the distance d = sqrt(KL), and d (a - b d) under best-of-n.  Does either fit here?  What is
+# different: the proxy, the policy, or the optimiser?
 
 # %% [markdown]
 # ## 3. A classifier as the proxy
@@ -186,9 +191,9 @@ for ax, runs, label in ((left, list(RUNS)[:4], "lax verifier"), (middle, list(RU
            ylabel="truth (lines), proxy (dotted)", title=label)
     ax.legend(fontsize=7)
 for name, (_, _, colour) in RUNS.items():
-    ends = [(found[name]["proxy"][-1], found[name]["truth"][-1]) for found in trained]
+    last = [[sum(found[name][key][-3:]) / 3 for key in ("proxy", "truth")] for found in trained]
     if name.startswith("lax"):
-        right.scatter(*zip(*ends), color=colour, label=name)
+        right.scatter(*zip(*last), color=colour, label=name)
 right.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
 right.set(xlabel="proxy at the end", ylabel="truth at the end", xlim=(0, 1.02), ylim=(0, 1.02),
           title="the front")
@@ -198,20 +203,26 @@ if lights[0]:
     sheets["imagenet: traffic light"] = lights[0]["pictures"]
 for ax, (name, text) in zip(bottom.subplots(1, len(sheets)), sheets.items()):
     ax.imshow(lab.unpacked(text), interpolation="nearest")
-    ax.set_title(name, fontsize=8)
+    ax.set_title(f"{name}\n" + ", ".join(SHOWN[:2]) + ", ...", fontsize=7)
     ax.axis("off")
 
-rows = [["trained on", "proxy: before", "end", "truth: before", "best", "end",
-         "KL at the end, nats a picture"]]
+def ends(curve):
+    """The mean of the first and of the last three steps, and the best three in a row."""
+    smooth = torch.tensor(curve).unfold(0, 3, 1).mean(-1)
+    return smooth[0].item(), smooth[-1].item(), smooth.max().item()
+
+
+rows = [["trained on", "proxy: first steps", "last", "truth: first steps", "best", "last",
+         "proxy of right pictures, last", "KL, last, nats a picture"]]
 for name in RUNS:
     runs = [found[name] for found in trained]
-    rows.append([name, lab.across([run["proxy"][0] for run in runs]),
-                 lab.across([run["proxy"][-1] for run in runs]),
-                 lab.across([run["truth"][0] for run in runs]),
-                 lab.across([max(run["truth"]) for run in runs]),
-                 lab.across([run["truth"][-1] for run in runs]),
-                 lab.across([run["kl"][-1] for run in runs])])
+    proxy, truth = ([ends(run[key]) for run in runs] for key in ("proxy", "truth"))
+    rows.append([name, lab.across([p[0] for p in proxy]), lab.across([p[1] for p in proxy]),
+                 lab.across([t[0] for t in truth]), lab.across([t[2] for t in truth]),
+                 lab.across([t[1] for t in truth]),
+                 lab.across([ends(run["proxy of the right"])[1] for run in runs]),
+                 lab.across([ends(run["kl"])[1] for run in runs])])
 if all(lights):
     rows.append(["imagenet: traffic light", lab.across([run["log p"][0] for run in lights]),
-                 lab.across([run["log p"][-1] for run in lights]), "", "", "", ""])
+                 lab.across([run["log p"][-1] for run in lights]), *[""] * 5])
 lab.finish(fig, rows, f"toy c2i: {STEPS} steps of 16 x 8 pictures, lr 1.6e-3")

@@ -3,8 +3,8 @@
 #
 # Drawing pictures is expensive, so why not take several optimizer steps with the same ones?  After
 # the first step the policy is no longer the one that drew them (*off-policy*), and the loss
-# corrects for that with the ratio rho = pi_theta / pi_old of each token, clipped (PPO,
-# arXiv 1707.06347):
+# corrects for that, in part, with the ratio rho = pi_theta / pi_old of each token (not of
+# the prefix before it), clipped (PPO, arXiv 1707.06347):
 #
 #     -min( rho A, clip(rho, 1 - eps, 1 + eps) A ).
 #
@@ -17,6 +17,8 @@
 #     python labs/offpolicy.py
 
 # %%
+import time
+
 import lab
 import torch
 from lab import COLOURS, OTHERS, over_seeds, plt, quick
@@ -68,11 +70,13 @@ print(inert[0])
 # Every run has as many rollouts of 64 pictures, so that runs with more epochs take more
 # optimizer steps: that is what more epochs are for.  Beside the reward we watch
 #
-# - the *clipped share*: tokens whose gradient the clip has set to zero, in the last epoch;
-# - the *largest ratio* of a token;
+# - the *clipped share*: tokens whose gradient the clip has set to zero in the last epoch, as
+#   they are before its update (so that one epoch has none);
+# - the *largest ratio* of a token, likewise;
 # - the *KL to the pretrained model*, in nats a picture: how far the policy has run.
 #
-# There is no KL penalty here: whatever holds the policy, it is the clip.
+# There is no KL penalty here.  What holds the policy is the clip, and besides it only the learning
+# rate and the gradient's largest norm.
 
 # %%
 ROLLOUTS = quick(2, 16)
@@ -92,18 +96,20 @@ def train_toy(seed):
         for epochs in EPOCHS if lr == RATES[0] else [EPOCHS[0], EPOCHS[-2]]:
             for name, (low, high, _) in CLIPS.items():
                 if epochs == 1 and name != "clip 0.2" or lr != RATES[0] and high:
-                    continue                     # with one epoch they are all the same run
+                    continue                     # of one epoch all are one run; DAPO's at one lr
                 model, _ = toy.load("c2i")
                 config = argrpo.GRPOConfig(
                     steps=ROLLOUTS, prompts_per_step=8, group_size=8, update_epochs=epochs, lr=lr,
                     lr_end=1.0, seed=seed, kl_beta=0.0, clip_eps=low, clip_eps_high=high)
                 curves = {"reward": [], "clip_frac": [], "ratio_max": [], "kl": []}
+                begun = time.perf_counter()
                 for step in lab.train(model, config):
                     for key in ("reward", "clip_frac", "ratio_max"):
                         curves[key].append(step.metrics[key])
                     # Of the sampled pictures: an unbiased estimate of KL(pi_old || pi_ref).
                     kl = (step.logp - step.ref_logp).sum(1).mean().item()
                     curves["kl"].append(kl)
+                curves["seconds"] = time.perf_counter() - begun
                 drawn = lab.draw(model, quick(4, 12))
                 curves["right"] = drawn.right.mean().item()
                 found[f"{name}, {epochs}, {lr:g}"] = curves
@@ -116,11 +122,11 @@ trained = over_seeds(train_toy)
 # **Question 2.**  From which number of epochs on does the clip change the result?  What happens to
 # the runs without it, and which of the curves shows it first?
 #
-# **Question 3.**  The clipped share with 8 epochs is a few per cent of all tokens.  How can so few
-# tokens matter?  (Which tokens have large ratios?)
+# **Question 3.**  How large is the clipped share with 8 epochs?  Which tokens have large ratios, and
+# how can so few of them matter?
 #
 # **Question 4.**  More epochs learn faster for each rollout.  Do they learn faster for each second?
-# `sampling : update` is about 1 : 1 in time on this toy; on LlamaGen sampling takes most of it.
+# The table has the seconds of each run.  On LlamaGen sampling takes most of a step.
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
@@ -150,12 +156,13 @@ for name, (_, _, colour) in CLIPS.items():
 axes[3].set(xlabel="update epochs", ylabel="right at the end", ylim=(0, 1))
 axes[3].legend(fontsize=6)
 
-rows = [["clip", "epochs", "lr", "right at the end", "KL at the end, nats a picture",
-         "largest ratio", "clipped share"]]
+rows = [["clip", "epochs", "lr", "right at the end", "KL of the last rollout, nats a picture",
+         "largest ratio", "clipped share", "seconds"]]
 for name in trained[0]:
     last = [found[name] for found in trained]
     rows.append([*name.rsplit(", ", 2), lab.across([run["right"] for run in last]),
                  lab.across([run["kl"][-1] for run in last]),
                  lab.across([max(run["ratio_max"]) for run in last]),
-                 lab.across([sum(run["clip_frac"]) / ROLLOUTS for run in last])])
+                 lab.across([sum(run["clip_frac"]) / ROLLOUTS for run in last]),
+                 f"{sum(run['seconds'] for run in last) / len(last):.0f}"])
 lab.finish(fig, rows, f"toy c2i: {ROLLOUTS} rollouts of 8 x 8 pictures, no KL penalty")

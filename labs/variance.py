@@ -82,22 +82,23 @@ def of_a_group(p, G, advantage_of, mean_right, var_right, var_wrong):
     return multiple, (G * (second - signal + noise) / signal).item()
 
 
-def with_rate(tiny, p, score):
-    """Which sequences to call right, so that about p of the draws are: (its rate, a mask)."""
-    prob, rows = score
-    order = torch.randperm(81, generator=torch.Generator().manual_seed(0))
-    right = torch.zeros(81, dtype=torch.bool)
-    right[order] = prob[order].cumsum(0) <= max(p, prob[order[0]].item())
-    return prob[right].sum().item(), right
+def with_rate(prob, p):
+    """Which sequences to call right, so that about p of the draws are: (the rate, a mask)."""
+    order = torch.randperm(81, generator=torch.Generator().manual_seed(0)).tolist()
+    right, rate = torch.zeros(81, dtype=torch.bool), 0.0
+    for k in order:
+        if rate + prob[k] <= 1.02 * p:           # what would overshoot is left out
+            right[k], rate = True, rate + prob[k].item()
+    return rate, right
 
 
 def exact(seed):
     """{advantage: {"G": [(rate, multiple, pictures), ...] over RATES}} of one Tiny."""
     tiny = Tiny(seed)
-    prob, rows = score = tiny.scores()
+    prob, rows = tiny.scores()
     found = {name: {str(G): [] for G in GROUPS} for name in ADVANTAGES}
     for p in RATES:
-        rate, right = with_rate(tiny, p, score)
+        rate, right = with_rate(prob, p)
         moments = []
         for mask in (right, ~right):
             q = (prob * mask / prob[mask].sum())[:, None]            # pi( . | right), or wrong
@@ -122,17 +123,21 @@ def median(name, G, k, column):
 # %% [markdown]
 # **Question 1.**  Leave-one-out and Dr. GRPO need exactly the same number of pictures.  Why?
 #
-# **Question 2.**  For one prompt, GRPO's expected update is a positive multiple of the true
+# **Question 2.**  For one prompt and a reward of 0 or 1, GRPO's expected update is a positive multiple of the true
 # gradient, whatever G is: the second panel shows the multiple.  So what has the division by the
 # spread changed, if not the direction?  And why does it change nothing at all at G = 2?
 #
-# **Question 3.**  At which p does a larger group pay, and why there?
+# **Question 3.**  By what factor does G = 64 beat G = 2 at each p, and how much of that has G = 8
+# already?  A group that is all right or all wrong teaches nothing: why does that not make small
+# groups hopeless?
 
 # %% [markdown]
 # ## 2. On the toy, at equal numbers of pictures
 #
-# Every step has 128 pictures: 64 prompts of 2, 16 of 8, or 4 of 32.  AdamW divides the gradient by
-# its own size, so that leave-one-out *is* Dr. GRPO here; we train with GRPO and with Dr. GRPO.
+# Every step has 128 pictures: 64 prompts of 2, 16 of 8, or 4 of 32.  So small groups bring what
+# part 1 does not count, more prompts in a step.  There is no KL penalty.  AdamW divides the
+# gradient by its own size, so that leave-one-out would be Dr. GRPO here; we train with GRPO and
+# with Dr. GRPO.
 
 # %%
 STEPS, PICTURES = quick(2, 30), quick(32, 128)
@@ -146,7 +151,8 @@ def train_toy(seed):
         for G in TOY_GROUPS:
             model, _ = toy.load("c2i")
             config = argrpo.GRPOConfig(steps=STEPS, prompts_per_step=PICTURES // G, group_size=G,
-                                       lr=1.6e-3, seed=seed, scale_advantages=scale)
+                                       lr=1.6e-3, seed=seed, kl_beta=0.0,
+                                       scale_advantages=scale)
             rewards = [step.metrics["reward"] for step in lab.train(model, config)]
             right = lab.draw(model, quick(4, 20)).right.mean().item()
             found[f"{'GRPO' if scale else 'Dr. GRPO'}, G = {G}"] = {"reward": rewards,
@@ -179,7 +185,7 @@ right.set(xlabel="steps", ylabel="reward, mean of five steps",
           title=f"the toy, {PICTURES} pictures a step")
 right.legend(fontsize=7)
 
-rows = [["", "G", *[f"p = {p:g}" for p in RATES]]]
+rows = [["", "G", *[f"p = {p:.2f}" for p in rates]]]
 for name in ("GRPO", "Dr. GRPO"):                # leave-one-out has the same numbers as Dr. GRPO
     for G in (2, 8, 64):
         rows.append([f"{name}: pictures", G,
@@ -189,4 +195,5 @@ for name in trained[0]:
     advantage, G = name.split(", G = ")
     rows.append([advantage, G, lab.across([found[name]["right"] for found in trained]),
                  *[""] * (len(RATES) - 1)])
-lab.finish(fig, rows, f"toy c2i: {STEPS} steps of {PICTURES} pictures, lr 1.6e-3")
+lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of {PICTURES} pictures, "
+                      "lr 1.6e-3, no KL penalty")
