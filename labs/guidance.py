@@ -85,7 +85,8 @@ tinies = over_seeds(exact, range(quick(2, 10)))
 # - "guided": drawn with s, log-probabilities with s;
 # - "official": drawn with s, log-probabilities without;
 #
-# and once with no guidance at all; no KL penalty anywhere.  Each policy is decoded with s and without guidance.
+# and once with no guidance at all; there is no KL penalty.  Each policy is decoded with s and
+# without guidance.
 
 # %%
 STEPS, EVERY = quick((2, 1), (24, 8))
@@ -155,5 +156,5 @@ for name in trained[0]:
             rows.append([way, f"{float(s):g}", *map(lab.across, ends)])
 rows += [["enumerated: bias of the official update", f"{scale:g}",
           lab.across([found["bias"][k] for found in tinies]), ""] for k, scale in enumerate(SCALES)]
-lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of {CONFIG['prompts_per_step']} x 8 "
-                      "pictures, lr 1.6e-3, no KL penalty")
+lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of "
+                      f"{CONFIG['prompts_per_step']} x 8 pictures, lr 1.6e-3, no KL penalty")

@@ -138,8 +138,8 @@ trained = over_seeds(train_toy)
 # **Question 3.**  Does the KL penalty move the curve of truth over distance, or only decide how far
 # along the curve a run gets?  And the mixture?
 #
-# **Question 4.**  In Gao et al. the truth's gain over the start follows d (a - b log d) under RL, with
-# the distance d = sqrt(KL), and d (a - b d) under best-of-n.  Does either fit here?  What is
+# **Question 4.**  In Gao et al. the truth's gain over the start follows d (a - b log d) under RL,
+# with the distance d = sqrt(KL), and d (a - b d) under best-of-n.  Does either fit here?  What is
 # different: the proxy, the policy, or the optimiser?
 
 # %% [markdown]

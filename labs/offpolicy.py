@@ -122,8 +122,8 @@ trained = over_seeds(train_toy)
 # **Question 2.**  From which number of epochs on does the clip change the result?  What happens to
 # the runs without it, and which of the curves shows it first?
 #
-# **Question 3.**  How large is the clipped share with 8 epochs?  Which tokens have large ratios, and
-# how can so few of them matter?
+# **Question 3.**  How large is the clipped share with 8 epochs?  Which tokens have large ratios,
+# and how can so few of them matter?
 #
 # **Question 4.**  More epochs learn faster for each rollout.  Do they learn faster for each second?
 # The table has the seconds of each run.  On LlamaGen sampling takes most of a step.

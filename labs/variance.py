@@ -123,9 +123,10 @@ def median(name, G, k, column):
 # %% [markdown]
 # **Question 1.**  Leave-one-out and Dr. GRPO need exactly the same number of pictures.  Why?
 #
-# **Question 2.**  For one prompt and a reward of 0 or 1, GRPO's expected update is a positive multiple of the true
-# gradient, whatever G is: the second panel shows the multiple.  So what has the division by the
-# spread changed, if not the direction?  And why does it change nothing at all at G = 2?
+# **Question 2.**  For one prompt and a reward of 0 or 1, GRPO's expected update is a positive
+# multiple of the true gradient, whatever G is: the second panel shows the multiple.  So what has
+# the division by the spread changed, if not the direction?  And why does it change nothing at all
+# at G = 2?
 #
 # **Question 3.**  By what factor does G = 64 beat G = 2 at each p, and how much of that has G = 8
 # already?  A group that is all right or all wrong teaches nothing: why does that not make small
@@ -195,5 +196,5 @@ for name in trained[0]:
     advantage, G = name.split(", G = ")
     rows.append([advantage, G, lab.across([found[name]["right"] for found in trained]),
                  *[""] * (len(RATES) - 1)])
-lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of {PICTURES} pictures, "
-                      "lr 1.6e-3, no KL penalty")
+lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of {PICTURES} "
+                      "pictures, lr 1.6e-3, no KL penalty")
