@@ -53,7 +53,8 @@ def score(model, seed, relation=True):
 # Two toys are pretrained from nothing, alike in everything but the table; then both are trained
 # with the paper's recipe.  A third and a fourth read captions without a crutch: the toy's word
 # features say in which *relation* the caption puts things, as T5's features know their context.
-# "Plain" features say only which word it is and where it stands.
+# "Plain" features say only which word it is and where it stands (one number for each pair of the
+# two).
 #
 # **Question 1.**  The mean of all words' plain features still holds the whole caption: position and
 # word can be read off it.  So nothing is lost by averaging.  Why is it harder to compose
@@ -75,7 +76,7 @@ toys = over_seeds(pretrained_toys)
 # ## 2. What a picture token looks at
 #
 # The weights that the softmax gives to the words, while a picture is written, of the head that
-# tells words apart most.  Without "still" every map would be one even grey.
+# tells words apart most.  Without "still" the maps of all words would be one and the same.
 #
 # **Question 2.**  Find the word whose map has the shape of a thing in the picture.  In which rows
 # is "above" looked at?
@@ -114,7 +115,8 @@ def maps_of(seed):
     weights = attention_to_words(model, drawn.tokens[one:one + 1], prompts.cond, prompts.cond_mask)
     words = CAPTION.split()
     weights = weights[..., -len(words):]                             # without the padding
-    layer, head = divmod(weights.std(-2).mean(-1).flatten().argmax().item(), weights.shape[1])
+    apart = (weights / weights.sum(-1, keepdim=True)).std(-1).mean(-1)       # (layers, heads)
+    layer, head = divmod(apart.flatten().argmax().item(), weights.shape[1])
     return {"words": words, "maps": weights[layer, head].T.tolist(), "head": [layer, head],
             "picture": lab.packed(drawn.images[[one] * 4])}
 
@@ -125,11 +127,13 @@ maps = over_seeds(maps_of)
 # ## 3. Can it be switched on afterwards?
 #
 # The published weights were trained with zeros.  Putting cosine 1 there at once changes what every
-# layer computes.  A gentler way is a gate for each layer and head, `cos = gate`, that starts at 0,
-# so that nothing changes at first, and is trained with the rest.  Only these few lines are new:
+# layer computes.  A gentler way is a gate for each layer and head in the place of the cosine, that
+# starts at 0, so that nothing changes at first, and is trained with the rest.  Only these few lines
+# are new:
 
 # %%
-GATE_SPEED = 20              # AdamW moves every parameter by about lr: gates have a longer way
+GATE_SPEED = 20              # AdamW moves every parameter by about lr, and gates have a longer way:
+                             # the cosine is 20 times the parameter
 
 
 def add_gates(model):
@@ -188,14 +192,19 @@ def switched(seed):
         model = by_likelihood(switch(toy.load("t2i")[0]), seed)
         found[f"{name}, likelihood"] = score(model, seed)
         if name != "cosine 1 at once":
+            opened = sizes(model)
             found[f"{name}, likelihood, then GRPO"] = score(by_grpo(model, seed), seed)
             only = switch(toy.load("t2i")[0])
             found[f"{name}, GRPO"] = score(by_grpo(only, seed), seed)
             if name == "gates":
-                gates = [GATE_SPEED * layer.attention.gate.abs().mean().item()
-                         for layer in only.layers]
-                found["mean size of the gates after GRPO"] = {"layers": gates}
+                found["size of the gates"] = {"likelihood": opened, "GRPO": sizes(only)}
     return found
+
+
+def sizes(model):
+    """The mean size of each layer's gates, of those that have some."""
+    gates = [layer.attention.gate for layer in model.layers if hasattr(layer.attention, "gate")]
+    return [GATE_SPEED * gate.abs().mean().item() for gate in gates]
 
 
 afterwards = over_seeds(switched)
@@ -234,7 +243,7 @@ def bar_chart(ax, runs, names):
 
 bar_chart(bars, toys, NAMES)
 bars.set_title("pretrained from nothing")
-ways = [name for name in afterwards[0] if "size" not in name]
+ways = [name for name in afterwards[0] if name != "size of the gates"]
 palette = [COLOURS["base"], "#bbbbbb", "#dddddd", "#E69F00", "#8C6BB1", "#56B4E9", "#009E73",
            "#CC79A7"]
 bar_chart(late, afterwards, {name: (name, colour) for name, colour in zip(ways, palette)})
@@ -255,5 +264,9 @@ for runs, names in ((toys, {name: label for name, (label, _) in NAMES.items()}),
                     (afterwards, {name: f"shipped toy: {name}" for name in ways})):
     for name, label in names.items():
         rows.append([label, *[lab.across([found[name][kind] for found in runs]) for kind in KINDS]])
+for way in ("likelihood", "GRPO"):
+    layers = zip(*[found["size of the gates"][way] for found in afterwards])
+    rows.append([f"mean size of the gates after {way}, layer by layer",
+                 *[lab.across(layer) for layer in layers], *[""] * (len(KINDS) - 3)])
 lab.finish(fig, rows, "toy t2i: 1200 steps of pretraining, 75 of the paper's recipe; afterwards "
                       f"{LIKELIHOOD} steps of likelihood, {RL} of GRPO")

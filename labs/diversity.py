@@ -9,7 +9,11 @@
 #
 # nats away: write it down, it is one line.  With p = 0.55 that is 0.6 nats *a picture*, of
 # 36 tokens.  And it is exactly as varied as the right pictures of pi_ref.  So perfect reward at
-# no cost in diversity exists, and it is near.  This lab looks at where the recipes end up.
+# no cost in diversity exists, and it is near.  To be right with a probability q < 1 costs less:
+#
+#     q log(q/p) + (1 - q) log((1 - q)/(1 - p)).
+#
+# This lab looks at where the recipes end up.
 #
 # **You need**: `diversity.py` (the one at the top of the repository), and checkpoints:
 # `python labs/prepare.py --only paper,diverse,kl,entropy,negatives`.
@@ -36,8 +40,8 @@ lab.begin("diversity")
 # |---|---|
 # | paper | GRPO with the KL penalty of weight 0.01, 75 steps of 16 x 8 pictures |
 # | KL 0.1 | the same with ten times as much of it |
-# | entropy | a bonus of 0.03 nats for the entropy of each choice, through `loss_fn` |
-# | negatives | only wrong pictures teach: -1 for these, 0 for right ones (arXiv 2506.01347) |
+# | entropy | the paper's, and 0.03 times the entropy of each choice as a bonus, through `loss_fn` |
+# | negatives | the advantage is -1 for a wrong picture and 0 for a right one (arXiv 2506.01347) |
 # | diverse | rehearsal and a bonus (`diversity.py`), which takes longer |
 #
 # And two rows that papers leave out, for they need no training:
@@ -50,7 +54,7 @@ lab.begin("diversity")
 # For each: the share of right pictures; D, the spread of the right pictures as a share of
 # pi_ref's; and the KL to pi_ref, as the mean of log pi(x) - log pi_ref(x) over drawn pictures.
 #
-# **Question 1.**  Before you look: which of these will keep the most diversity at 90% right?
+# **Question 1.**  Before you look: which of these will keep the most diversity?
 
 # %%
 SAMPLES = quick(6, 32)
@@ -66,7 +70,7 @@ if lab.options.quick:
 TEMPERATURES = quick([0.7], [0.9, 0.8, 0.7, 0.6, 0.5])
 
 
-def kl_paid(drawn, temperature=1.0):
+def kl_paid(drawn):
     """Mean of log pi(x) - log pi_ref(x) over the pictures drawn from pi, in nats a picture."""
     reference, _ = toy.load("c2i")
     cond = lab.prompts_of("c2i", drawn.texts).cond
@@ -80,19 +84,22 @@ def kl_paid(drawn, temperature=1.0):
 
 
 def row(drawn, base, draws=1.0):
-    return {"right": drawn.right.mean().item(), "D": lab.diversity(drawn, base),
-            "KL": kl_paid(drawn), "draws": draws}
+    """What the table says of one way of drawing."""
+    q, p = (min(some.right.mean().item(), 0.9999) for some in (drawn, base))
+    needed = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)) if q > p else 0.0
+    return {"right": q, "D": lab.diversity(drawn, base), "KL": kl_paid(drawn), "needed": needed,
+            "draws": draws}
 
 
 def compare(seed):
-    """{recipe: {"right", "D", "KL" paid, "draws" for a picture}}, and what KL is needed."""
+    """{recipe: {"right", "D", "KL" paid, KL "needed" for that share, "draws" for a picture}}."""
     base_model, _ = toy.load("c2i")
     base = lab.draw(base_model, 2 * SAMPLES, seed=1000 + seed)       # what D compares with
     p = [max(base.right[k:k + 2 * SAMPLES].mean().item(), 1 / (2 * SAMPLES))
          for k in range(0, len(base.right), 2 * SAMPLES)]            # of each class
-    needed = sum(math.log(1 / rate) for rate in p) / len(p)
+    needed = sum(math.log(1 / rate) for rate in p) / len(p)          # above log(1 / mean of p)
     found = {"base": row(lab.draw(base_model, SAMPLES, seed=seed), base)}
-    found["rejection"] = {"right": 1.0, "D": 1.0, "KL": needed,      # all three by definition
+    found["rejection"] = {"right": 1.0, "D": 1.0, "KL": needed, "needed": needed,    # by definition
                           "draws": sum(1 / rate for rate in p) / len(p)}
     for temperature in TEMPERATURES:
         drawn = lab.draw(base_model, SAMPLES, seed=seed, temperature=temperature)
@@ -106,13 +113,17 @@ def compare(seed):
 compared = over_seeds(compare)
 
 # %% [markdown]
-# **Question 2.**  Which recipes pay more KL than is needed, and what do they buy with it?
+# **Question 2.**  Which recipes pay more KL than is needed for their share of right pictures, and
+# what do they buy with it?
 #
 # **Question 3.**  Entropy bonus and temperature act on every token.  Which tokens of a picture
 # should be certain, and which not?  What follows for a bonus that does not know the difference?
 #
 # **Question 4.**  Rejection sampling is right, as varied as pi_ref and needs no training.  When
 # is it no alternative?  (Think of p, of the verifier, and of what a user pays for.)
+#
+# **Question 5.**  With one update per rollout, "negatives" has the same *expected* gradient as the
+# plain reward without any baseline.  Show it in one line.  So what can make its result different?
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -135,15 +146,19 @@ for found in compared:
 left.set(xlabel="share of right pictures (grey line: lower temperatures)",
          ylabel="D, diversity kept among right pictures", ylim=(0, 1.1))
 left.legend(fontsize=7)
-right.axvline(compared[0]["rejection"]["KL"], color="#000000", linewidth=0.8, linestyle=":")
-right.set(xlabel="KL paid, nats a picture (dotted: the KL that is needed)",
+p = compared[0]["base"]["right"]
+q = [p + (0.9999 - p) * k / 200 for k in range(1, 201)]
+right.plot([x * math.log(x / p) + (1 - x) * math.log((1 - x) / (1 - p)) for x in q], q, ":",
+           color="#000000", linewidth=1)
+right.set(xlabel="KL paid, nats a picture (dotted: what is needed)",
           ylabel="share of right pictures", xscale="symlog")
 
-rows = [["", "right", "D", "KL paid, nats a picture", "draws"]]
+rows = [["", "right", "D", "KL paid, nats a picture", "KL needed for that share", "draws"]]
 for name in compared[0]:
     runs = [found[name] for found in compared]
     known = [run["D"] for run in runs if run["D"] is not None]
     rows.append([name, lab.across([run["right"] for run in runs]),
                  lab.across(known) if known else "too few right",
-                 lab.across([run["KL"] for run in runs]), f"{runs[0]['draws']:.1f}"])
+                 lab.across([run["KL"] for run in runs]),
+                 lab.across([run["needed"] for run in runs]), f"{runs[0]['draws']:.1f}"])
 lab.finish(fig, rows, f"toy c2i: {27 * SAMPLES} pictures of each checkpoint of labs/prepare.py")

@@ -91,7 +91,7 @@ def test_search_the_likeliest_of_several_is_more_often_right(tmp_path):
 @pytest.mark.slow
 def test_composition_gates_start_where_the_zeros_are_and_reward_opens_them(tmp_path):
     measured = trial("composition", tmp_path)
-    gates = measured["switched"][0]["mean size of the gates after GRPO"]["layers"]
+    gates = measured["switched"][0]["size of the gates"]["GRPO"]
     assert len(gates) == 3 and min(gates) > 0
     weights = measured["maps_of"][0]["maps"]                         # (words, codes)
     assert max(max(row) for row in weights) > 1.02 * min(min(row) for row in weights)
