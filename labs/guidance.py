@@ -125,6 +125,10 @@ def train_and_decode(seed):
 
 trained = over_seeds(train_and_decode)
 
+# %% [markdown]
+# **Question 3.**  At which scale does the official way fall behind?  And what does training with
+# guidance, either way, do to a policy that is then decoded without?
+
 # %%
 fig, (left, *right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
 for k, name in enumerate(["to the guided gradient", "to the unguided gradient"]):
@@ -165,20 +169,19 @@ lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps 
 # %% [markdown]
 # <details><summary>Answers</summary>
 #
-# 1. At s = 1 guidance returns the prompted prediction itself, so that pi_s is pi_1 and both vectors
-#    are one and the same sum.  At s = 6 the cosine is about 0.6: the official update is
-#    weakened, not harmful.  It still points uphill.
-# 2. For A = 1 it is sum_x pi_s(x) grad log pi_1(x), which is minus the gradient of
-#    KL(pi_s || pi_1) with pi_s held fixed: it teaches the prompted branch to imitate the guided
-#    policy, whatever the reward.  For s = 1 that sum is grad of sum_x pi_1(x) = 1, which is zero.
-#    `exact` subtracts J_s, so that the constant part is gone; GRPO subtracts the group's mean.  What
-#    remains of the imitation is where A depends on the picture.
-# 3. In section 2: at s = 1.5 the two ways learn alike (83% right, and 83%).  At s = 3 the
-#    official way ends at 77% where the gradient reaches 85%, over three seeds: slower, and still
-#    learning.  The larger price is another, and both ways pay it: whoever trains *with* guidance
-#    gets a policy that needs it.  Decoded without, the policies of s = 3 have fallen from 56% to a
-#    third, and a policy trained without guidance gains nothing from being decoded with s = 3.  So the
-#    mistake matters at large scales, such as the 4 of the paper's captions; how large it is on
-#    LlamaGen, the toy cannot say.
+# 1. At s = 1 guidance returns the prompted prediction itself, so that pi_s is pi_1 and both
+#    vectors are one and the same sum. At s = 6 the cosine is about 0.6: the official update is
+#    weakened, not harmful. It still points uphill.
+# 2. For A = 1 it is sum_x pi_s(x) grad log pi_1(x), which is minus the gradient of KL(pi_s ||
+#    pi_1) with pi_s held fixed: it teaches the prompted branch to imitate the guided policy,
+#    whatever the reward. For s = 1 the sum is the gradient of sum_x pi_1(x) = 1, which is zero.
+#    `exact` subtracts J_s, so that the constant part is gone; GRPO subtracts the group's mean.
+#    What remains of the imitation is where A depends on the picture.
+# 3. At s = 1.5 both ways learn alike (83% right at the end). At s = 3 the official way ends at 77%
+#    where the gradient reaches 85% (three seeds; their ranges just touch): slower, and still
+#    learning. The larger price is another, and both ways pay it: training with strong guidance
+#    makes a policy that needs it. Decoded without, the policies of s = 3 have fallen from 56% to a
+#    third. So the mistake matters at large scales, such as the 4 of the paper's captions; how much
+#    on LlamaGen, the toy cannot say.
 #
 # </details>
