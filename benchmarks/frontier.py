@@ -1,0 +1,52 @@
+"""Draws docs/frontier.png: everything tried for --recipe diverse, from docs/frontier.json.
+
+    python benchmarks/frontier.py
+
+A row of the file is one training run of the toy: the share of right pictures, D, and how many
+pictures it drew to learn from.  docs/diversity.md says what the rows are.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from harness.pictures import figure  # noqa: E402
+
+STYLES = {                                       # family: (colour, marker)
+    "paper": ("#D55E00", "o"),
+    "KL penalty, bonus by pixel distance": ("#E69F00", "^"),
+    "rehearsal alone": ("#999999", "s"),
+    "rehearsal, bonus by pixel distance": ("#56B4E9", "v"),
+    "rehearsal, bonus by energy distance": ("#009E73", "D"),
+    "--recipe diverse": ("#0072B2", "*"),
+}
+YARDSTICK = 180 * 128                            # pictures of the paper's recipe, 180 steps
+
+
+def main():
+    rows = json.loads((ROOT / "docs" / "frontier.json").read_text())
+    fig = figure(11, 6.4)
+    axes = fig.subplots(2, 3)
+    for line, (task, title) in zip(axes, {"c2i": "classes", "t2i": "captions"}.items()):
+        for family, (colour, marker) in STYLES.items():
+            some = [row for row in rows if row["task"] == task and row["family"] == family]
+            cost = [row["steps"] * row["images"] / YARDSTICK for row in some]
+            right, kept = [row["verified"] for row in some], [row["D"] for row in some]
+            size = 90 if marker == "*" else 25
+            for ax, x, y in ((line[0], right, kept), (line[1], cost, right), (line[2], cost, kept)):
+                ax.scatter(x, y, size, color=colour, marker=marker, label=family, alpha=0.8)
+        line[0].axhline(0.95, color="#cccccc", linewidth=1)
+        line[0].axvline(95, color="#cccccc", linewidth=1)
+        line[0].set(xlabel="right, %", ylabel=f"{title}: D", title="the goal is the upper right")
+        for ax, name in ((line[1], "right, %"), (line[2], "D")):
+            ax.axvline(3, color="#cccccc", linewidth=1)
+            ax.set(xlabel="pictures drawn, in runs of the paper's recipe", ylabel=name)
+    axes[0, 0].legend(fontsize=7, loc="lower left")
+    fig.savefig(ROOT / "docs" / "frontier.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()
