@@ -182,7 +182,13 @@ def mean_distance(x, y):
     return torch.cdist(x, y, p=1).mean(dim=1)
 
 
-def energy_witness(x, others, reference, within=1.15):
+def unit_of(reference):
+    """Mean distance between two of the reference's images (m, features)."""
+    m = len(reference)                           # the distance to itself is 0, and does not count
+    return (mean_distance(reference, reference).mean() * m / (m - 1)).clamp(min=1e-12)
+
+
+def energy_witness(x, others, reference, unit, within=1.15):
     """Of which images does the reference draw more than the policy?
 
     x (n, features) are images of the policy, others (k, features) more of them, reference
@@ -190,14 +196,13 @@ def energy_witness(x, others, reference, within=1.15):
 
         d_i = within * mean_j |x_i - x_j|  -  mean_k |x_i - r_k|,
 
-    in units of the mean distance between two of the reference's images.  With `within` 1 this is
-    the witness of the energy distance (Szekely and Rizzo, 2013), which is constant where both are
-    equally distributed: what is far from the policy's own images, but near the reference's, is
-    what the policy draws too rarely."""
-    m, n = len(reference), len(x) + len(others)
-    unit = mean_distance(reference, reference).mean() * m / (m - 1)  # of two different images
+    divided by unit, which is `unit_of(reference)`.  With `within` 1 this is the witness of the
+    energy distance (Szekely and Rizzo, 2013), which is constant where both are equally distributed:
+    what is far from the policy's own images, but near the reference's, is what the policy draws too
+    rarely."""
+    n = len(x) + len(others)
     own = mean_distance(x, torch.cat([x, others])) * n / (n - 1)     # the distance to itself is 0
-    return (within * own - mean_distance(x, reference)) / unit.clamp(min=1e-12)
+    return (within * own - mean_distance(x, reference)) / unit
 
 
 class DiversityBonus:
@@ -218,6 +223,7 @@ class DiversityBonus:
     def __init__(self, rehearsal, weight, gather=lambda value: [value]):
         self.rehearsal, self.weight, self.gather = rehearsal, weight, gather
         self.recent = {}                         # text -> features (n, ...) of its last groups
+        self.units = {}                          # text -> `unit_of` each level
 
     def __call__(self, rewards, images, tokens, index, step):
         c, features = self.rehearsal.config, self.rehearsal.features
@@ -241,6 +247,9 @@ class DiversityBonus:
         if len(x) < 2 or len(reference) < 2:     # nothing to move, or nothing to compare with
             return torch.zeros(len(x), device=x.device)
         others = torch.cat([x[:0], *[past.to(x.device) for past in self.recent.get(text, [])]])
-        compared = list(zip(levels(x), levels(others), levels(reference.to(x.device))))
+        of_reference = levels(reference.to(x.device))
+        if text not in self.units:
+            self.units[text] = [unit_of(level) for level in of_reference]
+        compared = list(zip(levels(x), levels(others), of_reference, self.units[text]))
         d = sum(energy_witness(*level) for level in compared) / len(compared)
         return self.weight * (d - d.mean())

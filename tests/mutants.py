@@ -36,6 +36,7 @@ TESTS = {
     "diversity": ("diversity", "rehearsal"),
     "pretraining": ("toy_pretraining", "toy"),
     "evaluation": ("evaluation",),
+    "draw": ("evaluate",),
     "run": ("run", "evaluation"),
     "reward": ("reward",),
     "pretrained": ("pretrained",),

@@ -17,6 +17,7 @@ from diversity import (
     energy_witness,
     group_diversity,
     right_images,
+    unit_of,
 )
 from vqgan import VQConfig, VQModel
 
@@ -64,34 +65,38 @@ def on_a_line(*places):
     return torch.tensor(places)[:, None]
 
 
+def witness(x, others, reference, **within):
+    return energy_witness(x, others, reference, unit_of(reference), **within)
+
+
 def test_the_witness_by_hand():
     """The policy's images at 0, 0 and 4 on a line, the reference's at 0 and 2, which are 2 apart.
 
     Mean distances to the policy's others are 2, 2 and 4, to the reference 1, 1 and 3."""
     own = on_a_line(0.0, 0.0, 4.0)
-    d = energy_witness(own, own[:0], on_a_line(0.0, 2.0), within=1.0)
+    d = witness(own, own[:0], on_a_line(0.0, 2.0), within=1.0)
     same(d, [(2 - 1) / 2, (2 - 1) / 2, (4 - 3) / 2], "own distance minus the reference's, in units")
-    d = energy_witness(own, own[:0], on_a_line(0.0, 2.0), within=2.0)
+    d = witness(own, own[:0], on_a_line(0.0, 2.0), within=2.0)
     same(d, [(4 - 1) / 2, (4 - 1) / 2, (8 - 3) / 2], "`within` weighs the policy's own distances")
 
 
 def test_the_policys_images_are_those_of_earlier_groups_too():
     """At 0, with earlier ones at 3 and 6: a mean distance of 4.5 to the policy's others."""
-    d = energy_witness(on_a_line(0.0), on_a_line(3.0, 6.0), on_a_line(0.0, 2.0), within=1.0)
+    d = witness(on_a_line(0.0), on_a_line(3.0, 6.0), on_a_line(0.0, 2.0), within=1.0)
     same(d, [(4.5 - 1) / 2], "all images of the policy count, but not the image itself")
 
 
 def test_what_the_reference_draws_more_of_is_worth_more():
     """Nine of ten images lie at 0, where the reference has half of them."""
     own = on_a_line(*[0.0] * 9, 1.0)
-    d = energy_witness(own, own[:0], on_a_line(*[0.0, 1.0] * 8))
+    d = witness(own, own[:0], on_a_line(*[0.0, 1.0] * 8))
     assert (d[9] > d[:9]).all()
 
 
 def test_where_both_are_alike_no_image_is_favoured():
     """The same 400 images on both sides: the witness is constant up to the image itself."""
     x = torch.randn(400, 3)
-    d = energy_witness(x, x[:0], x.clone(), within=1.0)
+    d = witness(x, x[:0], x.clone(), within=1.0)
     assert d.std() < 0.01
 
 
