@@ -130,16 +130,16 @@ def median(name, G, k, column):
 # but the scale at G = 2?
 #
 # **Question 3.**  By what factor does G = 64 beat G = 2 at each p, and which share of the pictures
-# that it saves does G = 8 save already?  A group that is all right or all wrong teaches nothing: why
-# does that not make small groups hopeless?
+# that it saves does G = 8 save already?  A group that is all right or all wrong teaches nothing:
+# why does that not make small groups hopeless?
 
 # %% [markdown]
 # ## 2. On the toy, at equal numbers of pictures
 #
 # The toy has 27 classes.  Every step has 128 pictures: 64 prompts of 2 (each class two or three
 # times), 16 of 8 (more than half of the classes), or 4 of 32 (each class every seventh step).  So
-# small groups bring what part 1 does not count, more prompts in a step.  There is no KL penalty, and
-# one learning rate for all, tuned for none.  AdamW divides the gradient by its own size, so that
+# small groups bring what part 1 does not count, more prompts in a step.  There is no KL penalty,
+# and one learning rate for all, tuned for none.  AdamW divides the gradient by its own size, so that
 # leave-one-out would be Dr. GRPO here but for the clipping of long gradients; we train with
 # GRPO and with Dr. GRPO.
 
@@ -180,10 +180,10 @@ for color, G in zip(OTHERS, (2, 8, 64)):
                   label=f"{name}, G = {G}")
         multiples = torch.tensor([median(name, G, k, 1) for k in range(len(RATES))])
         middle.plot(rates, multiples / multiples[RATES.index(0.5)], style, color=color)
-left.set(xlabel="p, how often the policy is right (means reached)", ylabel="pictures until signal = noise",
+left.set(xlabel="p, how often the policy is right", ylabel="pictures until signal = noise",
          yscale="log", title=f"{len(tinies)} enumerated models: exact")
 left.legend(fontsize=7)
-middle.set(xlabel="p", ylabel="expected update / gradient of p, 1 at p = 0.5", ylim=(0, None),
+middle.set(xlabel="p", ylabel="weight of a prompt, 1 at p = 0.5", ylim=(0, None),
            title="how much a prompt counts")
 for k, G in enumerate(TOY_GROUPS):
     for name, style in (("GRPO", "-"), ("Dr. GRPO", ":")):
