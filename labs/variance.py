@@ -139,8 +139,8 @@ def median(name, G, k, column):
 # The toy has 27 classes.  Every step has 128 pictures: 64 prompts of 2 (each class two or three
 # times), 16 of 8 (more than half of the classes), or 4 of 32 (each class every seventh step).  So
 # small groups bring what part 1 does not count, more prompts in a step.  There is no KL penalty,
-# and one learning rate for all, tuned for none.  AdamW divides the gradient by its own size, so that
-# leave-one-out would be Dr. GRPO here but for the clipping of long gradients; we train with
+# and one learning rate for all, tuned for none.  AdamW divides the gradient by its own size, so
+# that leave-one-out would be Dr. GRPO here but for the clipping of long gradients; we train with
 # GRPO and with Dr. GRPO.
 
 # %%
