@@ -50,7 +50,7 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=N
     with StopRequest() as stop, memory.out_of_memory_advice(settings):
         try:
             this = Run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
-                       spread, base_spread, stop)
+                       spread, stop, base_spread)
             if settings.selftest:
                 sys.exit(selftest(model, vq, prompts, reward_fn, settings))
             return this.before_training_and_after()
@@ -66,7 +66,7 @@ class Run:
     """What `run` does, without its answers to errors."""
 
     def __init__(self, model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
-                 spread, base_spread, stop):
+                 spread, stop, base_spread=None):
         self.model, self.vq, self.prompts, self.eval_prompts = model, vq, prompts, eval_prompts
         self.reward_fn, self.settings, self.script = reward_fn, settings, script
         self.measure, self.spread, self.stop = measure, spread, stop
