@@ -23,14 +23,16 @@ import lab
 import torch
 import torch.nn as nn
 from lab import COLOURS, OTHERS, over_seeds, plt, quick
-from prepare import prepared, scenes, transformer
+from prepare import prepared, require, scenes, transformer
 
 import argrpo
 import toy
 from pretrained import load_weights
 from toy import pretraining
 
+STARTS = ("zero", "still", "zero_paper", "still_paper", "zero_plain", "still_plain")
 lab.begin("composition")
+require(*STARTS)
 
 KINDS = {                                        # captions, draws of each
     "counting": (toy.SEEN_CLASSES, quick(1, 8)),
@@ -64,7 +66,7 @@ def score(model, seed, relation=True):
 def pretrained_toys(seed):
     """{checkpoint: {kind: share}}."""
     found = {}
-    for name in ("zero", "still", "zero_paper", "still_paper", "zero_plain", "still_plain"):
+    for name in STARTS:
         model = load_weights(transformer(name.split("_")[0]), prepared(name, seed))
         found[name] = score(model, seed, relation=not name.endswith("plain"))
     return found

@@ -26,12 +26,13 @@ import math
 
 import lab
 from lab import COLOURS, OTHERS, over_seeds, plt, quick
-from prepare import prepared
+from prepare import prepared, require
 
 import argrpo
 import toy
 
 lab.begin("diversity")
+require("paper", "diverse", "kl", "entropy", "negatives")
 
 # %% [markdown]
 # ## 1. The recipes

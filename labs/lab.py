@@ -61,7 +61,11 @@ def begin(name):
     options = read_options([] if NOTEBOOK else sys.argv[1:])
     lab_name, started = name, time.perf_counter()
     if options.stored:
-        stored = json.loads((STORED / f"{name}.json").read_text())
+        path = STORED / f"{name}.json"
+        if not path.exists():
+            sys.exit(f"error: --stored: there is no {path}, for this lab has not been run for "
+                     "docs/labs yet; run it without --stored")
+        stored = json.loads(path.read_text())
 
 
 options, lab_name, stored, started = read_options(), "", None, time.perf_counter()

@@ -97,6 +97,8 @@ def reinforced(cond_rope):
     """The paper's recipe from such a toy on, with the settings of the toy's classes."""
     def make(seed, path, quick):
         start = prepared(cond_rope, seed)
+        if not start.exists():                   # --only may have left it out
+            JOBS[cond_rope](seed, start, quick)
         model, reference = (load_weights(transformer(cond_rope), start) for _ in range(2))
         config = argrpo.GRPOConfig(**PAPER | dict(steps=3 if quick else 75, seed=seed))
         for _ in lab.train(model, config, task="t2i", reference=reference.requires_grad_(False),
@@ -125,16 +127,24 @@ JOBS = {
 
 def prepared(name, seed):
     """The path of a prepared checkpoint.  With --quick a short run makes one that is good for
-    nothing but a trial; else FileNotFoundError says what makes it."""
+    nothing but a trial."""
     folder = lab.options.out / "quick" if lab.options.quick else FOLDER
     path = folder / f"{name}-{seed}.pt"
-    if not path.exists():
-        if not lab.options.quick:
-            raise FileNotFoundError(f"no {path}: python labs/prepare.py --only {name} --seeds "
-                                    f"{seed + 1} makes it")
+    if lab.options.quick and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         JOBS[name](seed, path, quick=True)
     return path
+
+
+def require(*names):
+    """Ends the lab, before it does anything, if a checkpoint that it needs is missing."""
+    if lab.options.quick or lab.options.stored:
+        return
+    missing = sorted({name for name in names for seed in range(lab.options.seeds)
+                      if not prepared(name, seed).exists()})
+    if missing:
+        sys.exit(f"error: {FOLDER} lacks checkpoints of {', '.join(missing)}; this makes them: "
+                 f"python labs/prepare.py --only {','.join(missing)} --seeds {lab.options.seeds}")
 
 
 def main():

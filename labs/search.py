@@ -22,12 +22,13 @@ from math import comb
 import lab
 import torch
 from lab import COLOURS, over_seeds, plt, quick
-from prepare import prepared
+from prepare import prepared, require
 
 import argrpo
 import toy
 
 lab.begin("search")
+require("t2i_paper", "t2i_diverse")
 
 # %%
 CAPTIONS = {

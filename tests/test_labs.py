@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,9 +105,17 @@ def test_a_figure_is_drawn_from_the_stored_numbers(name, tmp_path):
     assert (tmp_path / f"{name}.md").read_text() == (ROOT / f"docs/labs/{name}.md").read_text()
 
 
-def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "labs"))
-    import prepare
-    monkeypatch.setattr(prepare, "FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match="labs/prepare.py --only kl --seeds 3 makes it"):
-        prepare.prepared("kl", 2)
+@pytest.mark.parametrize("options, message", [
+    (["--seeds", "3"], "lacks checkpoints of still, still_paper"),
+    (["--stored"], "this lab has not been run for docs/labs yet"),
+    (["--seeds", "0"], "--seeds must be at least 1, not 0"),
+])
+def test_what_is_missing_is_said_before_any_work(options, message, tmp_path):
+    """Of a copy of the labs, in which nothing is prepared and nothing stored."""
+    for path in ROOT.iterdir():
+        if path.name not in ("labs", "docs", "runs"):
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "labs", tmp_path / "labs")
+    done = subprocess.run([sys.executable, "labs/composition.py", *options], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
