@@ -86,17 +86,18 @@ CLIPS = {                                        # name: (eps, eps of the upper 
     "clip 0.2, upper 0.28": (0.2, 0.28, OTHERS[0]),
 }
 EPOCHS = quick([1, 2], [1, 2, 4, 8])
-RATES = quick([8e-4], [8e-4, 3e-3])
+RATES = {8e-4: EPOCHS} if lab.options.quick else {8e-4: EPOCHS, 2e-4: [1, 4, 8], 3e-3: [1, 4]}
+MAIN = 8e-4                                      # the rate of the curves; DAPO's clip at this alone
 
 
 def train_toy(seed):
     """{"clip, epochs, lr": curves and the share of right pictures at the end}."""
     found = {}
-    for lr in RATES:
-        for epochs in EPOCHS if lr == RATES[0] else [EPOCHS[0], EPOCHS[-2]]:
+    for lr, some_epochs in RATES.items():
+        for epochs in some_epochs:
             for name, (low, high, _) in CLIPS.items():
-                if epochs == 1 and name != "clip 0.2" or lr != RATES[0] and high:
-                    continue                     # of one epoch all are one run; DAPO's at one lr
+                if epochs == 1 and name != "clip 0.2" or lr != MAIN and high:
+                    continue                     # of one epoch all are one run
                 model, _ = toy.load("c2i")
                 config = argrpo.GRPOConfig(
                     steps=ROLLOUTS, prompts_per_step=8, group_size=8, update_epochs=epochs, lr=lr,
@@ -136,7 +137,7 @@ for ax, (key, label) in zip(axes, {"reward": "reward, mean of five",
                                    "kl": "KL, nats a picture"}.items()):
     for epochs, style in zip(EPOCHS, ("-.", ":", "--", "-")):
         for name, (_, high, colour) in CLIPS.items():
-            key_of_run = f"{name}, {epochs}, {RATES[0]:g}"
+            key_of_run = f"{name}, {epochs}, {MAIN:g}"
             if key_of_run not in trained[0] or high:
                 continue
             curves = torch.tensor([found[key_of_run][key] for found in trained])
@@ -145,14 +146,14 @@ for ax, (key, label) in zip(axes, {"reward": "reward, mean of five",
     ax.set(xlabel="rollouts", title=label)
 axes[0].legend(fontsize=6)
 axes[2].set_yscale("symlog", linthresh=1)
-for name, (_, _, colour) in CLIPS.items():
-    for lr, marker in zip(RATES, "os"):
-        keys = [f"{name}, {epochs}, {lr:g}" for epochs in EPOCHS]
-        known = [(epochs, key) for epochs, key in zip(EPOCHS, keys) if key in trained[0]]
-        if known:
-            lab.plot_band(axes[3], [epochs for epochs, _ in known],
-                          list(zip(*[[found[key]["right"] for found in trained]
-                                     for _, key in known])),
+for name, (_, high, colour) in CLIPS.items():
+    for (lr, some_epochs), marker in zip(RATES.items(), "ovs"):
+        if lr == MAIN or not high:
+            # Of one epoch there is one run for all clips.
+            keys = [f"{'clip 0.2' if epochs == 1 else name}, {epochs}, {lr:g}"
+                    for epochs in some_epochs]
+            lab.plot_band(axes[3], some_epochs,
+                          [[found[key]["right"] for key in keys] for found in trained],
                           color=colour, marker=marker, label=f"{name}, lr {lr:g}")
 axes[3].set(xlabel="update epochs", ylabel="right at the end", ylim=(0, 1))
 axes[3].legend(fontsize=6)
