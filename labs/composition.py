@@ -42,10 +42,10 @@ KINDS = {                                        # captions, draws of each
 }
 
 
-def score(model, seed, relation=True):
+def score(model, seed, plain=False):
     """{kind: share of right pictures}."""
     return {kind: lab.draw(model, draws, "t2i", texts, seed=seed,
-                           relation=relation).right.mean().item()
+                           plain=plain).right.mean().item()
             for kind, (texts, draws) in KINDS.items()}
 
 
@@ -53,14 +53,15 @@ def score(model, seed, relation=True):
 # ## 1. What the zeros cost
 #
 # Two toys are pretrained from nothing, alike in everything but the table; then both are trained
-# with the paper's recipe.  A third and a fourth read captions without a crutch: the toy's word
-# features say in which *relation* the caption puts things, as T5's features know their context.
-# "Plain" features say only which word it is and where it stands (one number for each pair of the
-# two).
+# with the paper's recipe.  A third and a fourth read captions without a crutch.  A word's feature
+# in the toy stands for three things together: which word it is, where it stands, and in which
+# relation the caption puts things, as T5's features know their context.  "Plain" features say
+# which word it is and, apart from that, where it stands; what belongs together is left to the
+# model.
 #
-# **Question 1.**  The mean of all words' plain features still holds the whole caption: position and
-# word can be read off it.  So nothing is lost by averaging.  Why is it harder to compose
-# from the mean all the same?
+# **Question 1.**  The mean of the words' features, as the toy has them, still holds the whole
+# caption: which word stands where can be read off it.  So nothing is lost by averaging.  Why is it
+# harder to compose from the mean all the same?  And what is in the mean of the plain ones?
 
 # %%
 def pretrained_toys(seed):
@@ -68,7 +69,7 @@ def pretrained_toys(seed):
     found = {}
     for name in STARTS:
         model = load_weights(transformer(name.split("_")[0]), prepared(name, seed))
-        found[name] = score(model, seed, relation=not name.endswith("plain"))
+        found[name] = score(model, seed, plain=name.endswith("plain"))
     return found
 
 

@@ -99,20 +99,21 @@ def quick(small, full):
 Drawn = namedtuple("Drawn", "texts tokens logp images right")
 
 
-def prompts_of(task, texts=None, relation=True):
+def prompts_of(task, texts=None, plain=False):
     """The toy's Prompts for these texts, by default for all that the task trains on.
 
-    Without relation, a word's feature says which word it is and where it stands in the caption, but
-    not in which relation the caption puts things."""
+    Plain, a caption's words have one feature for which word it is and another for where it stands,
+    and none for both together, nor for the relation in which the caption puts things."""
     if task == "c2i":
         texts = toy.CLASSES if texts is None else texts
         return argrpo.Prompts(texts, torch.tensor([toy.CLASSES.index(text) for text in texts]))
     texts = [*toy.SEEN_CLASSES, *toy.SEEN_PAIRS] if texts is None else texts
     features, mask = toy.encode_captions(texts)
-    if not relation:                             # all relations' blocks into the first
-        blocks = rearrange(features, "b t (context rest) -> context b t rest",
-                           context=1 + len(toy.PLACES))
-        features = torch.nn.functional.pad(blocks.sum(0), (0, features.shape[2] - blocks.shape[3]))
+    if plain:
+        each = rearrange(features, "b t (context place word) -> b t context place word",
+                         place=toy.CAPTION_LENGTH, word=len(toy.WORDS)).sum(2)
+        separate = torch.cat([each.sum(2), each.sum(3)], dim=2)      # words, places
+        features = torch.nn.functional.pad(separate, (0, features.shape[2] - separate.shape[2]))
     return argrpo.Prompts(texts, features, mask)
 
 
@@ -126,13 +127,13 @@ def train(model, config, reward="shapes", task="c2i", prompts=None, reference=No
                         config, argrpo.make_optimizer(model, config), **seams)
 
 
-def draw(model, samples, task="c2i", texts=None, seed=0, relation=True, **policy):
+def draw(model, samples, task="c2i", texts=None, seed=0, plain=False, **policy):
     """`samples` pictures of each text, with random numbers that training never uses.
 
     Drawn has, for all pictures in a row, texts, tokens (B, N), logp (B, N), images (B, 3, 24, 24)
     and right (B,), the strict verifier's verdicts."""
     _, vq = toy.load(task)
-    prompts, columns = prompts_of(task, texts, relation), []
+    prompts, columns = prompts_of(task, texts, plain), []
     for k, some in enumerate(torch.arange(len(prompts.texts)).split(max(1, 256 // samples))):
         rng = argrpo.rng_for("cpu", seed, "lab", k)
         columns.append(argrpo.draw_images(model, vq, prompts, some, rng, micro_batch=64,

@@ -70,23 +70,23 @@ def negatives_only(rewards, images, tokens, index, step):
     return rewards - 1
 
 
-def scenes(seed, count, relation=True):
+def scenes(seed, count, plain=False):
     """What t2i's pretraining reads: tokens (count, N), and their Prompts, as `lab.prompts_of`."""
     texts = pretraining.choose_texts(seed, count)["t2i"]
     _, vq = toy.load("t2i")
     images = pretraining.draw_scenes("t2i", texts, seed)
     tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images.split(256)])
-    return tokens, lab.prompts_of("t2i", texts, relation)
+    return tokens, lab.prompts_of("t2i", texts, plain)
 
 
 def transformer(cond_rope="zero"):
     return argrpo.Transformer(replace(toy.CONFIGS["t2i"], cond_rope=cond_rope))
 
 
-def pretrained(cond_rope, relation=True):
+def pretrained(cond_rope, plain=False):
     """A t2i toy from nothing, with that rotary table at the condition."""
     def make(seed, path, quick):
-        tokens, prompts = scenes(seed, 400 if quick else 16000, relation)
+        tokens, prompts = scenes(seed, 400 if quick else 16000, plain)
         rng = pretraining.random_stream(seed, "composition")
         save_weights(path, pretraining.pretrain_gpt(transformer(cond_rope), tokens, prompts, rng,
                                                     20 if quick else 1200))
@@ -118,8 +118,8 @@ JOBS = {
     "t2i_diverse": by_command("train_t2i.py", "--recipe", "diverse"),
     "zero": pretrained("zero"),
     "still": pretrained("still"),
-    "zero_plain": pretrained("zero", relation=False),
-    "still_plain": pretrained("still", relation=False),
+    "zero_plain": pretrained("zero", plain=True),
+    "still_plain": pretrained("still", plain=True),
     "zero_paper": reinforced("zero"),
     "still_paper": reinforced("still"),
 }
