@@ -12,27 +12,40 @@
 # do they cost?  `GPTConfig(cond_rope="still")` puts cosine 1 there, a rotation by nothing: words
 # have queries and keys again.
 #
-# **You need**: section 1 of `argrpo.py`, `toy/models.py`, and checkpoints:
-# `python labs/prepare.py --only zero,still,zero_plain,still_plain,zero_paper,still_paper`.
-# **Time**: five minutes.
+# **You need**: section 1 of `argrpo.py`, `toy/models.py`, and checkpoints that `labs/prepare.py`
+# makes; run the lab, and it says which.  **Time**: two minutes.
 #
 #     python labs/composition.py
 
 # %%
 import lab
 import torch
-import torch.nn as nn
+from gates import openings
 from lab import COLOURS, OTHERS, over_seeds, plt, quick
-from prepare import prepared, require, scenes, transformer
+from prepare import SWITCHES, prepared, require, transformer
 
-import argrpo
 import toy
 from pretrained import load_weights
-from toy import pretraining
 
-STARTS = ("zero", "still", "zero_paper", "still_paper", "zero_plain", "still_plain")
+FROM_NOTHING = {                                 # checkpoint: (what it is, colour)
+    "zero": ("zeros", COLOURS["base"]),
+    "still": ("words can be looked at", OTHERS[0]),
+    "zero_paper": ("zeros, paper's recipe", COLOURS["paper"]),
+    "still_paper": ("looked at, paper's recipe", OTHERS[3]),
+    "zero_plain": ("zeros, plain features", "#bbbbbb"),
+    "still_plain": ("looked at, plain features", OTHERS[1]),
+}
+AFTERWARDS = {
+    "zeros_tuned": ("zeros, likelihood", "#bbbbbb"),
+    "once_tuned": ("cosine 1 at once, likelihood", OTHERS[2]),
+    "gates_tuned": ("gates, likelihood", OTHERS[0]),
+    "zeros_shipped_paper": ("zeros, paper's recipe", COLOURS["paper"]),
+    "gates_shipped_paper": ("gates, paper's recipe", OTHERS[4]),
+    "zeros_tuned_paper": ("zeros, likelihood, then paper's", OTHERS[1]),
+    "gates_tuned_paper": ("gates, likelihood, then paper's", OTHERS[3]),
+}
 lab.begin("composition")
-require(*STARTS)
+require(*FROM_NOTHING, *AFTERWARDS)
 
 KINDS = {                                        # captions, draws of each
     "counting": (toy.SEEN_CLASSES, quick(1, 8)),
@@ -67,7 +80,7 @@ def score(model, seed, plain=False):
 def pretrained_toys(seed):
     """{checkpoint: {kind: share}}."""
     found = {}
-    for name in STARTS:
+    for name in FROM_NOTHING:
         model = load_weights(transformer(name.split("_")[0]), prepared(name, seed))
         found[name] = score(model, seed, plain=name.endswith("plain"))
     return found
@@ -130,84 +143,26 @@ maps = over_seeds(maps_of)
 # ## 3. Can it be switched on afterwards?
 #
 # The published weights were trained with zeros.  Putting cosine 1 there at once changes what every
-# layer computes.  A gentler way is a gate for each layer and head in the place of the cosine, that
-# starts at 0, so that nothing changes at first, and is trained with the rest.  Only these few lines
-# are new:
+# layer computes.  A gentler way is a *gate* for each layer and head in the place of the cosine,
+# that starts at 0, so that nothing changes at first, and is trained with the rest: `gates.py`, a
+# dozen lines.  The shipped toy is trained on in these ways:
+#
+# - 400 steps of *likelihood*, as in pretraining, on rendered scenes, with the zeros kept, with
+#   cosine 1 at once, and with gates;
+# - the *paper's recipe* alone, with the zeros kept and with gates;
+# - likelihood and then the paper's recipe.
 
 # %%
-GATE_SPEED = 20              # AdamW moves every parameter by about lr, and gates have a longer way:
-                             # the cosine is 20 times the parameter
-
-
-def add_gates(model):
-    """Gives the shipped toy a gate for each head, at 0: it computes what it did, bit for bit."""
-    T = model.config.cls_token_num
-    model.rope[:T, :, 0] = 1.0                                       # "still"
-    for layer in model.layers:
-        attention = layer.attention
-        attention.gate = nn.Parameter(torch.zeros(attention.n_head))
-        attention.qkv = gated_qkv(attention, attention.qkv, T)
-    return model
-
-
-def gated_qkv(attention, qkv, T):
-    def gated(x, rope):
-        q, k, v = qkv(x, rope)
-        if x.shape[1] > 1:                       # not a decoding step, which has no word in it
-            gate = torch.ones(attention.n_head, x.shape[1], 1)
-            words = (GATE_SPEED * attention.gate)[:, None, None].expand(-1, min(T, x.shape[1]), 1)
-            gate = torch.cat([words, gate[:, T:]], dim=1)            # (H, positions, 1)
-            q, k = q * gate, k * gate
-        return q, k, v
-    return gated
-
-
-def switch_at_once(model):
-    model.rope[:model.config.cls_token_num, :, 0] = 1.0
-    return model
-
-
-SWITCHES = {"zeros kept": lambda model: model, "cosine 1 at once": switch_at_once,
-            "gates": add_gates}
-LIKELIHOOD, RL = quick(5, 400), quick(2, 60)
-
-
-def by_likelihood(model, seed):
-    tokens, prompts = data
-    return pretraining.pretrain_gpt(model, tokens, prompts,
-                                    pretraining.random_stream(seed, "switch"), LIKELIHOOD, lr=1e-3)
-
-
-def by_grpo(model, seed):
-    config = argrpo.GRPOConfig(steps=RL, seed=seed, prompts_per_step=16, group_size=8, lr=1.2e-3,
-                               kl_beta=0.0)
-    for _ in lab.train(model, config, task="t2i"):
-        pass
-    return model
-
-
 def switched(seed):
-    """{way: {kind: share}} of the shipped toy, fine-tuned."""
-    global data
-    data = scenes(seed, quick(200, 6000))
-    found = {"shipped": score(toy.load("t2i")[0], seed)}
-    for name, switch in SWITCHES.items():
-        model = by_likelihood(switch(toy.load("t2i")[0]), seed)
-        found[f"{name}, likelihood"] = score(model, seed)
-        if name != "cosine 1 at once":
-            opened = sizes(model)
-            found[f"{name}, likelihood, then GRPO"] = score(by_grpo(model, seed), seed)
-            only = switch(toy.load("t2i")[0])
-            found[f"{name}, GRPO"] = score(by_grpo(only, seed), seed)
-            if name == "gates":
-                found["size of the gates"] = {"likelihood": opened, "GRPO": sizes(only)}
-    return found
-
-
-def sizes(model):
-    """The mean size of each layer's gates, of those that have some."""
-    gates = [layer.attention.gate for layer in model.layers if hasattr(layer.attention, "gate")]
-    return [GATE_SPEED * gate.abs().mean().item() for gate in gates]
+    """{checkpoint: {kind: share}} of the shipped toy, trained on, and how far gates have opened."""
+    found, opened = {"shipped": score(toy.load("t2i")[0], seed)}, {}
+    for name in AFTERWARDS:
+        switch = name.split("_")[0]
+        model = load_weights(SWITCHES[switch](), prepared(name, seed))
+        found[name] = score(model, seed)
+        if switch == "gates":
+            opened[name] = openings(model)
+    return {"shares": found, "openings": opened}
 
 
 afterwards = over_seeds(switched)
@@ -223,11 +178,6 @@ afterwards = over_seeds(switched)
 fig = plt.figure(figsize=(11, 6.2), layout="constrained")
 top, bottom = fig.subfigures(2, 1, height_ratios=(1.25, 1))
 bars, late = top.subplots(1, 2)
-NAMES = {"zero": ("zeros", COLOURS["base"]), "still": ("words can be looked at", OTHERS[0]),
-         "zero_paper": ("zeros, paper's recipe", COLOURS["paper"]),
-         "still_paper": ("looked at, paper's recipe", OTHERS[3]),
-         "zero_plain": ("zeros, plain features", "#bbbbbb"),
-         "still_plain": ("looked at, plain features", OTHERS[1])}
 
 
 def bar_chart(ax, runs, names):
@@ -244,12 +194,10 @@ def bar_chart(ax, runs, names):
     ax.legend(fontsize=6, ncols=2, loc="upper right")
 
 
-bar_chart(bars, toys, NAMES)
+bar_chart(bars, toys, FROM_NOTHING)
 bars.set_title("pretrained from nothing")
-ways = [name for name in afterwards[0] if name != "size of the gates"]
-palette = [COLOURS["base"], "#bbbbbb", "#dddddd", "#E69F00", "#8C6BB1", "#56B4E9", "#009E73",
-           "#CC79A7"]
-bar_chart(late, afterwards, {name: (name, colour) for name, colour in zip(ways, palette)})
+LATER = {"shipped": ("shipped", COLOURS["base"])} | AFTERWARDS
+bar_chart(late, [found["shares"] for found in afterwards], LATER)
 late.set_title("switched on afterwards")
 words = maps[0]["words"]
 axes = bottom.subplots(1, len(words) + 1)
@@ -263,13 +211,14 @@ for ax in axes:
     ax.axis("off")
 
 rows = [["", *KINDS]]
-for runs, names in ((toys, {name: label for name, (label, _) in NAMES.items()}),
-                    (afterwards, {name: f"shipped toy: {name}" for name in ways})):
-    for name, label in names.items():
-        rows.append([label, *[lab.across([found[name][kind] for found in runs]) for kind in KINDS]])
-for way in ("likelihood", "GRPO"):
-    layers = zip(*[found["size of the gates"][way] for found in afterwards])
-    rows.append([f"mean size of the gates after {way}, layer by layer",
+for runs, names, what in ((toys, FROM_NOTHING, ""),
+                          ([found["shares"] for found in afterwards], LATER, "shipped toy: ")):
+    for name, (label, _) in names.items():
+        rows.append([what + label, *[lab.across([found[name][kind] for found in runs])
+                                     for kind in KINDS]])
+for name in afterwards[0]["openings"]:
+    layers = zip(*[found["openings"][name] for found in afterwards])
+    rows.append([f"mean size of the gates in each layer: {AFTERWARDS[name][0]}",
                  *[lab.across(layer) for layer in layers], *[""] * (len(KINDS) - 3)])
-lab.finish(fig, rows, "toy t2i: 1200 steps of pretraining, 75 of the paper's recipe; afterwards "
-                      f"{LIKELIHOOD} steps of likelihood, {RL} of GRPO")
+lab.finish(fig, rows, "toy t2i: from nothing 1200 steps of likelihood, afterwards 400; paper's "
+                      "recipe 75 steps of 16 x 8 pictures")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import lab
 import torch
+from gates import add_gates
 from lab import ROOT
 
 import argrpo
@@ -93,13 +94,38 @@ def pretrained(cond_rope, plain=False):
     return make
 
 
-def reinforced(cond_rope):
-    """The paper's recipe from such a toy on, with the settings of the toy's classes."""
+# How words are looked at that the shipped toy, pretrained with zeros, has never looked at.
+SWITCHES = {"zeros": lambda: transformer("zero"), "once": lambda: transformer("still"),
+            "gates": lambda: add_gates(transformer("zero"))}
+
+
+def shipped(switch):
+    """The shipped t2i toy, with that switch thrown."""
+    model, (published, _) = SWITCHES[switch](), toy.load("t2i")
+    model.load_state_dict(published.state_dict(), strict=False)      # all but the gates
+    return model
+
+
+def tuned(switch):
+    """The shipped toy, trained on by likelihood with that switch thrown."""
     def make(seed, path, quick):
-        start = prepared(cond_rope, seed)
-        if not start.exists():                   # --only may have left it out
-            JOBS[cond_rope](seed, start, quick)
-        model, reference = (load_weights(transformer(cond_rope), start) for _ in range(2))
+        tokens, prompts = scenes(seed, 200 if quick else 6000)
+        rng = pretraining.random_stream(seed, "switch")
+        save_weights(path, pretraining.pretrain_gpt(shipped(switch), tokens, prompts, rng,
+                                                    5 if quick else 400, lr=1e-3))
+    return make
+
+
+def reinforced(build, start=None):
+    """The paper's recipe from a prepared checkpoint on, or from the model that build() makes, with
+    the settings of the toy's classes.  The reference is the policy at its start."""
+    def make(seed, path, quick):
+        model, reference = build(), build()
+        if start:
+            if not prepared(start, seed).exists():       # --only may have left it out
+                JOBS[start](seed, prepared(start, seed), quick)
+            for part in (model, reference):
+                load_weights(part, prepared(start, seed))
         config = argrpo.GRPOConfig(**PAPER | dict(steps=3 if quick else 75, seed=seed))
         for _ in lab.train(model, config, task="t2i", reference=reference.requires_grad_(False),
                            prompts=lab.prompts_of("t2i")):
@@ -120,8 +146,15 @@ JOBS = {
     "still": pretrained("still"),
     "zero_plain": pretrained("zero", plain=True),
     "still_plain": pretrained("still", plain=True),
-    "zero_paper": reinforced("zero"),
-    "still_paper": reinforced("still"),
+    "zero_paper": reinforced(lambda: transformer("zero"), "zero"),
+    "still_paper": reinforced(lambda: transformer("still"), "still"),
+    "zeros_tuned": tuned("zeros"),
+    "once_tuned": tuned("once"),
+    "gates_tuned": tuned("gates"),
+    "zeros_tuned_paper": reinforced(SWITCHES["zeros"], "zeros_tuned"),
+    "gates_tuned_paper": reinforced(SWITCHES["gates"], "gates_tuned"),
+    "zeros_shipped_paper": reinforced(lambda: shipped("zeros")),
+    "gates_shipped_paper": reinforced(lambda: shipped("gates")),
 }
 
 

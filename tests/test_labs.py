@@ -5,9 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+import argrpo
+import toy
 
 ROOT = Path(__file__).parent.parent
 STORED = sorted(path.stem for path in (ROOT / "docs" / "labs").glob("*.json"))
@@ -90,12 +95,35 @@ def test_search_the_likeliest_of_several_is_more_often_right(tmp_path):
 
 
 @pytest.mark.slow
-def test_composition_gates_start_where_the_zeros_are_and_reward_opens_them(tmp_path):
+def test_composition_likelihood_and_reward_open_the_gates(tmp_path):
     measured = trial("composition", tmp_path)
-    gates = measured["switched"][0]["size of the gates"]["GRPO"]
-    assert len(gates) == 3 and min(gates) > 0
+    for way, layers in measured["switched"][0]["openings"].items():
+        assert len(layers) == 3 and min(layers) > 0, way
     weights = measured["maps_of"][0]["maps"]                         # (words, codes)
     assert max(max(row) for row in weights) > 1.02 * min(min(row) for row in weights)
+
+
+def test_closed_gates_are_the_published_model_and_open_ones_look_at_words(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "labs")
+    from gates import SPEED, add_gates
+    published, gated = toy.load("t2i")[0], add_gates(toy.load("t2i")[0])
+    cond, mask = toy.encode_captions(["one red circle", "a red circle above a blue square"])
+
+    def answers(model):
+        tokens, logp = argrpo.generate(model, cond, mask, generator=argrpo.rng_for("cpu", 0))
+        return tokens, logp, argrpo.token_logp(model, tokens, cond, mask)[0]
+
+    for one, other in zip(answers(published), answers(gated)):
+        assert torch.equal(one, other), "closed: bit for bit"
+    still = argrpo.Transformer(replace(toy.CONFIGS["t2i"], cond_rope="still"))
+    still.load_state_dict(published.state_dict())
+    with torch.no_grad():
+        for layer in gated.layers:
+            layer.attention.gate.fill_(1 / SPEED)
+        tokens, logp, again = answers(gated)
+        torch.testing.assert_close(logp, again)
+        right = argrpo.token_logp(still, tokens, cond, mask)[0]
+        torch.testing.assert_close(again, right, msg="all open: cosine 1")
 
 
 @pytest.mark.slow
@@ -106,7 +134,7 @@ def test_a_figure_is_drawn_from_the_stored_numbers(name, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--seeds", "3"], "lacks checkpoints of still, still_paper"),
+    (["--seeds", "3"], "lacks checkpoints of gates_shipped_paper, gates_tuned"),
     (["--stored"], "this lab has not been run for docs/labs yet"),
     (["--seeds", "0"], "--seeds must be at least 1, not 0"),
 ])
