@@ -154,8 +154,10 @@ class Run:
               f"{s.micro_batch} images in the update, {s.steps} steps, "
               f"on {self.device}{others}, into {s.out}/", flush=True)
         if s.paper_images:
+            remembered = len(set(self.prompts.texts)) * s.rehearsal_groups * s.group_size
             print(f"recipe {s.recipe}: {images_of(s)} images in all, "
-                  f"{images_of(s) / s.paper_images:.1f} times as many as --recipe paper")
+                  f"{images_of(s) / s.paper_images:.1f} times as many as --recipe paper, and once "
+                  f"{remembered} of the pretrained model, or fewer")
         memory.print_memory(memory.memory_estimate(model, self.vq, s))
 
     def evaluate(self):

@@ -299,7 +299,8 @@ def test_a_diverse_run_of_the_toy(tmp_path, no_pictures, capsys):
     assert all(m["rehearsal"] > 0 for m in metrics)
     assert [m["step"] for m in metrics if "diversity_kept" in m] == [0]
     images = len(metrics) * 2 * 4
-    said = f"{images} images in all, {images / (75 * 16 * 8):.1f} times as many as --recipe paper"
+    said = (f"{images} images in all, {images / (75 * 16 * 8):.1f} times as many as --recipe paper, "
+            f"and once {4 * 8 * 4} of the pretrained model, or fewer")
     assert said in capsys.readouterr().out, "what it takes is said before it starts"
 
 
