@@ -27,7 +27,7 @@ from harness.evidence import gallery_arrays, mind_arrays, write_evidence
 from harness.interrupts import Interrupted, StopRequest
 from harness.logs import Logs
 from harness.models import build_features
-from harness.options import images_of
+from harness.options import images_of, one_line_errors
 from harness.pictures import draw_before_after, draw_curves
 from harness.processes import OtherProcessFailed
 from harness.progress import Progress, write_animation
@@ -49,8 +49,9 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=N
     exits after `selftest`, with status 0 if all is well, else 1."""
     with StopRequest() as stop, memory.out_of_memory_advice(settings):
         try:
-            this = Run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
-                       spread, stop, base_spread)
+            with one_line_errors():
+                this = Run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
+                           spread, stop, base_spread)
             if settings.selftest:
                 sys.exit(selftest(model, vq, prompts, reward_fn, settings))
             return this.before_training_and_after()

@@ -232,6 +232,8 @@ SCALES = "eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not '1,hi
      "nowhere.pt: no such file or folder in"),
     (["--preset", "toy", "--classes", TYPO], f"no class is named {TYPO!r}: did you mean"),
     (["--preset", "toy", "--bonus-features", "x"], "must be 'pixels', 'codes' or 'imagenet', not"),
+    (["--preset", "toy", "--recipe", "diverse", "--bonus-features", "imagenet"],
+     "needs the package efficientnet_lite_pytorch: pip install -r requirements-rewards.txt"),
     (["--preset", "B-256", "--from-scratch", "--reward", "jpeg"], "--from-scratch is for the toy"),
     (["--resume", "nowhere"], "nothing to resume: there is no nowhere"),
     (["--stepps", "3"], "unrecognized arguments: --stepps 3"),
@@ -242,6 +244,7 @@ SCALES = "eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not '1,hi
 def test_bad_options_end_with_one_line_and_leave_nothing(given, message, tmp_path, monkeypatch,
                                                          capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)      # as if not installed
     with pytest.raises(SystemExit) as stop:
         train_c2i.main(given)
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -299,8 +302,8 @@ def test_a_diverse_run_of_the_toy(tmp_path, no_pictures, capsys):
     assert all(m["rehearsal"] > 0 for m in metrics)
     assert [m["step"] for m in metrics if "diversity_kept" in m] == [0]
     images = len(metrics) * 2 * 4
-    said = (f"{images} images in all, {images / (75 * 16 * 8):.1f} times as many as --recipe paper, "
-            f"and once {4 * 8 * 4} of the pretrained model, or fewer")
+    said = (f"{images} images in all, {images / (75 * 16 * 8):.1f} times as many as --recipe "
+            f"paper, and once {4 * 8 * 4} of the pretrained model, or fewer")
     assert said in capsys.readouterr().out, "what it takes is said before it starts"
 
 
