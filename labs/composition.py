@@ -13,7 +13,7 @@
 # have queries and keys again.
 #
 # **You need**: section 1 of `argrpo.py`, `toy/models.py`, and checkpoints that `labs/prepare.py`
-# makes; run the lab, and it says which.  **Time**: two minutes.
+# makes; run the lab, and it says which.  **Time**: a minute.
 #
 #     python labs/composition.py
 
