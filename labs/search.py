@@ -270,13 +270,13 @@ lab.finish(fig, rows, f"toy t2i: {len(CAPTIONS['seen'])} seen and {len(CAPTIONS[
 # 2. On seen captions nothing is left to cross: all three reach 1 by k = 8. On unseen ones the
 #    paper's recipe starts at three times the base (46% against 14%) and meets it at k = 64 (91%
 #    and 90%), as Yue et al. describe. The diverse recipe does not: it is above the base at every
-#    k, with 97% (95 .. 100) at 64 where the base has 90% (86 .. 94). So the paper's recipe has
+#    k, with 99% (98 .. 100) at 64 where the base has 90% (86 .. 94). So the paper's recipe has
 #    made likelier what was there and has lost some of it; the diverse one has made likelier what
 #    was there, and has kept it. Beyond 64 draws the lab does not see, and a base that is right 14%
 #    of the time is not one that cannot.
 # 3. For the base, choosing: best of 4 is right 90% of the time at D 0.93, where no temperature
 #    passes 79%. For the trained policies a lower temperature gives about as much for the same
-#    diversity: 0.8 takes the diverse one to 98.3% at D 0.89, best of 2 to 98.9% at 0.88, and a
+#    diversity: 0.8 takes the diverse one to 98.2% at D 0.92, best of 2 to 99.1% at 0.93, and a
 #    temperature costs nothing. Pruned is as good as best of 5 or a little worse, for the same
 #    number of codes: the first half of a picture tells little yet about how likely the whole will
 #    be.
