@@ -243,13 +243,13 @@ lab.finish(fig, rows, "toy t2i: from nothing 1200 steps of likelihood, afterward
 #    measured. What it would cost is the training, and a kernel that takes a rotary table for each
 #    head.
 # 4. Both open them, reward as much as likelihood (0.15 in the middle layer under the paper's
-#    recipe, 0.09 under likelihood), and neither gains by it. After 400 steps of likelihood 67% of
-#    the positions and 15% of the unseen pairs are right with gates, 65% and 15% with the zeros
-#    kept; after the paper's recipe 91% and 36%, against 95% and 38%. Cosine 1 at once gains a
-#    little (70%, 22%), which is far from what pretraining with it reaches (72%, 53%) in three
-#    times the steps. A model that has learnt to compose from the mean has no gradient that asks
-#    for more. So fine-tuning the published weights with a reward teaches them the compositions
-#    that it trains on; to make them look at words takes a longer pretraining. That is why the
-#    training commands have no option for gates.
+#    recipe, 0.09 under likelihood), and neither gains anything that three seeds can tell. After
+#    400 steps of likelihood 67% of the positions and 15% of the unseen pairs are right with gates,
+#    65% and 15% with the zeros kept; after the paper's recipe 91% and 36%, against 95% and 38%.
+#    Cosine 1 at once gains a little (70%, 22%), far from what pretraining with it reaches in three
+#    times the steps (72%, 53%). Perhaps a model that has learnt to compose from the mean has
+#    little reason to look. So nothing here says that a short fine-tuning would make the published
+#    weights look at words, with their data or without, and the training commands have no option
+#    for gates. Whether a longer one would was not tried.
 #
 # </details>
