@@ -17,7 +17,7 @@
 #
 # **You need**: `diversity.py` (the one at the top of the repository), and checkpoints:
 # `python labs/prepare.py --only paper,diverse,kl,entropy,negatives`.
-# **Time**: two minutes, and the checkpoints a quarter of an hour, the diverse one another.
+# **Time**: a minute, and the checkpoints a quarter of an hour, the diverse one another.
 #
 #     python labs/diversity.py
 

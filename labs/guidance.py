@@ -12,7 +12,7 @@
 # differentiates log pi_1: it takes log-probabilities without guidance.  `argrpo.py`
 # differentiates log pi_s by default (`logprob_cfg="guided"`), and knows the other way, too.
 #
-# **You need**: sections 2 and 3 of `argrpo.py`.  **Time**: five minutes.
+# **You need**: sections 2 and 3 of `argrpo.py`.  **Time**: four minutes.
 #
 #     python labs/guidance.py              # or cell by cell, as a notebook
 

@@ -8,7 +8,7 @@
 # truth rises, turns and falls.  They had to train a second, larger reward model to play the truth.
 # The toy has a verifier that reads every shape, and keeps it out of training.
 #
-# **You need**: `reward.py`.  **Time**: five minutes.
+# **You need**: `reward.py`.  **Time**: four minutes.
 #
 #     python labs/hacking.py
 

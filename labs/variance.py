@@ -10,7 +10,7 @@
 # arXiv 2402.14740) takes the mean of the *other* G - 1 pictures, with no division either.  What is
 # G good for, and what does the division do?
 #
-# **You need**: section 3 of `argrpo.py`.  **Time**: five minutes.
+# **You need**: section 3 of `argrpo.py`.  **Time**: three minutes.
 #
 #     python labs/variance.py
 
