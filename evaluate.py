@@ -116,8 +116,8 @@ def choose_prompts(settings, task):
         template = "{}" if settings.preset == "toy" else "a photo of {}"
         classes = choose_classes(settings.classes, names)
         return [template.format(names[k]) for k in classes], [], classes
-    if not settings.prompts:                     # the toy's: every sixth of what training evaluates
-        return (toy.PAIRS + toy.CLASSES)[::6], [], None
+    if not settings.prompts:                     # the toy's: every fifth meets all four relations
+        return (toy.PAIRS + toy.CLASSES)[::5], [], None
     records = captions.read_records(Path(settings.prompts))
     texts = captions.read_captions(settings.prompts)
     tags = [record["tag"] for _, record in records if isinstance(record, dict) and "tag" in record]
