@@ -6,16 +6,19 @@
 # *zero* at the condition positions, cosine and sine (`rope_table` in `argrpo.py`), so that queries
 # and keys of words vanish.  A picture token's query meets every word's key with logit 0, so that
 # it weighs all words of a caption alike, in every layer and every head.  It cannot look at one
-# word.  It sees their mean.
+# word.  It sees their mean, and can choose only how much all of them together weigh against the
+# picture.
 #
-# Users noticed the zeros in 2024 (LlamaGen's issue 54: "the text only takes effect via xv").  What
-# do they cost?  `GPTConfig(cond_rope="still")` puts cosine 1 there, a rotation by nothing: words
-# have queries and keys again.
+# Users noticed the zeros in 2024: words then act through their values alone (LlamaGen's issue 54).
+# What do they cost?  `GPTConfig(cond_rope="still")` puts cosine 1 there, a rotation by nothing:
+# words have queries and keys again.  The lab answers for the toy; what it can say of the published
+# weights is at its end.
 #
 # **You need**: section 1 of `argrpo.py`, `toy/models.py`, and checkpoints that `labs/prepare.py`
 # makes; run the lab, and it says which.  **Time**: a minute.
 #
-#     python labs/composition.py
+#     python labs/composition.py               # one seed
+#     python labs/composition.py --stored      # figure and table of three: answer from these
 
 # %%
 import lab
@@ -27,31 +30,34 @@ from prepare import SWITCHES, prepared, require, transformer
 import toy
 from pretrained import load_weights
 
-FROM_NOTHING = {                                 # checkpoint: (what it is, colour)
-    "zero": ("zeros", COLOURS["base"]),
-    "still": ("words can be looked at", OTHERS[0]),
-    "zero_paper": ("zeros, paper's recipe", COLOURS["paper"]),
-    "still_paper": ("looked at, paper's recipe", OTHERS[3]),
-    "zero_plain": ("zeros, plain features", "#bbbbbb"),
-    "still_plain": ("looked at, plain features", OTHERS[1]),
+# Colours say how a model was trained, hatches how it sees words: zeros none, "still" /, gates o.
+FROM_NOTHING = {                                 # checkpoint: (what it is, colour, hatch)
+    "zero": ("zeros", COLOURS["base"], ""),
+    "still": ("looked at", COLOURS["base"], "///"),
+    "zero_paper": ("zeros, paper's recipe", COLOURS["paper"], ""),
+    "still_paper": ("looked at, paper's recipe", COLOURS["paper"], "///"),
+    "zero_plain": ("zeros, plain features", "#cccccc", ""),
+    "still_plain": ("looked at, plain features", "#cccccc", "///"),
 }
 AFTERWARDS = {
-    "zeros_tuned": ("zeros, likelihood", "#bbbbbb"),
-    "once_tuned": ("cosine 1 at once, likelihood", OTHERS[2]),
-    "gates_tuned": ("gates, likelihood", OTHERS[0]),
-    "zeros_shipped_paper": ("zeros, paper's recipe", COLOURS["paper"]),
-    "gates_shipped_paper": ("gates, paper's recipe", OTHERS[4]),
-    "zeros_tuned_paper": ("zeros, likelihood, then paper's", OTHERS[1]),
-    "gates_tuned_paper": ("gates, likelihood, then paper's", OTHERS[3]),
+    "zeros_tuned": ("zeros, likelihood", OTHERS[3], ""),
+    "once_tuned": ("cosine 1 at once, likelihood", OTHERS[3], "///"),
+    "gates_tuned": ("gates, likelihood", OTHERS[3], "oo"),
+    "zeros_shipped_paper": ("zeros, paper's recipe", COLOURS["paper"], ""),
+    "gates_shipped_paper": ("gates, paper's recipe", COLOURS["paper"], "oo"),
+    "zeros_tuned_paper": ("zeros, likelihood, then paper's", OTHERS[1], ""),
+    "gates_tuned_paper": ("gates, likelihood, then paper's", OTHERS[1], "oo"),
 }
 lab.begin("composition")
 require(*FROM_NOTHING, *AFTERWARDS)
 
-KINDS = {                                        # captions, draws of each
-    "counting": (toy.SEEN_CLASSES, quick(1, 8)),
-    "position": (toy.SEEN_PAIRS[::quick(40, 4)], quick(1, 4)),
-    "unseen counts": (toy.UNSEEN_CLASSES, quick(2, 40)),
-    "unseen pairs": (toy.UNSEEN_PAIRS[::quick(10, 1)], quick(1, 4)),
+# Captions, and draws of each: about 200 pictures of every kind.  Relations take turns in the list
+# of pairs, so that an odd step meets all four.
+KINDS = {
+    "counting": (toy.SEEN_CLASSES, quick(1, 8)),                     # "two red circles"
+    "position": (toy.SEEN_PAIRS[::quick(41, 5)], quick(1, 4)),       # "a red circle above ..."
+    "unseen counts": (toy.UNSEEN_CLASSES, quick(2, 64)),             # never seen in pretraining,
+    "unseen pairs": (toy.UNSEEN_PAIRS[::quick(11, 1)], quick(1, 5)),    # though all words are
 }
 
 
@@ -66,15 +72,19 @@ def score(model, seed, plain=False):
 # ## 1. What the zeros cost
 #
 # Two toys are pretrained from nothing, alike in everything but the table; then both are trained
-# with the paper's recipe.  A third and a fourth read captions without a crutch.  A word's feature
-# in the toy stands for three things together: which word it is, where it stands, and in which
-# relation the caption puts things, as T5's features know their context.  "Plain" features say
-# which word it is and, apart from that, where it stands; what belongs together is left to the
-# model.
+# with the paper's recipe (`train_t2i.py`'s, on the captions seen in pretraining).  How many
+# pictures are right, by the toy's verifier, is asked for four kinds of captions, `KINDS` above:
+# which number, which relation, and both for things that were never seen together.
+#
+# A third and a fourth toy read "plain" features.  A word's feature in the toy stands for three
+# things together: which word it is, where it stands, and in which relation the caption puts
+# things, as T5's features know their context.  That is a help.  Plain ones say which word it is
+# and, apart from that, where it stands; what belongs together is left to the model.
 #
 # **Question 1.**  The mean of the words' features, as the toy has them, still holds the whole
 # caption: which word stands where can be read off it.  So nothing is lost by averaging.  Why is it
-# harder to compose from the mean all the same?  And what is in the mean of the plain ones?
+# harder to compose from the mean all the same?  And what does the mean of plain features hold?
+# (Before the mean is taken, each word passes through `CaptionEmbedder` by itself.)
 
 # %%
 def pretrained_toys(seed):
@@ -92,10 +102,12 @@ toys = over_seeds(pretrained_toys)
 # ## 2. What a picture token looks at
 #
 # The weights that the softmax gives to the words, while a picture is written, of the head that
-# tells words apart most.  Without "still" the maps of all words would be one and the same.
+# tells words apart most.  A cell of a map stands for the code that is chosen there, so that the
+# query is that of the code before it; what is missing to 1 goes to the picture.  White lines are
+# the outlines of the things.  With zeros the maps of all words would be one and the same.
 #
-# **Question 2.**  Find the word whose map has the shape of a thing in the picture.  In which rows
-# is "above" looked at?
+# **Question 2.**  Where is "above" looked at, and where "blue"?  What is decided there?  Compare
+# the square's first code with the one to its right.
 
 # %%
 @torch.no_grad()
@@ -148,20 +160,22 @@ maps = over_seeds(maps_of)
 # dozen lines.  The shipped toy is trained on in these ways:
 #
 # - 400 steps of *likelihood*, as in pretraining, on rendered scenes, with the zeros kept, with
-#   cosine 1 at once, and with gates;
-# - the *paper's recipe* alone, with the zeros kept and with gates;
+#   cosine 1 at once, and with gates (learning rate 1e-3);
+# - 75 steps of the *paper's recipe* alone, with the zeros kept and with gates (1.6e-3);
 # - likelihood and then the paper's recipe.
+#
+# All start from the one shipped model: here seeds are of what follows, not of pretraining.
 
 # %%
 def switched(seed):
-    """{checkpoint: {kind: share}} of the shipped toy, trained on, and how far gates have opened."""
+    """{checkpoint: {kind: share}} of the shipped toy, trained on, and its gates."""
     found, opened = {"shipped": score(toy.load("t2i")[0], seed)}, {}
     for name in AFTERWARDS:
         switch = name.split("_")[0]
         model = load_weights(SWITCHES[switch](), prepared(name, seed))
         found[name] = score(model, seed)
         if switch == "gates":
-            opened[name] = openings(model)
+            opened[name] = openings(model)       # (layers, heads)
     return {"shares": found, "openings": opened}
 
 
@@ -171,55 +185,62 @@ afterwards = over_seeds(switched)
 # **Question 3.**  On LlamaGen's XL (36 layers, 20 heads) how many new numbers are these gates, and
 # what do they cost in a step?
 #
-# **Question 4.**  Which of likelihood and reward opens the gates, and what does your answer say
-# about fine-tuning the published weights, for which nobody has the pretraining data?
+# **Question 4.**  Do likelihood and reward move the gates, and does it help?  Always compare with
+# the zeros kept.  What does a gate below 0 do?  And what does your answer say about fine-tuning
+# the published weights, for which nobody has the pretraining data?
 
 # %%
-fig = plt.figure(figsize=(11, 6.2), layout="constrained")
-top, bottom = fig.subfigures(2, 1, height_ratios=(1.25, 1))
-bars, late = top.subplots(1, 2)
+fig = plt.figure(figsize=(11, 8), layout="constrained")
+top, bottom = fig.subfigures(2, 1, height_ratios=(3.4, 1))
 
 
-def bar_chart(ax, runs, names):
-    """Groups of bars: a group for each kind, a bar for each name, whiskers over the seeds."""
-    width = 0.8 / len(names)
-    for k, (name, (label, colour)) in enumerate(names.items()):
+def bar_chart(panel, title, runs, names):
+    """Groups of bars: a group for each kind, a bar for each name, whiskers from the smallest to
+    the largest of the seeds."""
+    ax, width = panel.subplots(), 0.85 / len(names)
+    for k, (name, (label, colour, hatch)) in enumerate(names.items()):
         values = torch.tensor([[found[name][kind] for kind in KINDS] for found in runs])
         mean = values.mean(0)
         ends = torch.stack([mean - values.amin(0), values.amax(0) - mean]).clamp(min=0)
         ax.bar(torch.arange(len(KINDS)) + k * width, mean, width, yerr=ends.numpy(), color=colour,
-               label=label, error_kw={"linewidth": 0.8})
-    ax.set(xticks=[j + 0.4 - width / 2 for j in range(len(KINDS))], xticklabels=list(KINDS),
-           ylabel="share of right pictures", ylim=(0, 1.35))
-    ax.legend(fontsize=6, ncols=2, loc="upper right")
+               hatch=hatch, edgecolor="white", linewidth=0, label=label,
+               error_kw={"linewidth": 0.8})
+    ax.set(xticks=[j + 0.425 - width / 2 for j in range(len(KINDS))], xticklabels=list(KINDS),
+           ylabel="share of right pictures", ylim=(0, 1.05), title=title)
+    panel.legend(loc="outside lower center", fontsize=9, ncols=2)
 
 
-bar_chart(bars, toys, FROM_NOTHING)
-bars.set_title("pretrained from nothing")
-LATER = {"shipped": ("shipped", COLOURS["base"])} | AFTERWARDS
-bar_chart(late, [found["shares"] for found in afterwards], LATER)
-late.set_title("switched on afterwards")
+left, right = top.subfigures(1, 2)
+bar_chart(left, "pretrained from nothing", toys, FROM_NOTHING)
+LATER = {"shipped": ("shipped", COLOURS["base"], "")} | AFTERWARDS
+bar_chart(right, "the shipped toy, trained on", [found["shares"] for found in afterwards], LATER)
 words = maps[0]["words"]
 axes = bottom.subplots(1, len(words) + 1)
-axes[0].imshow(lab.unpacked(maps[0]["picture"])[1:25, 1:25], interpolation="nearest")
-axes[0].set_title("the picture", fontsize=8)
-highest = max(max(row) for row in maps[0]["maps"])
+picture = lab.unpacked(maps[0]["picture"])[1:25, 1:25]
+axes[0].imshow(picture, interpolation="nearest")
+axes[0].set_title("the picture", fontsize=9)
 for ax, word, weights in zip(axes[1:], words, maps[0]["maps"]):
-    ax.imshow(torch.tensor(weights).view(6, 6), cmap="magma", vmin=0, vmax=highest)
-    ax.set_title(word, fontsize=8)
+    shown = ax.imshow(torch.tensor(weights).view(6, 6), cmap="magma", vmin=0, vmax=1,
+                      extent=(-0.5, 23.5, 23.5, -0.5))
+    ax.contour(picture.amax(2), levels=[110], colors="white", linewidths=0.7)
+    ax.set_title(word, fontsize=9)
 for ax in axes:
     ax.axis("off")
+bottom.colorbar(shown, ax=axes, shrink=0.7, label="weight")
 
 rows = [["", *KINDS]]
 for runs, names, what in ((toys, FROM_NOTHING, ""),
                           ([found["shares"] for found in afterwards], LATER, "shipped toy: ")):
-    for name, (label, _) in names.items():
+    for name, (label, *_) in names.items():
         rows.append([what + label, *[lab.across([found[name][kind] for found in runs])
                                      for kind in KINDS]])
+rows.append(["**mean size of the gates**", "**layer 1**", "**layer 2**", "**layer 3**",
+             "**share below 0**"])
 for name in afterwards[0]["openings"]:
-    layers = zip(*[found["openings"][name] for found in afterwards])
-    rows.append([f"mean size of the gates in each layer: {AFTERWARDS[name][0]}",
-                 *[lab.across(layer) for layer in layers], *[""] * (len(KINDS) - 3)])
+    gates = torch.tensor([found["openings"][name] for found in afterwards])    # (seeds, 3, heads)
+    sizes, below = gates.abs().mean(2), (gates < 0).float().mean((1, 2))
+    rows.append([AFTERWARDS[name][0], *[lab.across(layer.tolist()) for layer in sizes.T],
+                 lab.across(below.tolist())])
 lab.finish(fig, rows, "toy t2i: from nothing 1200 steps of likelihood, afterwards 400; paper's "
                       "recipe 75 steps of 16 x 8 pictures")
 
