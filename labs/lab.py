@@ -57,9 +57,9 @@ def read_options(arguments=()):
 
 def begin(name):
     """Starts the lab of that name: reads the command line, except in a notebook."""
-    global options, lab_name, stored, started
+    global options, lab_name, stored, started, version
     options = read_options([] if NOTEBOOK else sys.argv[1:])
-    lab_name, started = name, time.perf_counter()
+    lab_name, started, version = name, time.perf_counter(), commit()
     if options.stored:
         path = STORED / f"{name}.json"
         if not path.exists():
@@ -68,7 +68,7 @@ def begin(name):
         stored = json.loads(path.read_text())
 
 
-options, lab_name, stored, started = read_options(), "", None, time.perf_counter()
+options, lab_name, stored, started, version = read_options(), "", None, time.perf_counter(), ""
 measured = {}                                    # by the measuring function's name
 
 
@@ -248,7 +248,7 @@ def finish(fig, rows, runs):
     else:
         seeds = f"seeds 0 to {options.seeds - 1}" if options.seeds > 1 else "seed 0"
         trial = "; --quick: a trial, no conclusions" if options.quick else ""
-        note = f"{runs}; {seeds}{trial}; commit {commit()}"
+        note = f"{runs}; {seeds}{trial}; commit {version}"
     fig.supxlabel(note, fontsize=7, color="#777777")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / lab_name

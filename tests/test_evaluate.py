@@ -186,6 +186,14 @@ def test_real_fid_reads_the_shards_one_by_one(tmp_path):
     assert ShardedPictures(shards(tmp_path), 3, 5)[1].shape == (3, 256, 256)
 
 
+def test_the_toys_captions_ask_for_every_relation_alike():
+    """They stand in a list where four relations take turns, so that a bad stride misses some."""
+    texts, _, _ = evaluate.choose_prompts(evaluate.Settings(task="t2i"), "t2i")
+    asked = [sum(f" {place} " in text for text in texts) for place in toy.scenes.PLACES]
+    assert min(asked) > 10 and max(asked) - min(asked) <= 1
+    assert sum(text in toy.UNSEEN_PAIRS for text in texts) >= 5
+
+
 def test_genevals_metadata_gives_captions_and_categories(tmp_path):
     lines = [dict(tag="counting", prompt="a photo of two cows", include=[]),
              dict(tag="colors", prompt="a photo of a red bus", include=[])]

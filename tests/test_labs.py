@@ -95,7 +95,7 @@ def test_search_the_likeliest_of_several_is_more_often_right(tmp_path):
 
 
 @pytest.mark.slow
-def test_composition_likelihood_and_reward_open_the_gates(tmp_path):
+def test_composition_likelihood_and_reward_move_the_gates(tmp_path):
     measured = trial("composition", tmp_path)
     for way, layers in measured["switched"][0]["openings"].items():
         assert len(layers) == 3 and all(any(gates) for gates in layers), way
