@@ -267,24 +267,24 @@ lab.finish(fig, rows, f"toy t2i: {len(CAPTIONS['seen'])} seen and {len(CAPTIONS[
 #    is flat at q: it does the same each time, right or wrong, and further draws are wasted. A
 #    steep curve says that what is right is in reach, a flat one that a policy has made up its
 #    mind.
-# 2. On seen captions nothing is left to cross: all three reach 1 by k = 8. On unseen ones the
-#    paper's recipe starts at three times the base (46% against 14%) and meets it at k = 64 (91%
-#    and 90%), as Yue et al. describe. The diverse recipe does not: it is above the base at every
-#    k, with 99% (98 .. 100) at 64 where the base has 90% (86 .. 94). So the paper's recipe has
-#    made likelier what was there and has lost some of it; the diverse one has made likelier what
-#    was there, and has kept it. Beyond 64 draws the lab does not see, and a base that is right 14%
-#    of the time is not one that cannot.
-# 3. For the base, choosing: best of 4 is right 90% of the time at D 0.93, where no temperature
-#    passes 79%. For the trained policies a lower temperature gives about as much for the same
-#    diversity: 0.8 takes the diverse one to 98.2% at D 0.92, best of 2 to 99.1% at 0.93, and a
+# 2. On seen captions nothing is left to cross: the trained ones reach 1 by k = 4, the base by
+#    k = 32. On unseen ones the paper's recipe starts at three times the base (41% against 13%)
+#    and meets it at k = 64 (91%, 84 .. 95, and 89%, 86 .. 90), as Yue et al. describe. The diverse
+#    recipe does not: it is above the base at every k, with 98% (95 .. 100) at 64. So the paper's
+#    recipe has made likelier what was there and has lost some of it; the diverse one has made
+#    likelier what was there, and has kept it. Beyond 64 draws the lab does not see, and a base that
+#    is right 13% of the time is not one that cannot.
+# 3. For the base, choosing: best of 4 is right 70% of the time at D 0.93, where no temperature
+#    passes 61%. For the trained policies a lower temperature gives nearly as much for the same
+#    diversity: 0.8 takes the diverse one to 97.3% at D 0.89, best of 2 to 98.3% at 0.89, and a
 #    temperature costs nothing. Pruned is as good as best of 5 or a little worse, for the same
 #    number of codes: the first half of a picture tells little yet about how likely the whole will
 #    be.
 # 4. In the rows where things stand: of the base's wrong pictures a third of the chance is lost in
-#    the first half, and most of the rest by the end of the fifth row. In the last row nothing is
-#    left to decide: what is not finished by then is known to be wrong. Most of it falls at one
-#    place: the largest fall between two rows is 0.60 (0.55 .. 0.64) for a picture that ends wrong,
-#    and 0.14 for one that ends right, which is noise.
+#    the first half, and the rest by the end of the fifth row. In the last row nothing is left to
+#    decide: what is not finished by then is known to be wrong. Most of it falls at one place: the
+#    largest fall between two rows is 0.45 (0.42 .. 0.47) for a picture that ends wrong, as much as
+#    all the chance it had at the start, and 0.12 for one that ends right, which is noise.
 # 5. Codes that have no part in the outcome get as much blame in wrong pictures as praise in right
 #    ones, so that their expected gradient is zero: they add noise, not bias. Lab 3 counts what
 #    that costs.
