@@ -48,7 +48,7 @@ def main():
         line[0].set(xlabel=share, ylabel=f"{title}: D")
         for ax, name in ((line[1], share), (line[2], "D")):
             ax.axvline(3, color="#cccccc", linewidth=1)
-            ax.set(xlabel="pictures drawn, in runs of the paper's recipe", ylabel=name)
+            ax.set(xlabel="pictures drawn: 1 is 180 steps of the paper's", ylabel=name)
     axes[0, 0].legend(fontsize=7, loc="lower left")
     fig.savefig(ROOT / "docs" / "frontier.png", dpi=100)
 

@@ -269,10 +269,11 @@ lab.finish(fig, rows, "toy t2i: from nothing 1200 steps of likelihood, afterward
 #    far above that, too.
 # 2. With seed 0 "above" is looked at in the first three rows, while the place of the second thing
 #    is open, and "blue" in the fourth and fifth, up to the square's first code (0.85). The code to
-#    its right has 0.01 left for "blue": it can see the square. So a word is looked at as long as
-#    what it says is to be decided. As a rule, that is: "blue" has 0.76 at one code of the circle.
-#    In seed 1 another head stands out, and "above" never passes 0.20. One picture is an example,
-#    no proof.
+#    its right has 0.01 left for "blue": it can see the square. So a word is looked at while what it
+#    says is to be decided. That is no more than a tendency: "blue" has 0.76 at one code of the
+#    circle, and up to 0.82 on the ground beside the square, when its colour has long been decided.
+#    In the other seeds other heads stand out: in seed 2 "above" has 0.82 at the square's first
+#    code, and "blue" 0.02. One picture is an example, no proof.
 # 3. 36 x 20 = 720 numbers, of 775 million, and one multiplication of a table: nothing that can be
 #    measured. What it would cost is the training.
 # 4. Both move them a little, either way: by 0.15 on average in the middle layer under the paper's
