@@ -23,7 +23,7 @@
 # %%
 import lab
 import torch
-from gates import openings
+from gates import gates_of
 from lab import COLOURS, OTHERS, over_seeds, plt, quick
 from prepare import SWITCHES, prepared, require, transformer
 
@@ -51,13 +51,13 @@ AFTERWARDS = {
 lab.begin("composition")
 require(*FROM_NOTHING, *AFTERWARDS)
 
-# Captions, and draws of each: about 200 pictures of every kind.  Relations take turns in the list
-# of pairs, so that an odd step meets all four.
+# Captions, and draws of each: about 200 pictures of every kind.  What is unseen was never in
+# pretraining, though all of its words were.
 KINDS = {
     "counting": (toy.SEEN_CLASSES, quick(1, 8)),                     # "two red circles"
-    "position": (toy.SEEN_PAIRS[::quick(41, 5)], quick(1, 4)),       # "a red circle above ..."
-    "unseen counts": (toy.UNSEEN_CLASSES, quick(2, 64)),             # never seen in pretraining,
-    "unseen pairs": (toy.UNSEEN_PAIRS[::quick(11, 1)], quick(1, 5)),    # though all words are
+    "position": (lab.every(quick(41, 5), toy.SEEN_PAIRS), quick(1, 4)),     # "a red circle above"
+    "unseen counts": (toy.UNSEEN_CLASSES, quick(2, 64)),
+    "unseen pairs": (lab.every(quick(11, 1), toy.UNSEEN_PAIRS), quick(1, 5)),
 }
 
 
@@ -172,14 +172,14 @@ maps = over_seeds(maps_of)
 # %%
 def switched(seed):
     """{checkpoint: {kind: share}} of the shipped toy, trained on, and its gates."""
-    found, opened = {"shipped": score(toy.load("t2i")[0], seed)}, {}
+    found, gates = {"shipped": score(toy.load("t2i")[0], seed)}, {}
     for name in AFTERWARDS:
         switch = name.split("_")[0]
         model = load_weights(SWITCHES[switch](), prepared(name, seed))
         found[name] = score(model, seed)
         if switch == "gates":
-            opened[name] = openings(model)       # (layers, heads)
-    return {"shares": found, "openings": opened}
+            gates[name] = gates_of(model)         # (layers, heads)
+    return {"shares": found, "gates": gates}
 
 
 afterwards = over_seeds(switched)
@@ -241,8 +241,8 @@ for runs, names, what in ((toys, FROM_NOTHING, ""),
                                      for kind in KINDS]])
 rows.append(["**mean size of the gates**", "**layer 1**", "**layer 2**", "**layer 3**",
              "**share below 0**"])
-for name in afterwards[0]["openings"]:
-    gates = torch.tensor([found["openings"][name] for found in afterwards])    # (seeds, 3, heads)
+for name in afterwards[0]["gates"]:
+    gates = torch.tensor([found["gates"][name] for found in afterwards])    # (seeds, 3, heads)
     sizes, below = gates.abs().mean(2), (gates < 0).float().mean((1, 2))
     rows.append([AFTERWARDS[name][0], *[lab.across(layer.tolist()) for layer in sizes.T],
                  lab.across(below.tolist())])

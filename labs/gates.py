@@ -36,6 +36,6 @@ def add_gates(model):
     return model
 
 
-def openings(model):
+def gates_of(model):
     """The gates, a list of each layer's heads."""
     return [(SPEED * layer.attention.gate).tolist() for layer in model.layers]

@@ -117,6 +117,14 @@ def prompts_of(task, texts=None, plain=False):
     return argrpo.Prompts(texts, features, mask)
 
 
+def every(step, pairs):
+    """Every step-th of the toy's captions of pairs.  In their list four relations take turns, so
+    that an even step would miss some of them: it raises ValueError."""
+    if step % 2 == 0:
+        raise ValueError(f"every {step}th pair misses some of the four relations: take an odd step")
+    return pairs[::step]
+
+
 def train(model, config, reward="shapes", task="c2i", prompts=None, reference=None, **seams):
     """`argrpo.train` on the toy: improves model in place, and yields its Steps.
 

@@ -31,10 +31,10 @@ lab.begin("search")
 require("t2i_paper", "t2i_diverse")
 
 # %%
-CAPTIONS = {                                     # relations take turns: odd steps meet all four
-    "seen": quick([*toy.SEEN_CLASSES[::8], *toy.SEEN_PAIRS[::81]],
-                  [*toy.SEEN_CLASSES[::3], *toy.SEEN_PAIRS[::13]]),
-    "unseen": quick(toy.UNSEEN_PAIRS[::21], [*toy.UNSEEN_CLASSES, *toy.UNSEEN_PAIRS]),
+CAPTIONS = {
+    "seen": quick([*toy.SEEN_CLASSES[::8], *lab.every(81, toy.SEEN_PAIRS)],
+                  [*toy.SEEN_CLASSES[::3], *lab.every(13, toy.SEEN_PAIRS)]),
+    "unseen": quick(lab.every(21, toy.UNSEEN_PAIRS), [*toy.UNSEEN_CLASSES, *toy.UNSEEN_PAIRS]),
 }
 DRAWS = quick(16, 128)
 KS = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= DRAWS // 2]

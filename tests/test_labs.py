@@ -97,10 +97,21 @@ def test_search_the_likeliest_of_several_is_more_often_right(tmp_path):
 @pytest.mark.slow
 def test_composition_likelihood_and_reward_move_the_gates(tmp_path):
     measured = trial("composition", tmp_path)
-    for way, layers in measured["switched"][0]["openings"].items():
+    for way, layers in measured["switched"][0]["gates"].items():
         assert len(layers) == 3 and all(any(gates) for gates in layers), way
     weights = measured["maps_of"][0]["maps"]                         # (words, codes)
     assert max(max(row) for row in weights) > 1.02 * min(min(row) for row in weights)
+
+
+def test_a_choice_of_pairs_has_all_four_relations(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "labs")
+    import lab
+    for step in (5, 13):
+        texts = lab.every(step, toy.SEEN_PAIRS)
+        asked = [sum(f" {place} " in text for text in texts) for place in toy.scenes.PLACES]
+        assert max(asked) - min(asked) <= 1
+    with pytest.raises(ValueError, match="every 12th pair misses .* take an odd step"):
+        lab.every(12, toy.SEEN_PAIRS)
 
 
 def test_closed_gates_are_the_published_model_and_open_ones_look_at_words(monkeypatch):
