@@ -8,6 +8,7 @@ Whatever the processes do together begins with `gather`.  A process that fails c
 says so: that is how the others, which wait for it there, learn that they must end.
 """
 
+import atexit
 import os
 import re
 from contextlib import contextmanager, suppress
@@ -37,13 +38,17 @@ def pick_device(name):
 def join_processes(device):
     """Joins the processes that torchrun has started, and returns the device of this one.
 
-    They wait for each other for an hour: so long may the first one's evaluation take."""
+    They wait for each other for an hour: so long may the first one's evaluation take.  gloo is left
+    before Python ends: its threads may still hold Python's objects, and to let go of one while the
+    interpreter shuts down aborts the process, one time in some forty."""
     backend = "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         backend = "nccl"
     dist.init_process_group(backend, timeout=timedelta(hours=1))
+    if backend == "gloo":
+        atexit.register(dist.destroy_process_group)
     return device
 
 

@@ -6,6 +6,10 @@ One tiny run is watched from outside; each test looks at one thing of it.
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,6 +203,26 @@ def second_of_two(monkeypatch):
     monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
     monkeypatch.setattr(dist, "barrier", lambda: None)
     return other
+
+
+LEAVES = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print("joined at the end:", dist.is_initialized()))     # the last to run
+from harness import processes
+processes.pick_device("cpu")
+print("joined:", dist.is_initialized())
+"""
+
+
+def test_a_process_leaves_the_others_before_python_ends():
+    """gloo's threads abort a process, now and then, if they outlive the interpreter."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True,
+                          env=os.environ | alone, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["joined: True", "joined at the end: False"]
 
 
 def test_gradients_are_averaged_over_processes(second_of_two):
