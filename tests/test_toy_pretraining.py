@@ -130,6 +130,8 @@ def test_the_condition_is_dropped_a_tenth_of_the_time(task, monkeypatch):
     pretrain_gpt(Transformer(TINY[task]), tokens, prompts, random.Random(0), steps=1)
     share = sum(shares) / len(shares)            # of 1280: a standard error of 0.0084
     assert 0.06 < share < 0.14, f"the null condition stood in for {share:.1%}, not for a tenth"
+    mixed = sum(0 < share < 1 for share in shares)       # 39 of 40 expected: 1 - 0.9^32 of them
+    assert mixed > 30, f"{mixed} of 40 batches are mixed: each picture is dropped for itself"
 
 
 # --- the tokenizer -----------------------------------------------------------------------------
