@@ -10,13 +10,13 @@ right and as varied as the pretrained model is when it is right.
 
 `Rehearsal` (an `extra_loss`) keeps them likely:
 
-    loss = loss_GRPO - w E[ log pi(x) ],   x ~ pi_ref( . | right),
+    loss = loss_GRPO - w E[ log pi(x) ] / N,   x ~ pi_ref( . | right), of N tokens,
 
 maximum likelihood beside the reward, as InstructGPT (arXiv 2203.02155) mixes in pretraining data,
 on images chosen as in rejection-sampling fine-tuning (RAFT, arXiv 2304.06767), but those of the
 pretrained model.  With enough of them the second term alone is smallest where
-pi = pi_ref( . | right).  Its pull on what has become rare does not fade.  The two terms agree, and
-no KL penalty is needed beside them.
+pi = pi_ref( . | right).  Its pull on what has become rare does not fade, and that policy is always
+right: the two terms share an optimum, and no KL penalty is needed beside them.
 
 `DiversityBonus` (an `advantage_fn`) compares the policy's right images with them, and favours those
 of which the reference draws more.
@@ -52,7 +52,8 @@ def right_images(rewards, group_size):
 
     Verdicts are right at 1.  Graded rewards are right above their group's median, or at its maximum
     where more than half of a group share that, but not all.  A missing reward (NaN) is never
-    right."""
+    right.  Verdicts with a weight other than 1 (--reward shapes:2) count as graded: where all of a
+    group are right, none then is above the others."""
     r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
     if are_verdicts(rewards):
         return r == 1
@@ -75,7 +76,8 @@ class Rehearsal:
     the more often a prompt comes up, the more groups it needs, lest the policy learn a few images
     by heart.  features, if given, describes them for a `DiversityBonus`.
 
-    What is drawn depends on the prompt's text and the seed alone, not on the step or the process.
+    What is drawn depends on the prompt's text, the seed, and how many groups a pass of the sampler
+    has (config.rollout_prompts), not on the step or the process.
     A run that is to continue without drawing again has to save `remembered`."""
 
     def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups, features=None):
@@ -215,8 +217,9 @@ class DiversityBonus:
     after the rewards were normalised, so that it counts as much where all of a group are right.
     The policy's images are the group's and those of the prompt's last RECENT groups.
 
-    rehearsal has, or lets draw, the reference's right images.  gather(value) returns the values of
-    all processes.  A run that is to continue exactly has to save `recent`."""
+    rehearsal is a `Rehearsal` that has `features`, and lets the reference's right images be drawn.
+    gather(value) returns the values of all processes, so that each remembers the groups of all.  A
+    run that is to continue exactly has to save `recent`."""
 
     RECENT = 4
 
@@ -230,23 +233,25 @@ class DiversityBonus:
         self.rehearsal.remember(index)
         right = right_images(rewards, c.group_size)                                  # (P, G)
         described = features.describe(images, tokens)
+        described = described.unflatten(0, (-1, c.group_size))                       # (P, G, ...)
         bonus, seen = torch.zeros_like(right, dtype=torch.float32), []
         for p, k in enumerate(index.tolist()):
-            text = self.rehearsal.prompts.texts[k]
-            x = described[p * c.group_size:][:c.group_size][right[p]]                # (n, ...)
-            bonus[p, right[p]] = self.bonus(text, x)
+            text, x = self.rehearsal.prompts.texts[k], described[p, right[p]]        # (n, ...)
+            bonus[p, right[p]] = self.of_group(text, x)
             seen.append((text, x.cpu()))
-        for text, x in (pair for pairs in self.gather(seen) for pair in pairs):
-            self.recent[text] = [*self.recent.get(text, []), x][-self.RECENT:]
+        for groups in self.gather(seen):
+            for text, x in groups:
+                self.recent[text] = [*self.recent.get(text, []), x][-self.RECENT:]
         advantages = group_advantages(rewards, c.group_size, scale=c.scale_advantages)
         return advantages + bonus.flatten()
 
-    def bonus(self, text, x):
+    def of_group(self, text, x):
         """The bonus (n,) of a group's right images, whose features are x (n, ...)."""
         levels, reference = self.rehearsal.features.levels, self.rehearsal.described[text]
         if len(x) < 2 or len(reference) < 2:     # nothing to move, or nothing to compare with
             return torch.zeros(len(x), device=x.device)
-        others = torch.cat([x[:0], *[past.to(x.device) for past in self.recent.get(text, [])]])
+        recent = [past.to(x.device) for past in self.recent.get(text, [])]
+        others = torch.cat([x[:0], *recent])     # x[:0]: there may be none yet
         of_reference = levels(reference.to(x.device))
         if text not in self.units:
             self.units[text] = [unit_of(level) for level in of_reference]

@@ -35,7 +35,7 @@ PRESETS = {
     "t2i-XL-512": PAPER,
 }
 
-# --recipe diverse, see train_c2i.py.  Less rehearsal than for c2i, for a caption comes up less
+# --recipe diverse, see train_c2i.py.  Less rehearsal than for c2i, for most captions come up less
 # often than a class, and a slightly larger bonus.
 RECIPE = dict(rehearsal=0.12, rehearsal_groups=2, kl_beta=0.0, diversity_bonus=7.0)
 DIVERSE = {name: RECIPE | dict(steps=730, prompts_per_step=16, lr=1.25e-5) for name in PRESETS}

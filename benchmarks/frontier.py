@@ -1,9 +1,9 @@
-"""Draws docs/frontier.png: everything tried for --recipe diverse, from docs/frontier.json.
+"""Draws docs/frontier.png: the runs made for --recipe diverse, from docs/frontier.json.
 
     python benchmarks/frontier.py
 
-A row of the file is one training run of the toy: the share of right pictures, D, and how many
-pictures it drew to learn from.  docs/diversity.md says what the rows are.
+A row of the file is one training run of the toy that was made to its end: the share of right
+pictures, D, and how many pictures of the policy it drew.  docs/diversity.md says what the rows are.
 """
 
 import json
@@ -17,13 +17,14 @@ from harness.pictures import figure  # noqa: E402
 
 STYLES = {                                       # family: (colour, marker)
     "paper": ("#D55E00", "o"),
+    "KL penalty, log-ratio bonus": ("#F0E442", "P"),
     "KL penalty, bonus by pixel distance": ("#E69F00", "^"),
     "rehearsal alone": ("#999999", "s"),
     "rehearsal, bonus by pixel distance": ("#56B4E9", "v"),
     "rehearsal, bonus by energy distance": ("#009E73", "D"),
     "--recipe diverse": ("#0072B2", "*"),
 }
-YARDSTICK = 180 * 128                            # pictures of the paper's recipe, 180 steps
+YARDSTICK = 180 * 128                            # pictures in 180 steps of the paper's recipe
 
 
 def main():
@@ -48,7 +49,7 @@ def main():
         line[0].set(xlabel=share, ylabel=f"{title}: D")
         for ax, name in ((line[1], share), (line[2], "D")):
             ax.axvline(3, color="#cccccc", linewidth=1)
-            ax.set(xlabel="pictures drawn: 1 is 180 steps of the paper's", ylabel=name)
+            ax.set(xlabel="pictures of the policy (yardstick: 1)", ylabel=name)
     axes[0, 0].legend(fontsize=7, loc="lower left")
     fig.savefig(ROOT / "docs" / "frontier.png", dpi=100)
 

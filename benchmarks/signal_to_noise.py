@@ -5,8 +5,9 @@
 Draws several steps' pictures from the run's final policy and takes the gradient of each term by
 itself, in AdamW's coordinates: every entry is divided by the root of its running square, as the
 update divides it.  Signal is the squared length of the expected gradient (estimated without bias),
-noise the total variance of one step's.  The reward is also taken apart by how uncertain the policy
-was at a token.
+noise the total variance of one step's.  Cosines are those of the expected gradients, likewise
+without the part that is noise.  Signals and cosines have a standard error, by jackknife over the
+steps.  The reward is also taken apart by how uncertain the policy was at a token.
 """
 
 import argparse
@@ -40,6 +41,29 @@ def of_advantages(model, tokens, cond, advantages, scale):
     return gradient(model, scale)
 
 
+def expected(gram):
+    """E[a] . E[b], without bias, from the products (n, n) of independent draws of a and of b.
+
+    Draws of the same step are left out: a and b come from the same pictures there."""
+    n = len(gram)
+    return ((gram.sum() - gram.trace()) / (n * (n - 1))).item()
+
+
+def cosine(own, across, other):
+    """Of E[a] and E[b], from the products of a with a, of a with b, and of b with b."""
+    lengths = max(expected(own), 1e-9) * max(expected(other), 1e-9)
+    return expected(across) / lengths ** 0.5
+
+
+def with_error(measure, *grams):
+    """"value (± standard error)" of measure(*grams), by leaving out one step at a time."""
+    n = len(grams[0])
+    others = [torch.arange(n) != k for k in range(n)]
+    without = torch.tensor([measure(*[gram[kept][:, kept] for gram in grams]) for kept in others])
+    error = ((n - 1) * without.var(unbiased=False)).sqrt()
+    return f"{measure(*grams):.3g} (± {error:.2g})"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
@@ -55,7 +79,7 @@ def main():
     rehearsal = Rehearsal(reference, vq, prompts, reward_fn, config, 0.3, 8, Pixels())
     bonus = DiversityBonus(rehearsal, 6.0)
 
-    found = {}
+    found, right, shares = {}, [], {}
     for step in range(WARM_UP + args.steps):
         index = argrpo.pick_prompts(27, step, P, seed=5)
         tokens, _, images = argrpo.draw_images(model, vq, prompts, index,
@@ -67,26 +91,32 @@ def main():
         both = bonus(rewards, images, tokens, index, step)
         if step < WARM_UP:
             continue
+        right.append(rewards.mean().item())
         with torch.no_grad():
             _, entropy = argrpo.token_logp(model, tokens, cond)
-        terms = {"reward": A[:, None].expand_as(entropy), "bonus": (both - A)[:, None],
-                 "reward, entropy below 0.3": A[:, None] * (entropy < 0.3),
-                 "reward, entropy 0.3 to 1": A[:, None] * ((entropy >= 0.3) & (entropy < 1)),
-                 "reward, entropy above 1": A[:, None] * (entropy >= 1)}
+        kinds = {"entropy below 0.3": entropy < 0.3, "entropy above 1": entropy >= 1,
+                 "entropy 0.3 to 1": (entropy >= 0.3) & (entropy < 1)}
+        terms = {"reward": A[:, None].expand_as(entropy), "bonus": (both - A)[:, None]}
+        for kind, tokens_of_it in kinds.items():
+            terms[f"reward, {kind}"] = A[:, None] * tokens_of_it
+            shares[kind] = shares.get(kind, 0) + tokens_of_it.float().mean().item() / args.steps
         for name, advantages in terms.items():
             term = of_advantages(model, tokens, cond, advantages.expand_as(entropy), scale)
             found.setdefault(name, []).append(term)
         rehearsal(model, index, step)
         found.setdefault("rehearsal", []).append(gradient(model, scale))
 
-    print("| term | signal | noise | signal / noise | cosine of its mean to the reward's |")
+    print(f"{sum(right) / len(right):.1%} right; of the tokens have "
+          + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()) + "\n")
+    print("| term | signal | noise | signal / noise | cosine of its signal to the reward's |")
     print("|---|---|---|---|---|")
-    means = {name: torch.stack(rows).mean(0) for name, rows in found.items()}
+    rewards = torch.stack(found["reward"])
     for name, rows in found.items():
-        noise = torch.stack(rows).var(0).sum()
-        signal = means[name].square().sum() - noise / len(rows)
-        cosine = means[name] @ means["reward"] / means[name].norm() / means["reward"].norm()
-        print(f"| {name} | {signal:.0f} | {noise:.0f} | {signal / noise:.3f} | {cosine:.2f} |")
+        rows = torch.stack(rows)
+        own, across = rows @ rows.T, rows @ rewards.T                           # (steps, steps)
+        noise = rows.var(0).sum().item()
+        print(f"| {name} | {with_error(expected, own)} | {noise:.3g} | {expected(own) / noise:.3f} "
+              f"| {with_error(cosine, own, across, rewards @ rewards.T)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@
 #
 # **You need**: `diversity.py` (the one at the top of the repository), and checkpoints:
 # `python labs/prepare.py --only paper,diverse,kl,entropy,negatives`.
-# **Time**: a minute, and the checkpoints a quarter of an hour, the diverse one another.
+# **Time**: a minute. The checkpoints take a quarter of an hour, and the diverse one 12 minutes
+# more (with two threads; 20 to 23 on one core).
 #
 #     python labs/diversity.py
 
@@ -170,8 +171,8 @@ lab.finish(fig, rows, f"toy c2i: {27 * SAMPLES} pictures of each checkpoint of l
 #
 # 1. Rejection keeps all of it, by definition. Of what is trained, the diverse recipe keeps 0.95
 #    (0.93 .. 0.96) and no other more than 0.63. A lower temperature keeps much, but buys little:
-#    59% right at 0.9 and 60% at 0.8 are its best, and below that it is less often right than the
-#    untouched base.
+#    59% right at 0.9 and 60% at 0.8 are its best, and from 0.6 down it is less often right than
+#    the untouched base.
 # 2. All of them. The paper's recipe pays 8.2 nats a picture where 0.41 would do for its 96%,
 #    twenty times as much, and buys sameness with it: the surplus is the distance between "right"
 #    and "right in these few ways". KL 0.1 pays 3.3 for 86%. The diverse recipe pays 1.7 where 0.34
