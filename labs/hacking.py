@@ -145,10 +145,10 @@ trained = over_seeds(train_toy)
 # %% [markdown]
 # ## 3. A classifier as the proxy
 #
-# What does a policy draw to be called a traffic light?  The reward `imagenet` is the
-# log-probability of a class under a real ImageNet classifier.  The toy's pictures are enlarged, and
-# the prompt of the reward is one fixed class, whatever the toy was asked.  Needs
-# `pip install -r requirements-rewards.txt`, and is left out without.
+# **Question 5.**  What does a policy draw to be called a traffic light?  The reward `imagenet` is
+# the log-probability of a class under a real ImageNet classifier.  The toy's pictures are enlarged,
+# and the prompt of the reward is one fixed class, whatever the toy was asked.  Needs `pip install
+# -r requirements-rewards.txt`, and is left out without.
 
 # %%
 def traffic_light(seed):
@@ -176,26 +176,31 @@ lights = over_seeds(traffic_light)
 
 # %%
 def smooth(curve):
-    """The means of seven steps in a row, or of all if there are fewer: one step is noisy."""
-    return torch.tensor(curve).unfold(0, min(7, len(curve)), 1).mean(-1)
+    """The first step, which the untouched model draws, and the means of seven steps in a row, or of
+    all if there are fewer: one step is noisy."""
+    first, rest = torch.tensor(curve).split([1, len(curve) - 1])
+    return torch.cat([first, rest.unfold(0, min(7, len(rest)), 1).mean(-1)])
 
 
 fig = plt.figure(figsize=(11, 6), layout="constrained")
 top, bottom = fig.subfigures(2, 1, height_ratios=(1, 0.6))
 bottom.suptitle("seed 0, two pictures each of " + ", ".join(SHOWN), fontsize=8)
 left, middle, right = top.subplots(1, 3)
-for ax, runs, label in ((left, list(RUNS)[:4], "lax verifier"), (middle, list(RUNS)[4:],
-                                                                "minus kilobytes")):
+kilobytes = middle.twinx()
+for ax, of_proxy, runs, label in ((left, left, list(RUNS)[:4], "lax verifier"),
+                                  (middle, kilobytes, list(RUNS)[4:], "minus kilobytes")):
     for name in runs:
         colour = RUNS[name][2]
         for k, found in enumerate(trained):
             distance = smooth(found[name]["kl"]).clamp(min=0).sqrt()
-            ax.plot(distance, smooth(found[name]["proxy"]), ":", color=colour, linewidth=1)
+            of_proxy.plot(distance, smooth(found[name]["proxy"]), ":", color=colour, linewidth=1)
             ax.plot(distance, smooth(found[name]["truth"]), color=colour, linewidth=1.3,
                     label=name if k == 0 else None)
     ax.set(xlabel="distance travelled, sqrt(KL in nats a picture)",
-           ylabel="truth (lines), proxy (dotted)", title=f"{label}, mean of 7 steps")
-    ax.legend(fontsize=7)
+           ylabel="truth (lines)" + ", proxy (dotted)" * (ax is of_proxy),
+           title=f"{label}, mean of 7 steps")
+    ax.legend(fontsize=7, loc="upper left" if ax is left else "upper center")
+kilobytes.set_ylabel("proxy (dotted)")
 for name, (_, _, colour) in RUNS.items():
     last = [[sum(found[name][key][-3:]) / 3 for key in ("proxy", "truth")] for found in trained]
     if name.startswith("lax"):
@@ -213,48 +218,51 @@ for ax, (name, text) in zip(bottom.subplots(1, len(sheets)), sheets.items()):
     ax.axis("off")
 
 def ends(curve):
-    """The mean of the first and of the last three steps, and the best three in a row."""
-    smooth = torch.tensor(curve).unfold(0, 3, 1).mean(-1)
-    return smooth[0].item(), smooth[-1].item(), smooth.max().item()
+    """The first step, which the untouched model draws, and the mean of the last three."""
+    return curve[0], sum(curve[-3:]) / len(curve[-3:])
 
 
-rows = [["trained on", "proxy: first steps", "last", "truth: first steps", "best", "last",
-         "proxy of right pictures, last", "KL, last, nats a picture"]]
+rows = [["trained on", "proxy: untouched", "last three steps", "truth: untouched",
+         "last three steps", "proxy of right pictures, last three",
+         "KL, last three, nats a picture"]]
 for name in RUNS:
     runs = [found[name] for found in trained]
     proxy, truth = ([ends(run[key]) for run in runs] for key in ("proxy", "truth"))
     rows.append([name, lab.across([p[0] for p in proxy]), lab.across([p[1] for p in proxy]),
-                 lab.across([t[0] for t in truth]), lab.across([t[2] for t in truth]),
-                 lab.across([t[1] for t in truth]),
+                 lab.across([t[0] for t in truth]), lab.across([t[1] for t in truth]),
                  lab.across([ends(run["proxy of the right"])[1] for run in runs]),
                  lab.across([ends(run["kl"])[1] for run in runs])])
 if all(lights):
-    rows.append(["imagenet: traffic light", lab.across([run["log p"][0] for run in lights]),
-                 lab.across([run["log p"][-1] for run in lights]), *[""] * 5])
+    log_p = [ends(run["log p"]) for run in lights]
+    rows.append(["imagenet: traffic light", lab.across([p[0] for p in log_p]),
+                 lab.across([p[1] for p in log_p]), *[""] * 4])
 lab.finish(fig, rows, f"toy c2i: {STEPS} steps of 16 x 8 pictures, lr 1.6e-3")
 
 # %% [markdown]
 # <details><summary>Answers</summary>
 #
 # 1. A red blob as large as three circles, or three red squares: the colour and the amount are
-#    right. What the policy draws is nearer at hand than a blob: shapes of another kind and another
-#    number (squares and circles beside each other, two large for three small). Whatever is a shape
-#    of the right colour will do. Under `small_jpeg` it draws one small shape, high up in the left
+#    right. What the policy draws is nearer at hand than a blob: another number of the right shapes
+#    (one large circle for two, four triangles for three), and shapes that are unfinished or have
+#    grown together. Under `small_jpeg` it draws one small shape, high up in the left
 #    corner, whatever the number asked for, for an empty ground is what compresses best.
-# 2. You would not know: the proxy rises all the way, from 60% to 84%, while the truth goes from
-#    52% to 48%, without a peak on the way (its best three steps are among the first). What is left
-#    is to look at pictures, to spend a strict judgement on a few of them, or to stop at a distance
-#    decided beforehand.
-# 3. The curves of the three weights lie on each other within what the seeds differ by: the penalty
-#    decides how far a run gets in its 30 steps (11.6, 5.1 and 1.1 nats), and a run that has not
-#    gone far has neither gained nor lost much. It is a brake, and early stopping is another. The
+# 2. You would not know: the proxy rises all the way, from 54% to 84%, while the truth falls from
+#    55% to about 44% within a few steps, stays there, and ends at 48%. (A step is 128 pictures, so
+#    that one step's share is uncertain by four points.) What is left is to look at pictures, to
+#    spend a strict judgement on a few of them, or to stop at a distance decided beforehand.
+# 3. It decides how far a run gets in its 30 steps (11.6, 5.1 and 1.1 nats), and a run that has not
+#    gone far has neither gained nor lost much: a brake, and early stopping is another. Whether it
+#    also moves the curve, three seeds do not show. Between 4 and 7 nats the truth is 48, 40 and 42%
+#    without it, 46, 55 and 47% with the weight 0.1, the proxy 77, 67, 68 and 76, 75, 76%. The
 #    mixture leaves the curve: with a fifth of the reward from the strict verifier the proxy ends
 #    as high (84%), and the truth at 66% (59 .. 75), for that fifth is the only part in which the
 #    shapes differ.
 # 4. Hardly. Gao et al. see a rise before the fall, for their proxy is a good model of the truth
 #    near where it was trained. `lax` is wrong in the same way everywhere, so that the truth has
-#    little to gain at first; under `small_jpeg` it falls from the first step on (44% in the first
-#    three, 18% at the end). The proxy decides the shape of the curve. The distances are alike: a
-#    few nats.
+#    little to gain at first; under `small_jpeg` it falls from the first step on (from 55% to 34% in
+#    the first five, and to 18%). The proxy decides the shape of the curve.
+# 5. What it drew already: coloured shapes on a dark ground are half-way there from the start, and
+#    small, often green spots come beside them. log p rises by half a nat (from -3.3 in the first
+#    five steps to -2.7 in the last five), not far, in 20 steps of 64 pictures.
 #
 # </details>
