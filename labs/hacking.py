@@ -6,7 +6,7 @@
 # model overoptimization", arXiv 2210.10760) plot both against the distance that the policy has
 # travelled from the pretrained model, the square root of the KL: the proxy keeps rising, while the
 # truth rises, turns and falls.  They had to train a second, larger reward model to play the truth.
-# The toy has a verifier that reads every shape, and keeps it out of training.
+# The toy has a verifier that reads every shape, and here it plays the truth.
 #
 # **You need**: `reward.py`.  **Time**: four minutes.
 #
@@ -88,13 +88,14 @@ def reward_of(**weights):
 # - **early stopping**: read the curves from left to right, and stop;
 # - a **mixture**: a fifth of the reward is the strict verifier.
 #
-# The distance is estimated without bias: KL(pi || pi_ref) is the expectation of
-# log pi(x) - log pi_ref(x), summed over tokens, and the step's 128 pictures are draws of pi.
-# "Proxy" is always the first reward named, "truth" the strict verifier.
+# The distance is estimated without bias: KL(pi || pi_ref) is the expectation of log pi(x) - log
+# pi_ref(x), summed over tokens, and the step's 128 pictures are draws of pi. "Proxy" is always the
+# first reward named, "truth" the strict verifier.  The table's "proxy of right pictures" says
+# whether the proxy also takes what is right for right.
 
 # %%
 STEPS = quick(3, 30)
-SHOWN = toy.CLASSES[::5]                         # one red circle, one blue triangle, ...
+SHOWN = toy.CLASSES[::5]                         # one red circle, one green triangle, ...
 RUNS = {                                         # name: (reward's weights, kl_beta, colour)
     "lax": (dict(lax=1.0), 0.0, COLOURS["paper"]),
     "lax, KL 0.1": (dict(lax=1.0), 0.1, OTHERS[2]),
@@ -176,10 +177,21 @@ lights = over_seeds(traffic_light)
 
 # %%
 def smooth(curve):
-    """The first step, which the untouched model draws, and the means of seven steps in a row, or of
-    all if there are fewer: one step is noisy."""
-    first, rest = torch.tensor(curve).split([1, len(curve) - 1])
-    return torch.cat([first, rest.unfold(0, min(7, len(rest)), 1).mean(-1)])
+    """The means of seven steps in a row, or of all if there are fewer: one step is noisy."""
+    return torch.tensor(curve).unfold(0, min(7, len(curve)), 1).mean(-1)
+
+
+def plot(ax, name, key, style, **how):
+    """A quantity of a run over the distance: thin lines are seeds, the thick one is their mean.
+    A diamond at 0 is the untouched model, of all seeds' first steps."""
+    colour = RUNS[name][2]
+    x, y = (torch.stack([smooth(found[name][k]) for found in trained]) for k in ("kl", key))
+    x = x.clamp(min=0).sqrt()
+    for row, column in zip(x, y):
+        ax.plot(row, column, style, color=colour, linewidth=0.5, alpha=0.6)
+    ax.plot(x.mean(0), y.mean(0), style, color=colour, linewidth=2, **how)
+    ax.scatter(0, sum(found[name][key][0] for found in trained) / len(trained), marker="D", s=20,
+               color="#444444" if style == "-" else "#aaaaaa")
 
 
 fig = plt.figure(figsize=(11, 6), layout="constrained")
@@ -190,15 +202,11 @@ kilobytes = middle.twinx()
 for ax, of_proxy, runs, label in ((left, left, list(RUNS)[:4], "lax verifier"),
                                   (middle, kilobytes, list(RUNS)[4:], "minus kilobytes")):
     for name in runs:
-        colour = RUNS[name][2]
-        for k, found in enumerate(trained):
-            distance = smooth(found[name]["kl"]).clamp(min=0).sqrt()
-            of_proxy.plot(distance, smooth(found[name]["proxy"]), ":", color=colour, linewidth=1)
-            ax.plot(distance, smooth(found[name]["truth"]), color=colour, linewidth=1.3,
-                    label=name if k == 0 else None)
+        plot(of_proxy, name, "proxy", ":")
+        plot(ax, name, "truth", "-", label=name)
     ax.set(xlabel="distance travelled, sqrt(KL in nats a picture)",
            ylabel="truth (lines)" + ", proxy (dotted)" * (ax is of_proxy),
-           title=f"{label}, mean of 7 steps")
+           title=f"{label}, means of 7 steps")
     ax.legend(fontsize=7, loc="upper left" if ax is left else "upper center")
 kilobytes.set_ylabel("proxy (dotted)")
 for name, (_, _, colour) in RUNS.items():
@@ -218,7 +226,7 @@ for ax, (name, text) in zip(bottom.subplots(1, len(sheets)), sheets.items()):
     ax.axis("off")
 
 def ends(curve):
-    """The first step, which the untouched model draws, and the mean of the last three."""
+    """The first step, whose pictures the untouched model draws, and the mean of the last three."""
     return curve[0], sum(curve[-3:]) / len(curve[-3:])
 
 
@@ -244,25 +252,26 @@ lab.finish(fig, rows, f"toy c2i: {STEPS} steps of 16 x 8 pictures, lr 1.6e-3")
 # 1. A red blob as large as three circles, or three red squares: the colour and the amount are
 #    right. What the policy draws is nearer at hand than a blob: another number of the right shapes
 #    (one large circle for two, four triangles for three), and shapes that are unfinished or have
-#    grown together. Under `small_jpeg` it draws one small shape, high up in the left
-#    corner, whatever the number asked for, for an empty ground is what compresses best.
+#    grown together. Under `small_jpeg` it draws one small shape, high up in the left corner,
+#    whatever the number asked for, and often whatever the colour, for an empty ground is what
+#    compresses best.
 # 2. You would not know: the proxy rises all the way, from 54% to 84%, while the truth falls from
-#    55% to about 44% within a few steps, stays there, and ends at 48%. (A step is 128 pictures, so
-#    that one step's share is uncertain by four points.) What is left is to look at pictures, to
-#    spend a strict judgement on a few of them, or to stop at a distance decided beforehand.
+#    55% to 39% in the first eight steps (46, 35, 36%), and comes back to 48% (50, 47, 48%). What is
+#    left is to look at pictures, to spend a strict judgement on a few of them, or to stop at a
+#    distance decided beforehand.
 # 3. It decides how far a run gets in its 30 steps (11.6, 5.1 and 1.1 nats), and a run that has not
 #    gone far has neither gained nor lost much: a brake, and early stopping is another. Whether it
 #    also moves the curve, three seeds do not show. Between 4 and 7 nats the truth is 48, 40 and 42%
 #    without it, 46, 55 and 47% with the weight 0.1, the proxy 77, 67, 68 and 76, 75, 76%. The
 #    mixture leaves the curve: with a fifth of the reward from the strict verifier the proxy ends
-#    as high (84%), and the truth at 66% (59 .. 75), for that fifth is the only part in which the
-#    shapes differ.
-# 4. Hardly. Gao et al. see a rise before the fall, for their proxy is a good model of the truth
-#    near where it was trained. `lax` is wrong in the same way everywhere, so that the truth has
-#    little to gain at first; under `small_jpeg` it falls from the first step on (from 55% to 34% in
-#    the first five, and to 18%). The proxy decides the shape of the curve.
-# 5. What it drew already: coloured shapes on a dark ground are half-way there from the start, and
-#    small, often green spots come beside them. log p rises by half a nat (from -3.3 in the first
-#    five steps to -2.7 in the last five), not far, in 20 steps of 64 pictures.
+#    as high (84%), and the truth at 66% (59 .. 75): only that fifth of the reward looks at shapes.
+# 4. Neither: theirs rise before they fall, for a reward model is right near where it was trained.
+#    Under `lax` the truth falls, turns, and rises a little, under `small_jpeg` it falls all the way
+#    (to 34% in the first five steps, to 18% in the end). Two proxies give two shapes; policy and
+#    optimiser were not varied.
+# 5. What it drew already: coloured shapes on a dark ground are not far from there to begin with
+#    (log p is -3.3, where a guess among 1000 classes has -6.9 and certainty 0), and small, often
+#    green spots come beside them. log p rises by half a nat (from -3.3 in the first five steps to
+#    -2.7 in the last five), not far, in 20 steps of 64 pictures.
 #
 # </details>
