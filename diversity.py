@@ -201,7 +201,8 @@ def energy_witness(x, others, reference, unit, within=1.15):
     divided by unit, which is `unit_of(reference)`.  With `within` 1 this is the witness of the
     energy distance (Szekely and Rizzo, 2013), which is constant where both are equally distributed:
     what is far from the policy's own images, but near the reference's, is what the policy draws too
-    rarely."""
+    rarely.  The default counts a little more of the policy's own distances, for what reward alone
+    does is always to narrow it (docs/diversity.md has what that is worth)."""
     n = len(x) + len(others)
     own = mean_distance(x, torch.cat([x, others])) * n / (n - 1)     # the distance to itself is 0
     return (within * own - mean_distance(x, reference)) / unit
