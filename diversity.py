@@ -77,8 +77,8 @@ class Rehearsal:
     by heart.  features, if given, describes them for a `DiversityBonus`.
 
     What is drawn depends on the prompt's text, the seed, and how many groups a pass of the sampler
-    has (config.rollout_prompts), not on the step or the process.
-    A run that is to continue without drawing again has to save `remembered`."""
+    has (config.rollout_prompts), not on the step or the process.  A run that is to continue without
+    drawing again has to save `remembered`."""
 
     def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups, features=None):
         self.reference, self.vq, self.prompts = reference, vq, prompts
@@ -201,8 +201,9 @@ def energy_witness(x, others, reference, unit, within=1.15):
     divided by unit, which is `unit_of(reference)`.  With `within` 1 this is the witness of the
     energy distance (Szekely and Rizzo, 2013), which is constant where both are equally distributed:
     what is far from the policy's own images, but near the reference's, is what the policy draws too
-    rarely.  The default counts a little more of the policy's own distances, for what reward alone
-    does is always to narrow it (docs/diversity.md has what that is worth)."""
+    rarely.  The default counts the policy's own distances a little more: it asks for a little more
+    than the reference's diversity, against what reward takes away (docs/diversity.md has what that
+    is worth)."""
     n = len(x) + len(others)
     own = mean_distance(x, torch.cat([x, others])) * n / (n - 1)     # the distance to itself is 0
     return (within * own - mean_distance(x, reference)) / unit

@@ -11,6 +11,7 @@ steps.  The reward is also taken apart by how uncertain the policy was at a toke
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -50,18 +51,20 @@ def expected(gram):
 
 
 def cosine(own, across, other):
-    """Of E[a] and E[b], from the products of a with a, of a with b, and of b with b."""
-    lengths = max(expected(own), 1e-9) * max(expected(other), 1e-9)
-    return expected(across) / lengths ** 0.5
+    """Of E[a] and E[b], from the products of a with a, of a with b, and of b with b.
+
+    NaN where there are too few steps to see a signal."""
+    squares = expected(own), expected(other)
+    return expected(across) / math.sqrt(math.prod(squares)) if min(squares) > 0 else math.nan
 
 
-def with_error(measure, *grams):
+def with_error(measure, digits, *grams):
     """"value (± standard error)" of measure(*grams), by leaving out one step at a time."""
     n = len(grams[0])
     others = [torch.arange(n) != k for k in range(n)]
     without = torch.tensor([measure(*[gram[kept][:, kept] for gram in grams]) for kept in others])
     error = ((n - 1) * without.var(unbiased=False)).sqrt()
-    return f"{measure(*grams):.3g} (± {error:.2g})"
+    return f"{measure(*grams):,.{digits}f} (± {error:,.{digits}f})"
 
 
 def main():
@@ -115,8 +118,9 @@ def main():
         rows = torch.stack(rows)
         own, across = rows @ rows.T, rows @ rewards.T                           # (steps, steps)
         noise = rows.var(0).sum().item()
-        print(f"| {name} | {with_error(expected, own)} | {noise:.3g} | {expected(own) / noise:.3f} "
-              f"| {with_error(cosine, own, across, rewards @ rewards.T)} |", flush=True)
+        print(f"| {name} | {with_error(expected, 0, own)} | {noise:,.0f} "
+              f"| {expected(own) / noise:.3f} "
+              f"| {with_error(cosine, 2, own, across, rewards @ rewards.T)} |", flush=True)
 
 
 if __name__ == "__main__":

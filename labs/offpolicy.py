@@ -186,14 +186,13 @@ lab.finish(fig, rows, f"toy c2i: {ROLLOUTS} rollouts of 8 x 8 pictures, no KL pe
 # 1. The value of the ratio is 1, but its derivative is not zero: grad rho = rho grad log pi. So
 #    the gradient is that of -A log pi, the mean over tokens: REINFORCE. All three are equal to the
 #    last bit here.
-# 2. From the second on. With two epochs 42% are right without the clip, 58% (49 .. 63) with it; the
-#    wider upper side makes no difference that three seeds can tell (63 and 58% with two epochs, 5
-#    and 12% with eight);
-#    with four 6% and 54%. With eight the largest ratio shows it first: it is 10 to 383 without
-#    the clip, 4 to 6 with it, in the very first rollout, whose pictures are still those of the
-#    untouched policy; KL and reward follow together. With two the ratio shows nothing, and the KL
-#    is first: twice as large from the third rollout on, where the reward falls behind from the
-#    eighth on.
+# 2. From the second on. With two epochs 42% are right without the clip, 58% (49 .. 63) with it;
+#    with four 6% and 54%. The wider upper side makes no difference that three seeds can tell (63
+#    against 58% with two epochs, 5 against 12% with eight). With eight epochs the largest ratio
+#    shows it first: it is 10 to 383 without the clip, 4 to 6 with it, in the very first rollout,
+#    whose pictures are still those of the untouched policy; KL and reward follow together. With two
+#    epochs the ratio shows nothing, and the KL is first: twice as large from the third rollout on,
+#    where the reward falls behind from the eighth on.
 # 3. About an eighth of all tokens with eight epochs, and a twelfth with four. A large ratio can
 #    only be that of a code that was unlikely when it was drawn: its probability can grow a
 #    hundredfold, where that of a likely one cannot. The gradient of such tokens is weighted with

@@ -201,20 +201,16 @@ for k, p in enumerate(rates):                    # 81 sequences cannot have ever
     heads.append(f"p = {p:.2f} ({min(own):.2f} .. {max(own):.2f})")
 rows = [["", "G", *heads]]
 for name in ADVANTAGES:
-    for G in (2, 8, 64):
-        cells = []
-        for k in range(len(RATES)):
-            pictures = [found[name][str(G)][k][2] for found in tinies]
-            spread = f"({min(pictures):.0f} .. {max(pictures):.0f})"
-            cells.append(f"{median(name, G, k, 2):.0f} {spread}")
-        rows.append([f"{name}: pictures, median (range)", G, *cells])
-    pictures = [[[found[name][str(G)][k][2] for k in range(len(RATES))] for found in tinies]
-                for G in (2, 8, 64)]
-    two, eight, many = torch.tensor(pictures)                                # each (tinies, RATES)
-    for what, values in (("G = 2 over G = 64, a model's own", two / many),
-                         ("share that G = 8 saves of it", (two - eight) / (two - many))):
-        rows.append([f"{name}: {what}", "", *[f"{column.median():.2f} ({column.min():.2f} .. "
-                                              f"{column.max():.2f})" for column in values.T]])
+    two, eight, many = (torch.tensor([[found[name][str(G)][k][2] for k in range(len(RATES))]
+                                      for found in tinies]) for G in (2, 8, 64))
+    for what, G, values, digits in (                                # values (tinies, RATES)
+            ("pictures, median (range)", 2, two, 0), ("pictures, median (range)", 8, eight, 0),
+            ("pictures, median (range)", 64, many, 0),
+            ("G = 2 over G = 64, a model's own", "", two / many, 2),
+            ("share that G = 8 saves of it", "", (two - eight) / (two - many), 2)):
+        cells = [f"{column.median():.{digits}f} ({column.min():.{digits}f} .. "
+                 f"{column.max():.{digits}f})" for column in values.T]
+        rows.append([f"{name}: {what}", G, *cells])
 rows.append(["on the toy", "", *["right at the end"], *[""] * (len(RATES) - 1)])
 for name in trained[0]:
     advantage, G = name.split(", G = ")
