@@ -81,9 +81,8 @@ tinies = over_seeds(exact, range(quick(2, 10)))
 #
 # The pretrained toy draws 56% right pictures at s = 1, and 59% at s = 1.5.  (That its null branch
 # is good for something shows after training: 83% with s = 1.5, 75% without guidance.)  At s = 3
-# guidance is too strong for it: 27%.  (Every share below is of 324
-# pictures, the same random numbers each time, and uncertain by 2.7 points.)  We train at both
-# scales, in two ways:
+# guidance is too strong for it: 27%.  Every share is of 324 pictures, drawn with the same random
+# numbers each time, and uncertain by 2.7 points.  We train at both scales, in two ways:
 #
 # - "guided": drawn with s, log-probabilities with s;
 # - "official": drawn with s, log-probabilities without;
@@ -190,12 +189,12 @@ lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps 
 #    makes a policy that needs it. Decoded without, the policies of s = 3 have fallen from 56% to a
 #    third. At the 4 of the paper's captions the enumerated models alone speak: cosine 0.70. How
 #    much that is on LlamaGen, the toy cannot say.
-# 4. No. In the enumerated models the official update's cosine to the unguided gradient is 0.94 at
-#    s = 2 and 0.84 at s = 3, more than to the guided one: it takes log-probabilities without
+# 4. No. In the enumerated models the official update's cosine to the unguided gradient is 0.94 at s
+#    = 2 and 0.84 at s = 3, more than to the guided one: it takes log-probabilities without
 #    guidance, after all. On the toy the policy decoded without guidance falls from 56% to 22% (15,
 #    25 and 25%) in the first eight steps, and then rises with every seed, to 32%. The rise agrees,
 #    the fall does not. The enumerated models draw the same sequences with guidance and without,
-#    only in other shares; the toy with s = 3 draws pictures that are mostly wrong, and hardly ever
+#    only in other shares; those that the toy draws with s = 3 are mostly wrong, and may hardly
 #    occur without. Whether that is the reason was not looked into.
 #
 # </details>
