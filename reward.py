@@ -119,12 +119,18 @@ def register(name):
 # Rewards of a few lines
 # ---------------------------------------------------------------------------------------------
 
+def to_uint8(images):
+    """(..., 3, height, width) in [0, 1] -> (..., height, width, 3) uint8 on the CPU, rounded: how
+    pictures are stored."""
+    return images.detach().float().mul(255).round().byte().movedim(-3, -1).cpu()
+
+
 def jpeg_kilobytes(images, quality=95):
-    """Size of each image as a JPEG file: (B, 3, H, W) in [0, 1] -> (B,), in units of 1000 bytes."""
+    """Size of each image as a JPEG file: (B, 3, height, width) in [0, 1] -> (B,), in units of 1000
+    bytes."""
     from PIL import Image
-    pixels = images.float().cpu().mul(255).byte().permute(0, 2, 3, 1).numpy()    # (B, H, W, 3)
     sizes = []
-    for picture in pixels:
+    for picture in to_uint8(images).numpy():
         file = io.BytesIO()
         Image.fromarray(picture).save(file, format="jpeg", quality=quality)
         sizes.append(len(file.getvalue()))
@@ -261,11 +267,16 @@ class RewardSet:
         BadReward, with the reward's name and the prompt, if a reward raises an error, or gives
         a score that is not one finite number per image, unless the reward may miss."""
         total, parts = 0, {}
-        for name, (_, weight) in self.rewards.items():
-            parts[name] = self.ask(name, images, prompts)
-            total = total + weight * parts[name]
-        for cache in BATCH_CACHES:
-            cache.clear()
+        try:
+            for name, (_, weight) in self.rewards.items():
+                parts[name] = self.ask(name, images, prompts)
+                total = total + weight * parts[name]
+        finally:
+            for cache in BATCH_CACHES:
+                cache.clear()
+            for reward, _ in self.rewards.values():
+                if hasattr(reward, "forget"):
+                    reward.forget()
         return total, parts
 
 
