@@ -127,7 +127,7 @@ def attention_to_words(model, tokens, cond, cond_mask):
 
     for layer in model.layers:
         handles.append(layer.attention.register_forward_pre_hook(record))
-    model.hidden(tokens, cond, cond_mask)
+    model(tokens, cond, cond_mask)
     for handle in handles:
         handle.remove()
     return torch.stack(maps)

@@ -79,8 +79,7 @@ def kl_paid(drawn):
     total = 0.0
     for rows in range(0, len(cond), 128):
         some = slice(rows, rows + 128)
-        ref_logp, _ = argrpo.token_logp(reference, drawn.tokens[some], cond[some],
-                                        entropy_grad=False)
+        ref_logp, _ = argrpo.token_logp(reference, drawn.tokens[some], cond[some])
         total += (drawn.logp[some] - ref_logp.detach()).sum().item()
     return total / len(cond)
 

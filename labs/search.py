@@ -161,7 +161,7 @@ def where_wrong(seed):
     for t in range(0, drawn.tokens.shape[1] + 1, EVERY):
         right = []
         for some in torch.arange(len(drawn.texts)).split(256 // FINISHES):
-            _, cond, cond_mask = prompts.pick(some, "cpu")
+            cond, cond_mask = prompts.pick(some, "cpu")
             prefix = drawn.tokens[some, :t].repeat_interleave(FINISHES, dim=0)
             tokens, _ = argrpo.generate(
                 model, cond, cond_mask, samples_per_prompt=FINISHES, prefix=prefix,

@@ -30,7 +30,7 @@ def toy_batch(device, prompts=PROMPTS, samples=SAMPLES):
     classes = Prompts(toy.CLASSES, torch.arange(len(toy.CLASSES)))
     _, _, images = draw_images(model, vq, classes, index, rng_for("cpu", "check"),
                                samples_per_prompt=samples)
-    texts, _, _ = classes.pick(index.repeat_interleave(samples), "cpu")
+    texts = [toy.CLASSES[k] for k in index.repeat_interleave(samples).tolist()]
     return images.to(device), texts
 
 
