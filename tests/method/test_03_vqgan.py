@@ -1,4 +1,4 @@
-"""The tokenizer's ideas, one a test: vqgan.py.  The published code's answers are in test_golden."""
+"""The tokenizer's ideas, one a test: vqgan.py.  The published code's answers: test_10_golden."""
 
 import pytest
 import torch

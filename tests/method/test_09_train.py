@@ -1,4 +1,4 @@
-"""The loop as a whole: that it learns, continues, and has seams.  test_wiring.py has its stages."""
+"""The loop as a whole: that it learns, continues, has seams.  test_07_wiring.py has its stages."""
 
 import copy
 import math
