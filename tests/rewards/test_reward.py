@@ -44,7 +44,7 @@ def test_jpeg_counts_the_bytes_of_torchvisions_picture():
     sizes = []
     for image in IMAGES:
         file = io.BytesIO()
-        to_pil_image(image).save(file, format="jpeg", quality=95)
+        to_pil_image(image.mul(255).round().byte()).save(file, format="jpeg", quality=95)
         sizes.append(len(file.getvalue()))
     assert (1000 * reward.jpeg_kilobytes(IMAGES)).round().int().tolist() == sizes
 
