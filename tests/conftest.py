@@ -18,6 +18,7 @@ import torch
 
 import argrpo
 from argrpo import GPTConfig, GRPOConfig, Prompts, Transformer
+from vqgan import VQConfig, VQModel
 
 
 def pytest_addoption(parser):
@@ -104,6 +105,12 @@ def tiny_condition(model_type, rows=3):
         return torch.arange(rows), None
     words = torch.tensor([4, 2, 1])[torch.arange(rows) % 3]
     return torch.randn(rows, 4, 6), torch.arange(4) >= 4 - words[:, None]
+
+
+def tiny_vq(**changes):
+    """A random tokenizer of 5 codes, with 2 x 2 pixels a token."""
+    config = dict(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5, codebook_embed_dim=2)
+    return VQModel(VQConfig(**(config | changes)))
 
 
 class Blocks(torch.nn.Module):
