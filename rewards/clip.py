@@ -12,7 +12,8 @@ Where this departs from the official AR-GRPO code:
 2. Precision.  On a GPU, the weights of open_clip's towers are in float16.  Officially, CLIP is in
    float32, and HPSv2.1 in float32 under float16 autocast.  On a CPU all of it is float32.
 3. Batches.  The official code scores one image at a time, from 8-bit pixels, and resizes with
-   PIL.  Here a batch is resized on its device; `tests/test_reward_models.py` bounds the difference.
+   PIL.  Here a batch is resized on its device; `tests/rewards/test_reward_models.py` bounds
+   the difference.
 4. A cosine of exactly 1 falls into the highest bin.  Officially it raises an error.
 """
 

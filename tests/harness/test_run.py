@@ -220,7 +220,7 @@ def test_a_process_leaves_the_others_before_python_ends():
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "0"}
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True,
-                          env=os.environ | alone, cwd=Path(__file__).parents[1])
+                          env=os.environ | alone, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["joined: True", "joined at the end: False"]
 

@@ -1,24 +1,11 @@
-"""The tokenizer's ideas, one a test: vqgan.py.  The published code's answers are in test_golden."""
+"""The tokenizer's ideas, one a test: vqgan.py.  The published code's answers: test_10_golden."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same
+from conftest import same, tiny_vq
 
-from vqgan import (
-    AttnBlock,
-    Downsample,
-    ResnetBlock,
-    Upsample,
-    VQConfig,
-    VQModel,
-    group_norm,
-)
-
-
-def tiny_vq(**changes):
-    config = dict(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5, codebook_embed_dim=2)
-    return VQModel(VQConfig(**(config | changes)))
+from vqgan import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
 
 
 def test_the_nearest_code_is_the_one_in_the_same_direction():

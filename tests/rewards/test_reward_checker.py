@@ -7,7 +7,7 @@ import pytest
 
 import reward
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_scoring_pictures_from_the_command_line(capsys):

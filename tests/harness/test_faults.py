@@ -24,7 +24,7 @@ from harness.checkpoints import load_checkpoint, save_checkpoint, write_atomical
 from harness.models import check_models
 from harness.speed import frozen_copy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "8",
          "--save-every", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -95,7 +95,7 @@ def soak(out, whole, steps, kills, seed, options=()):
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_path):
     """A soak of a minute, with what rehearsal remembers.
 
-    `python tests/test_faults.py MINUTES` makes it as long as you like."""
+    As long as you like: `PYTHONPATH=.:tests python tests/harness/test_faults.py MINUTES`."""
     diverse = ("--recipe", "diverse")
     assert finish(start(*QUICK, *diverse, "--steps", 50, "--out", tmp_path / "whole"))[0] == 0
     assert soak(tmp_path / "run", tmp_path / "whole", 50, kills=5, seed=0, options=diverse) > 0

@@ -21,7 +21,7 @@ from harness.checkpoints import save_checkpoint
 from harness.evaluation import evaluate
 from pretrained import load_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--steps", "4", "--prompts-per-step", "2", "--group-size", "4",
          "--eval-images", "24", "--save-every", "2", "--progress-every", "4"]
 HEAVY = ("torchvision", "open_clip", "transformers", "timm", "huggingface_hub", "matplotlib")

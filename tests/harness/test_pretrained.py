@@ -6,7 +6,7 @@ import json
 import huggingface_hub
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, tiny_vq
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
@@ -15,13 +15,6 @@ from argrpo import Transformer
 from harness.models import choose_classes
 from pretrained import load_weights
 from vqgan import VQConfig, VQModel
-
-
-def tiny_vq():
-    return VQModel(
-        VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5, codebook_embed_dim=4)
-    )
-
 
 MODELS = {"transformer": tiny_model, "tokenizer": tiny_vq}
 BOTH = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

@@ -1,8 +1,8 @@
 """The loop's wiring: every stage gets what it is meant to get.  argrpo.py, sections 4 and 5.
 
 First the stages of one step in their order, each against a plain computation; then the order of
-operations in the update.  test_streams.py has prompts, images and random streams, test_settings.py
-the settings.
+operations in the update.  test_06_streams.py has prompts, images and random streams,
+test_08_settings.py the settings.
 
 Shapes: P prompts, G samples of each, B = P G images, N tokens, V codes.
 """

@@ -18,7 +18,7 @@ import train_t2i
 from reward import BATCH_CACHES, MODULES, REGISTRY, RewardSet, build_rewards, items_of, register
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGES = torch.rand(4, 3, 24, 24)
 PROMPTS = ["one red circle"] * 4
 

@@ -11,7 +11,7 @@ from argrpo import GPT_SIZES, GPTConfig, Transformer, filter_logits, generate
 from pretrained import load_weights
 from vqgan import VQConfig, VQModel
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def golden(kind):

@@ -26,7 +26,7 @@ from rewards.quality import AestheticHead, random_crops
 from rewards.sources import SOURCES, weights_of
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The loop as a whole: that it learns, continues, and has seams.  test_wiring.py has its stages."""
+"""The loop as a whole: that it learns, continues, has seams.  test_07_wiring.py has its stages."""
 
 import copy
 import math
@@ -14,12 +14,12 @@ from conftest import (
     same,
     tiny_model,
     tiny_run,
+    tiny_vq,
     weights,
 )
 
 import argrpo
 from argrpo import GRPOConfig, Prompts
-from vqgan import VQConfig, VQModel
 
 # --- what a step is, in a few numbers --------------------------------------------------------
 
@@ -127,8 +127,7 @@ def test_an_entropy_bonus_through_the_loss_raises_entropy():
 
 
 def test_images_are_from_0_to_1():
-    vq = VQModel(VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5,
-                          codebook_embed_dim=4))
+    vq = tiny_vq()
     images = argrpo.to_images(vq, torch.randint(5, (5, 16)), micro_batch=2)
     assert images.shape == (5, 3, 8, 8) and images.min() >= 0 and images.max() <= 1
 

@@ -1,7 +1,7 @@
 """What every setting of the loop changes, and that it changes nothing else.
 
-A setting that the loop ignores, or one that leaks into another stage, fails here by its name.  The
-settings of evaluation and rehearsal are in test_evaluation.py and test_diversity.py.
+A setting that the loop ignores, or one that leaks into another stage, fails here by its name.
+Rehearsal's settings are in test_12_rehearsal.py, those of evaluation in harness/test_evaluation.py.
 """
 
 from dataclasses import fields

@@ -12,7 +12,7 @@ import toy
 import train_c2i
 
 CPU = torch.device("cpu")
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECS = {
     "Familiar": f"{EXAMPLES}/own_model.py:Familiar",
     "centred": f"{EXAMPLES}/may_miss.py:centred",

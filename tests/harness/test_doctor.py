@@ -16,7 +16,7 @@ from assignments.faults import FAULTS, make_run
 from harness import doctor
 from harness.doctor import diagnose, early_warning
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 FAULTY = sorted((DATA / "faulty").glob("*.json"))
 HEALTHY = sorted((DATA / "healthy").glob("*.json"))
 

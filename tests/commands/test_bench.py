@@ -16,7 +16,7 @@ import argrpo
 from benchmarks import bench, gpu, measuring, yardsticks
 from benchmarks.yardsticks import full_mask_sampler, uncached_sampler
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ["--device", "cpu", "--size", "toy", "--tokens", "16", "--prompts", "2", "--group", "2",
          "--repeats", "2"]
 

@@ -14,7 +14,7 @@ import torch
 import argrpo
 import toy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STORED = sorted(path.stem for path in (ROOT / "docs" / "labs").glob("*.json"))
 
 

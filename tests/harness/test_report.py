@@ -24,7 +24,7 @@ from harness.options import Settings
 from harness.progress import SHARE, Progress, write_animation
 from harness.report import page, read_run, sprite
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--steps", "6", "--prompts-per-step", "2", "--group-size", "4",
          "--eval-images", "24"]
 

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_condition, tiny_model
-from test_train import tiny_run, weights
+from conftest import tiny_condition, tiny_model, tiny_run, weights
 
 import argrpo
 from argrpo import GRPOConfig, generate, token_logp

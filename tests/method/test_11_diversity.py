@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import Blocks, Loop, brightness, same, tiny_model
+from conftest import Blocks, Loop, brightness, same, tiny_model, tiny_vq
 
 import argrpo
 from argrpo import GRPOConfig
@@ -19,7 +19,6 @@ from diversity import (
     right_images,
     unit_of,
 )
-from vqgan import VQConfig, VQModel
 
 # --- how varied, and what is right -----------------------------------------------------------
 
@@ -120,8 +119,7 @@ def test_large_images_are_remembered_small():
 
 
 def test_codes_are_compared_as_codebook_vectors():
-    vq = VQModel(VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5,
-                          codebook_embed_dim=4))
+    vq = tiny_vq()
     tokens, codes = torch.randint(5, (3, 4)), Codes(vq)
     level, = codes.levels(codes.describe(torch.rand(3, 3, 4, 4), tokens))
     same(level, vq.quantize.codes()[tokens].flatten(1), "each token's unit vector, side by side")
