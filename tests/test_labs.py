@@ -36,7 +36,7 @@ def trial(name, out):
 
 @pytest.mark.slow
 def test_guidance_the_official_update_turns_away_as_the_scale_grows(tmp_path):
-    measured = trial("guidance", tmp_path)
+    measured = trial("lab1_guidance", tmp_path)
     for found in measured["exact"]:
         cosine, bias = found["to the guided gradient"], found["bias"]
         assert cosine[0] == pytest.approx(1) and bias[0] < 1e-6, "without guidance they are equal"
@@ -46,7 +46,7 @@ def test_guidance_the_official_update_turns_away_as_the_scale_grows(tmp_path):
 
 @pytest.mark.slow
 def test_hacking_the_proxy_rises_and_the_truth_falls(tmp_path):
-    runs = trial("hacking", tmp_path)["train_toy"][0]
+    runs = trial("lab2_hacking", tmp_path)["train_toy"][0]
     assert runs["lax"]["proxy"][-1] > runs["lax"]["proxy"][0] + 0.05
     assert runs["small JPEG"]["truth"][-1] < runs["small JPEG"]["truth"][0] - 0.1
     assert runs["lax, KL 1"]["kl"][-1] < runs["lax"]["kl"][-1], "the penalty brakes"
@@ -54,7 +54,7 @@ def test_hacking_the_proxy_rises_and_the_truth_falls(tmp_path):
 
 @pytest.mark.slow
 def test_variance_sure_and_hopeless_prompts_need_the_most_pictures(tmp_path):
-    for found in trial("variance", tmp_path)["exact"]:
+    for found in trial("lab3_variance", tmp_path)["exact"]:
         for G in ("2", "8", "64"):
             grpo, unscaled, others = ([column[2] for column in found[name][G]]
                                       for name in ("GRPO", "Dr. GRPO", "leave-one-out"))
@@ -67,7 +67,7 @@ def test_variance_sure_and_hopeless_prompts_need_the_most_pictures(tmp_path):
 
 @pytest.mark.slow
 def test_offpolicy_the_clip_is_inert_in_the_first_epoch_only(tmp_path):
-    measured = trial("offpolicy", tmp_path)
+    measured = trial("lab4_offpolicy", tmp_path)
     assert all(value < 1e-4 for value in measured["first_epoch"][0].values())
     runs = measured["train_toy"][0]
     assert max(runs["clip 0.2, 1, 0.0008"]["clip_frac"]) == 0
@@ -77,7 +77,7 @@ def test_offpolicy_the_clip_is_inert_in_the_first_epoch_only(tmp_path):
 
 @pytest.mark.slow
 def test_diversity_rejection_is_the_yardstick(tmp_path):
-    found = trial("diversity", tmp_path)["compare"][0]
+    found = trial("lab5_diversity", tmp_path)["compare"][0]
     assert abs(found["base"]["KL"]) < 1e-3, "the base has paid nothing"
     assert 0.4 < found["rejection"]["KL"] < 0.9, "log(1/p) of a model that is right half the time"
     assert found["temperature 0.7"]["right"] > found["base"]["right"]
@@ -85,7 +85,7 @@ def test_diversity_rejection_is_the_yardstick(tmp_path):
 
 @pytest.mark.slow
 def test_search_the_likeliest_of_several_is_more_often_right(tmp_path):
-    measured = trial("search", tmp_path)
+    measured = trial("lab6_search", tmp_path)
     for result in measured["draw_many"][0].values():
         assert result["pass seen"] == sorted(result["pass seen"])
         assert result["best"]["8"][0] > result["best"]["1"][0]
@@ -96,7 +96,7 @@ def test_search_the_likeliest_of_several_is_more_often_right(tmp_path):
 
 @pytest.mark.slow
 def test_composition_likelihood_and_reward_move_the_gates(tmp_path):
-    measured = trial("composition", tmp_path)
+    measured = trial("lab7_composition", tmp_path)
     for way, layers in measured["switched"][0]["gates"].items():
         assert len(layers) == 3 and all(any(gates) for gates in layers), way
     weights = measured["maps_of"][0]["maps"]                         # (words, codes)
@@ -155,6 +155,6 @@ def test_what_is_missing_is_said_before_any_work(options, message, tmp_path):
         if path.name not in ("labs", "docs", "runs"):
             (tmp_path / path.name).symlink_to(path)
     shutil.copytree(ROOT / "labs", tmp_path / "labs")
-    done = subprocess.run([sys.executable, "labs/composition.py", *options], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "labs/lab7_composition.py", *options], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

@@ -12,7 +12,7 @@
 #
 # **You need**: section 3 of `argrpo.py`.  **Time**: three minutes.
 #
-#     python labs/variance.py
+#     python labs/lab3_variance.py
 
 # %%
 from math import comb
@@ -24,7 +24,7 @@ from lab import OTHERS, Tiny, over_seeds, plt, quick
 import argrpo
 import toy
 
-lab.begin("variance")
+lab.begin("lab3_variance")
 
 # %% [markdown]
 # ## 1. Exactly: how many pictures until the signal is as large as the noise?

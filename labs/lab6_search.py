@@ -14,7 +14,7 @@
 # **You need**: `generate` in `argrpo.py`, and checkpoints:
 # `python labs/prepare.py --only t2i_paper,t2i_diverse`.  **Time**: four minutes.
 #
-#     python labs/search.py
+#     python labs/lab6_search.py
 
 # %%
 from math import comb
@@ -27,7 +27,7 @@ from prepare import prepared, require
 import argrpo
 import toy
 
-lab.begin("search")
+lab.begin("lab6_search")
 require("t2i_paper", "t2i_diverse")
 
 # %%

@@ -14,7 +14,7 @@
 #
 # **You need**: sections 2 and 3 of `argrpo.py`.  **Time**: four minutes.
 #
-#     python labs/guidance.py              # or cell by cell, as a notebook
+#     python labs/lab1_guidance.py         # or cell by cell, as a notebook
 
 # %%
 import lab
@@ -23,7 +23,7 @@ from lab import COLOURS, OTHERS, Tiny, over_seeds, plt, quick
 import argrpo
 import toy
 
-lab.begin("guidance")
+lab.begin("lab1_guidance")
 
 # %% [markdown]
 # ## 1. Exactly, on a model small enough to enumerate

@@ -10,7 +10,7 @@
 #
 # **You need**: `reward.py`.  **Time**: four minutes.
 #
-#     python labs/hacking.py
+#     python labs/lab2_hacking.py
 
 # %%
 import random
@@ -23,7 +23,7 @@ import argrpo
 import toy
 from reward import jpeg_kilobytes
 
-lab.begin("hacking")
+lab.begin("lab2_hacking")
 
 # %% [markdown]
 # ## 1. Two proxies

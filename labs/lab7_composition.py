@@ -17,8 +17,8 @@
 # **You need**: section 1 of `argrpo.py`, `toy/models.py`, and checkpoints that `labs/prepare.py`
 # makes; run the lab, and it says which.  **Time**: a minute.
 #
-#     python labs/composition.py               # one seed
-#     python labs/composition.py --stored      # figure and table of three: answer from these
+#     python labs/lab7_composition.py          # one seed
+#     python labs/lab7_composition.py --stored # figure and table of three: answer from these
 
 # %%
 import lab
@@ -48,7 +48,7 @@ AFTERWARDS = {
     "zeros_tuned_paper": ("zeros, likelihood, then paper's", OTHERS[1], ""),
     "gates_tuned_paper": ("gates, likelihood, then paper's", OTHERS[1], "oo"),
 }
-lab.begin("composition")
+lab.begin("lab7_composition")
 require(*FROM_NOTHING, *AFTERWARDS)
 
 # Captions, and draws of each: about 200 pictures of every kind.  What is unseen was never in

@@ -15,12 +15,12 @@
 #
 # This lab looks at where the recipes end up.
 #
-# **You need**: `diversity.py` (the one at the top of the repository), and checkpoints:
+# **You need**: `diversity.py`, and checkpoints:
 # `python labs/prepare.py --only paper,diverse,kl,entropy,negatives`.
 # **Time**: a minute. The checkpoints take a quarter of an hour, and the diverse one 12 minutes
 # more (with two threads; 20 to 23 on one core).
 #
-#     python labs/diversity.py
+#     python labs/lab5_diversity.py
 
 # %%
 import math
@@ -32,7 +32,7 @@ from prepare import prepared, require
 import argrpo
 import toy
 
-lab.begin("diversity")
+lab.begin("lab5_diversity")
 require("paper", "diverse", "kl", "entropy", "negatives")
 
 # %% [markdown]

@@ -14,7 +14,7 @@
 #
 # **You need**: sections 3 and 5 of `argrpo.py`.  **Time**: five minutes.
 #
-#     python labs/offpolicy.py
+#     python labs/lab4_offpolicy.py
 
 # %%
 import time
@@ -26,7 +26,7 @@ from lab import COLOURS, OTHERS, over_seeds, plt, quick
 import argrpo
 import toy
 
-lab.begin("offpolicy")
+lab.begin("lab4_offpolicy")
 
 # %% [markdown]
 # ## 1. One epoch: is the clip inert?
