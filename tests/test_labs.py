@@ -103,6 +103,29 @@ def test_composition_likelihood_and_reward_move_the_gates(tmp_path):
     assert max(max(row) for row in weights) > 1.02 * min(min(row) for row in weights)
 
 
+def test_a_lab_reads_its_options_and_shares_no_state(tmp_path, monkeypatch):
+    """In a notebook, whose command line is the kernel's, it takes the defaults."""
+    monkeypatch.syspath_prepend(ROOT / "labs")
+    import lab
+    monkeypatch.setattr(sys, "argv", ["lab", "--quick", "--seeds", "2", "--out", str(tmp_path)])
+    one, other = lab.Experiment("one"), lab.Experiment("other")
+    assert one.over_seeds(lambda seed: 10 * seed) == [0, 10] and one.quick(1, 2) == 1
+    assert len(one.measured) == 1 and not other.measured
+    monkeypatch.setattr(lab, "NOTEBOOK", True)
+    monkeypatch.setattr(sys, "argv", ["kernel", "-f", "connection.json"])
+    notebook = lab.Experiment("notebook")
+    assert notebook.over_seeds(lambda seed: seed) == [0] and notebook.quick(1, 2) == 2
+
+
+def test_pictures_in_a_labs_file_are_rounded(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "labs")
+    import lab
+    images = torch.rand(4, 3, toy.SIZE, toy.SIZE, generator=argrpo.rng_for("cpu", 0))
+    sheet = lab.as_sheet(lab.as_text(images))                        # four in a row, framed
+    third = sheet[1:-1, 2 * 26 + 1:3 * 26 - 1].permute(2, 0, 1)
+    assert torch.equal(third, (images[2] * 255).round().byte()) and sheet[0].eq(255).all()
+
+
 def test_a_choice_of_pairs_has_all_four_relations(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "labs")
     import lab
