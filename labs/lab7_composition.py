@@ -10,8 +10,8 @@
 # picture.
 #
 # Users noticed the zeros in 2024: words then act through their values alone (LlamaGen's issue 54).
-# What do they cost?  `GPTConfig(cond_rope="still")` puts cosine 1 there, a rotation by nothing:
-# words have queries and keys again.  The lab answers for the toy; what it can say of the published
+# What do they cost?  `still` in `labs/gates.py` puts cosine 1 there, a rotation by nothing: words
+# have queries and keys again.  The lab answers for the toy; what it can say of the published
 # weights is at its end.
 #
 # **You need**: section 1 of `argrpo.py`, `toy/models.py`, and checkpoints that `labs/prepare.py`

@@ -12,12 +12,11 @@ without disturbing each other.
 import argparse
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import lab
 import torch
-from gates import add_gates
+from gates import add_gates, still
 from lab import ROOT
 
 import argrpo
@@ -80,16 +79,18 @@ def scenes(seed, count, plain=False):
     return tokens, lab.prompts_of("t2i", texts, plain)
 
 
-def transformer(cond_rope="zero"):
-    return argrpo.Transformer(replace(toy.CONFIGS["t2i"], cond_rope=cond_rope))
+def transformer(table="zero"):
+    """An untrained t2i toy, whose rotary table is "zero" at the condition, or "still"."""
+    model = argrpo.Transformer(toy.CONFIGS["t2i"])
+    return still(model) if table == "still" else model
 
 
-def pretrained(cond_rope, plain=False):
+def pretrained(table, plain=False):
     """A t2i toy from nothing, with that rotary table at the condition."""
     def make(seed, path, quick):
         tokens, prompts = scenes(seed, 400 if quick else 16000, plain)
         rng = pretraining.random_stream(seed, "composition")
-        save_weights(path, pretraining.pretrain_gpt(transformer(cond_rope), tokens, prompts, rng,
+        save_weights(path, pretraining.pretrain_gpt(transformer(table), tokens, prompts, rng,
                                                     20 if quick else 1200))
     return make
 

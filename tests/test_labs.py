@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,9 +136,23 @@ def test_a_choice_of_pairs_has_all_four_relations(monkeypatch):
         lab.every(12, toy.SEEN_PAIRS)
 
 
+def test_still_is_a_rotation_by_nothing_at_the_words(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "labs")
+    from gates import still
+    published = toy.load("t2i")[0]
+    T = published.config.cls_token_num
+    model = still(argrpo.Transformer(published.config))
+    model.load_state_dict(published.state_dict())                    # which leaves the table alone
+    assert (model.rope[:T, :, 0] == 1).all() and (model.rope[:T, :, 1] == 0).all()
+    assert torch.equal(model.rope[T:], published.rope[T:]), "the picture's positions as they were"
+    words = torch.randn(1, 2, T, 2 * model.rope.shape[1])
+    assert torch.equal(argrpo.apply_rope(words, model.rope[:T]), words)
+    assert not argrpo.apply_rope(words, published.rope[:T]).any(), "as published: zero"
+
+
 def test_closed_gates_are_the_published_model_and_open_ones_look_at_words(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "labs")
-    from gates import SPEED, add_gates
+    from gates import SPEED, add_gates, still
     published, gated = toy.load("t2i")[0], add_gates(toy.load("t2i")[0])
     cond, mask = toy.encode_captions(["one red circle", "a red circle above a blue square"])
 
@@ -149,14 +162,12 @@ def test_closed_gates_are_the_published_model_and_open_ones_look_at_words(monkey
 
     for one, other in zip(answers(published), answers(gated)):
         assert torch.equal(one, other), "closed: bit for bit"
-    still = argrpo.Transformer(replace(toy.CONFIGS["t2i"], cond_rope="still"))
-    still.load_state_dict(published.state_dict())
     with torch.no_grad():
         for layer in gated.layers:
             layer.attention.gate.fill_(1 / SPEED)
         tokens, logp, again = answers(gated)
         torch.testing.assert_close(logp, again)
-        right = argrpo.token_logp(still, tokens, cond, mask)[0]
+        right = argrpo.token_logp(still(published), tokens, cond, mask)[0]
         torch.testing.assert_close(again, right, msg="all open: cosine 1")
 
 
