@@ -7,8 +7,8 @@ from pathlib import Path
 import argrpo
 import pretrained
 import toy
+from captions import T5Captions
 from diversity import Codes, Pixels
-from harness.captions import T5Captions
 from harness.evaluation import spread_prompts
 
 
