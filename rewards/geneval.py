@@ -51,6 +51,7 @@ class GenEval:
     def __init__(self, device, micro_batch=8):
         self.detector = load_detector(device)
         self.tower = open_clip_tower("ViT-L-14-quickgelu", device)
+        self.forget = self.tower.forget
         self.micro_batch = micro_batch
 
     def colours(self, image, found, name):

@@ -24,19 +24,21 @@ from rewards.sources import optional, weights_of
 
 
 @register("clip_iqa")
-def clip_iqa(device):
+class ClipIqa:
     """CLIP-IQA (arXiv 2207.12396), quality without a reference.
 
     Twice the probability that CLIP prefers "Good photo." to "Bad photo." for the image: in [0, 2],
     the range of MANIQA's reward."""
-    tower = clip_tower(device)
     antonyms = ["Good photo.", "Bad photo."]
 
-    def reward(images, prompts):
-        cosines = tower.image_features(images) @ tower.text_features(antonyms).T         # (B, 2)
-        return 2 * (100 * cosines).softmax(dim=-1)[:, 0]
+    def __init__(self, device):
+        self.tower = clip_tower(device)
+        self.forget = self.tower.forget
 
-    return reward
+    def __call__(self, images, prompts):
+        texts = self.tower.text_features(self.antonyms)                                  # (2, C)
+        cosines = self.tower.image_features(images) @ texts.T                            # (B, 2)
+        return 2 * (100 * cosines).softmax(dim=-1)[:, 0]
 
 
 class AestheticHead(nn.Module):
@@ -57,12 +59,17 @@ class AestheticHead(nn.Module):
 
 
 @register("aesthetic")
-def aesthetic(device):
+class Aesthetic:
     """LAION's aesthetic head on CLIP ViT-L/14: about 1 to 10."""
-    tower = open_clip_tower("ViT-L-14-quickgelu", device)
-    head = load_weights(AestheticHead(), weights_of("aesthetic"))
-    head = head.to(device).eval().requires_grad_(False)
-    return lambda images, prompts: head(tower.image_features(images))
+
+    def __init__(self, device):
+        self.tower = open_clip_tower("ViT-L-14-quickgelu", device)
+        self.forget = self.tower.forget
+        head = load_weights(AestheticHead(), weights_of("aesthetic"))
+        self.head = head.to(device).eval().requires_grad_(False)
+
+    def __call__(self, images, prompts):
+        return self.head(self.tower.image_features(images))
 
 
 def random_crops(images, crops=20, size=225):
