@@ -118,17 +118,6 @@ def hpsv2_tower(device):
 # The rewards
 # ---------------------------------------------------------------------------------------------
 
-class Cosine:
-    """A reward, (B,), that is a function of the cosine (B,) of image and prompt."""
-
-    def __init__(self, tower, score):
-        self.tower, self.score = tower, score
-        self.forget = tower.forget
-
-    def __call__(self, images, prompts):
-        return self.score(self.tower.cosine(images, prompts))
-
-
 def times_five(cosine):
     return 5 * cosine
 
@@ -140,10 +129,30 @@ def binned(cosine):
     return values[torch.bucketize(cosine, edges, right=True)]
 
 
+class Cosine:
+    """A reward (B,) that is a function of the cosine (B,) of image and prompt."""
+
+    def __init__(self, tower, score):
+        self.tower, self.score = tower, score
+        self.forget = tower.forget
+
+    def __call__(self, images, prompts):
+        return self.score(self.tower.cosine(images, prompts))
+
+
 @register("clip")
-def clip(device):
+class Clip(Cosine):
     """CLIP ViT-B/32 (arXiv 2103.00020): 5 times the cosine of image and prompt."""
-    return Cosine(clip_tower(device), times_five)
+
+    def __init__(self, device):
+        super().__init__(clip_tower(device), times_five)
+        self.device = device
+
+    def features(self, images):
+        """images (B, 3, H, W) in [0, 1] -> (B, 768), of length one: those of the larger ViT-L/14,
+        so that a policy which learned to please the ViT-B/32 is compared by other eyes."""
+        tower = open_clip_tower("ViT-L-14-quickgelu", self.device)
+        return tower.unit_vectors(tower.encode_image, images)
 
 
 @register("clip_bin")

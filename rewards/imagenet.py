@@ -97,28 +97,6 @@ def efficientnet_lite(device):
     return EfficientNetLite(device)
 
 
-@torch.no_grad()
-def right_class(images, prompts):
-    """Whether the classifier finds the prompt's class likeliest: {"imagenet/accuracy": (B,)}."""
-    guesses = efficientnet_lite(images.device)(images.float()).argmax(dim=-1).tolist()
-    right = [guess in classes_of(prompt) for guess, prompt in zip(guesses, prompts)]
-    return {"imagenet/accuracy": torch.tensor(right, dtype=torch.float32)}
-
-
-class Features:
-    """The classifier's features of length one, as what a `diversity.DiversityBonus` compares."""
-
-    def __init__(self, device):
-        self.classifier = efficientnet_lite(device)
-
-    def describe(self, images, tokens):
-        """images (B, 3, H, W) in [0, 1] -> (B, 1280) float16."""
-        return torch.nn.functional.normalize(self.classifier.features(images), dim=-1).half()
-
-    def levels(self, described):
-        return [described.float()]
-
-
 def torchvision_classifier(name, device):
     """A classifier of torchvision with its best weights, which are downloaded if need be."""
     if name not in models.list_models(module=models):
@@ -137,11 +115,11 @@ class ImageNet:
     model names one of torchvision's classifiers in the place of EfficientNet-Lite0."""
 
     def __init__(self, device, model="", micro_batch=32):
+        self.device, self.micro_batch = device, micro_batch
         if model:
             self.classifier = torchvision_classifier(model, device)
         else:
             self.classifier = efficientnet_lite(device)
-        self.micro_batch = micro_batch
 
     def check_prompts(self, prompts):
         """Raises ValueError for a prompt that names no class, or more than one."""
@@ -152,8 +130,24 @@ class ImageNet:
         """Photographs for `python -m rewards --check`."""
         return pictures.photo_groups()
 
+    def logits(self, images):
+        """images (B, 3, H, W) in [0, 1] -> (B, 1000)."""
+        chunks = images.float().split(self.micro_batch)
+        return torch.cat([self.classifier(chunk) for chunk in chunks])
+
     def __call__(self, images, prompts):
-        wanted, scores = [classes_of(prompt) for prompt in prompts], []
-        for chunk in images.float().split(self.micro_batch):
-            scores += self.classifier(chunk).log_softmax(dim=-1)         # rows (1000,)
-        return torch.stack([row[classes].max() for row, classes in zip(scores, wanted)])
+        logp = self.logits(images).log_softmax(dim=-1)
+        return torch.stack([row[classes_of(prompt)].max() for row, prompt in zip(logp, prompts)])
+
+    @torch.no_grad()
+    def right_class(self, images, prompts):
+        """Whether the prompt's class is the likeliest: {"imagenet/accuracy": (B,)}."""
+        guesses = self.logits(images).argmax(dim=-1).tolist()
+        right = [guess in classes_of(prompt) for guess, prompt in zip(guesses, prompts)]
+        return {"imagenet/accuracy": torch.tensor(right, dtype=torch.float32)}
+
+    def features(self, images):
+        """images (B, 3, H, W) in [0, 1] -> (B, 1280), of length one: those of EfficientNet-Lite0,
+        also where another classifier scores."""
+        features = efficientnet_lite(self.device).features(images)
+        return torch.nn.functional.normalize(features, dim=-1)
