@@ -100,7 +100,7 @@ def check_accumulation(model, prompts, index, tokens, settings):
 def check_rewards(reward_fn, images, texts):
     """What `python -m rewards --check` examines, on images of the chosen model."""
     try:
-        findings = list(checker.check(reward_fn, images, texts, SAMPLES))
+        findings = list(checker.findings(reward_fn, images, texts, SAMPLES))
     except Exception as error:                   # a reward is anybody's code
         yield "reward", False, f"fails: {type(error).__name__}: {error}"
         return

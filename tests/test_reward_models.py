@@ -23,7 +23,7 @@ import train_c2i
 from harness.scoring import feature_function
 from reward import RewardSet, build_rewards
 from rewards.clip import Tower, binned, clip_tower, hpsv2_tower, open_clip_tower, preprocess
-from rewards.quality import AestheticHead, random_crops
+from rewards.quality import aesthetic_head, random_crops
 from rewards.sources import SOURCES, weights_of
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def random_towers(monkeypatch, tmp_path):
             state = {"state_dict": state}
         torch.save(state, tmp_path / f"{name}.pt")
         monkeypatch.setitem(SOURCES, name, str(tmp_path / f"{name}.pt"))
-    torch.save(AestheticHead().state_dict(), tmp_path / "aesthetic.pth")
+    torch.save(aesthetic_head().state_dict(), tmp_path / "aesthetic.pth")
     monkeypatch.setitem(SOURCES, "aesthetic", str(tmp_path / "aesthetic.pth"))
     return built
 
