@@ -61,6 +61,19 @@ def test_the_newest_codes_are_remembered():
     assert quantize.codebook_used.tolist() == list(range(105, 115)), "more than there is room for"
 
 
+def test_only_training_remembers_codes():
+    """A forward pass in eval mode writes into no buffer."""
+    vq = VQModel(VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5,
+                          codebook_embed_dim=4))
+    images = torch.rand(2, 3, 4, 4) * 2 - 1
+    seen = vq.quantize.codebook_used
+    seen.fill_(9)
+    vq.eval()(images)
+    assert (seen == 9).all(), "evaluation must not change a model"
+    vq.train()(images)
+    assert torch.equal(seen[-8:], vq.encode(images).flatten().float()), "training remembers"
+
+
 def test_tokens_are_written_row_by_row():
     """Token 1 is right of token 0, not below it: in decoding and in encoding alike."""
     vq = tiny_vq()
@@ -81,7 +94,7 @@ def test_tokens_are_written_row_by_row():
 
 
 def test_sizes_that_make_no_grid_are_refused():
-    with pytest.raises(ValueError, match="H and W multiples of 2, not"):
+    with pytest.raises(ValueError, match="both multiples of 2, not"):
         tiny_vq().encode(torch.rand(1, 3, 5, 4))
     with pytest.raises(ValueError, match="square grid, but there are 15"):
         tiny_vq().decode(torch.zeros(1, 15, dtype=torch.long))

@@ -333,3 +333,49 @@ def two(device):
     assert stop.value.code == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores == {"image": picture, "reward": 3, "one": 1, "two": 2}
+
+
+# --- rewards that do what they should not ------------------------------------------------------
+
+def darken(images, prompts):
+    return images.sub_(0.1).mean(dim=(1, 2, 3))
+
+
+def darken_by_numpy(images, prompts):            # torch does not see this write
+    images.numpy()[:] = 0
+    return images.mean(dim=(1, 2, 3))
+
+
+def sort(images, prompts):
+    prompts.sort()
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("culprit", [darken, darken_by_numpy, sort])
+def test_a_reward_that_changes_what_it_was_given_is_told_and_changes_nothing(culprit):
+    images, prompts = torch.rand(3, 3, 4, 4), ["c", "b", "a"]
+    before = images.clone()
+    rewards = RewardSet({"good": (reward.brightness, 1.0), "culprit": (culprit, 1.0)})
+    with pytest.raises(reward.BadReward, match="'culprit' changes the images in place, or its pro"):
+        rewards(images, prompts)
+    assert torch.equal(images, before) and prompts == ["c", "b", "a"], "what was given stays"
+
+
+def test_scores_are_copied():
+    """A reward that returns a part of its own buffer must not change scores of an earlier batch."""
+    buffer = torch.zeros(4)
+
+    def counts(images, prompts):
+        return buffer.add_(1)[:len(prompts)]
+    rewards = RewardSet({"counts": (counts, 1.0)})
+    total, parts = rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
+    rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert total.tolist() == parts["counts"].tolist() == [1, 1]
+
+
+def test_a_reward_with_trainable_parameters_keeps_no_graph():
+    """A reward model that was not frozen: its scores are numbers, not a path for gradients."""
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    rewards = RewardSet({"net": (lambda images, prompts: scale * images.mean(dim=(1, 2, 3)), 1.0)})
+    total, parts = rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert not total.requires_grad and not parts["net"].requires_grad
