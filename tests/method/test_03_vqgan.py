@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import same, tiny_vq
 
-from vqgan import VectorQuantizer, VQConfig, VQModel
+from vqgan import AttnBlock, Downsample, ResnetBlock, Upsample, VQConfig, VQModel, group_norm
 
 
 def test_the_nearest_code_is_the_one_in_the_same_direction():
