@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import argrpo
+import captions
 import pretrained
-from harness import captions, options
+from harness import options
 from harness.drawing import draw, draw_shards, read_shards
 from harness.fid import print_fid
 from harness.models import caption_encoder, choose_classes, class_names, load_models

@@ -83,12 +83,10 @@ def update_memory(config, rows, length, gpu, checkpointing):
 
     Counted on this code in float32: 100 bytes per layer, token and channel, of which autocast
     halves about four fifths.  With checkpointing, all of that for one layer, and the inputs of the
-    others.  Each logit is there in float32, with its log-softmax, its softmax and their gradients;
-    of these there is a chunk at most."""
+    others.  Each logit is there in float32, with its log-softmax, softmax and their gradients."""
     inside, n = 60 if gpu else 100, config.n_layer
     layers = inside + 4 * n if checkpointing else inside * n
-    logits = min(argrpo.CHUNK, rows * length * config.vocab_size)
-    return rows * length * config.dim * layers + 24 * logits
+    return rows * length * (config.dim * layers + 24 * config.vocab_size)
 
 
 def choose_sizes(model, vq, settings):

@@ -73,6 +73,7 @@ class Settings(argrpo.GRPOConfig):
     selftest: bool = False               # try models and rewards for a minute, and do not train
 
     def __post_init__(self):
+        super().__post_init__()
         check(self)
         self.other_cfg_scales()
 

@@ -6,7 +6,6 @@ to do).  They work on copies of the model, and leave nothing behind.
 
 import copy
 import dataclasses
-import importlib
 import resource
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 import argrpo
 from harness.checkpoints import load_checkpoint, save_checkpoint
 from harness.speed import Sampler, allowed_mismatch, frozen_copy
+from rewards import checker
 
 PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks share
 
@@ -49,21 +49,10 @@ def selftest(model, vq, prompts, reward_fn, settings):
     return 0 if good else 1
 
 
-def logp_of(model, prompts, index, tokens, settings):
-    """The learner's log-probabilities of images (B, N) of the prompts at index (B,)."""
-    device = tokens.device
-    cfg_scale = settings.cfg_scale if settings.logprob_cfg == "guided" else 1.0
-    _, cond, cond_mask = prompts.pick(index, device)
-    with argrpo.autocast(device):
-        logp, _ = argrpo.token_logp(model, tokens, cond, cond_mask, cfg_scale=cfg_scale,
-                                    temperature=settings.temperature)
-    return logp
-
-
 def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
     """Whether what draws the images computes the distribution that is trained."""
     with torch.no_grad():
-        logp = logp_of(model, prompts, index, tokens, settings)
+        logp, _ = argrpo.policy_logp(model, prompts, index, tokens, settings)
     mean = (logp - sampler_logp).abs().mean().item()
     allowed = allowed_mismatch(tokens.device, settings.cfg_scale)
     finding = f"sampler and learner differ by {mean:.1e} nats a token on average"
@@ -84,7 +73,7 @@ def check_accumulation(model, prompts, index, tokens, settings):
         copied = copy.deepcopy(model)
         copied.zero_grad()
         for rows in torch.arange(len(tokens)).split(size):
-            logp = logp_of(copied, prompts, index[rows], tokens[rows], settings)
+            logp, _ = argrpo.policy_logp(copied, prompts, index[rows], tokens[rows], settings)
             (-(advantages[rows] * logp).mean() * len(rows) / len(tokens)).backward()
         gradients.append([p.grad for p in copied.parameters() if p.grad is not None])
     apart = sum((a - b).square().sum() for a, b in zip(*gradients)).sqrt()
@@ -98,10 +87,9 @@ def check_accumulation(model, prompts, index, tokens, settings):
 
 
 def check_rewards(reward_fn, images, texts):
-    """What `python reward.py --check` examines, on images of the chosen model."""
-    checker = importlib.import_module("rewards.checker")         # a floor above: by name alone
+    """What `python -m rewards --check` examines, on images of the chosen model."""
     try:
-        findings = list(checker.check(reward_fn, images, texts, SAMPLES))
+        findings = list(checker.findings(reward_fn, images, texts, SAMPLES))
     except Exception as error:                   # a reward is anybody's code
         yield "reward", False, f"fails: {type(error).__name__}: {error}"
         return

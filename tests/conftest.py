@@ -94,6 +94,8 @@ def tiny_model(model_type="c2i", **changes):
     if model_type == "t2i":
         config |= dict(model_type="t2i", cls_token_num=4, caption_dim=6)
     model = Transformer(GPTConfig(**(config | changes)))
+    if model_type == "t2i":
+        model.cls_embedding.uncond_embedding.normal_(std=0.4)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -220,7 +222,7 @@ class Loop:
         """Log-probabilities (B, N, V) of the step's images, in one plain pass: guidance, then
         temperature."""
         images = step.index.repeat_interleave(self.config.group_size)
-        _, cond, mask = self.prompts.pick(images, "cpu")
+        cond, mask = self.prompts.pick(images, "cpu")
         c, u = (model(step.tokens, given, mask) for given in (cond, model.null_cond(cond)))
         return ((u + self.config.cfg_scale * (c - u)) / self.config.temperature).log_softmax(-1)
 

@@ -216,7 +216,7 @@ SCALES = "eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not '1,hi
 
 @pytest.mark.parametrize("given, message", [
     (["--preset", "toyy"], "unknown preset 'toyy': there are toy, B-256"),
-    (["--preset", "toy", "--group-size", "1"], "group_size must be at least 2"),
+    (["--preset", "toy", "--group-size", "1"], "group_size must be a finite number of at least 2"),
     (["--preset", "toy", "--lr", "nan"], "lr must be a finite number of at least 0, not nan"),
     (["--preset", "toy", "--reward", "beauty"], "unknown reward 'beauty'"),
     (["--preset", "toy", "--reward", "mine.py:f"], "no such reward file: mine.py"),
@@ -245,16 +245,16 @@ def test_bad_options_end_with_one_line_and_leave_nothing(given, message, tmp_pat
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(group_size=1), "group_size must be at least 2"),
-    (dict(steps=0), "steps must be at least 1, not 0"),
-    (dict(update_epochs=0), "update_epochs must be at least 1, not 0"),
-    (dict(micro_batch=0), "micro_batch must be at least 1, not 0"),
-    (dict(rollout_prompts=-1), "rollout_prompts must be at least 1, or 0 for all at once, not -1"),
+    (dict(group_size=1), "group_size must be a finite number of at least 2"),
+    (dict(steps=0), "steps must be a finite number of at least 1, not 0"),
+    (dict(update_epochs=0), "update_epochs must be a finite number of at least 1, not 0"),
+    (dict(micro_batch=0), "micro_batch must be a finite number of at least 1, not 0"),
+    (dict(rollout_prompts=-1), "rollout_prompts must be a finite number of at least 0, not -1"),
     (dict(lr=math.nan), "lr must be a finite number"),
     (dict(kl_beta=-1.0), "kl_beta must be a finite number of at least 0, not -1"),
     (dict(diversity_bonus=-1.0), "diversity_bonus must be a finite number of at least 0, not -1"),
     (dict(rehearsal=math.inf), "rehearsal must be a finite number of at least 0, not inf"),
-    (dict(temperature=0.0), "temperature must be a finite number above 0"),
+    (dict(temperature=0.0), "temperature must be a finite number of at least 0.001"),
     (dict(logprob_cfg="both"), "logprob_cfg must be"),
     (dict(save_every=0), "save_every must be at least 1, not 0"),
     (dict(eval_images=3), "eval_images must be at least 4, not 3"),

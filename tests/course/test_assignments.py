@@ -281,6 +281,13 @@ def test_a_fault_shows_where_it_should_and_not_before(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["steps"] == 4
 
 
+def test_the_pictures_of_a_run_are_rounded(tmp_path):
+    from PIL import Image
+    faults.draw_rows(tmp_path / "rows.png", [torch.full((2, 3, 4, 4), 0.999)] * 3, scale=2)
+    pixels = Image.open(tmp_path / "rows.png")
+    assert pixels.size == (2 * 2 * 4, 3 * 2 * 4) and pixels.getextrema() == ((255, 255),) * 3
+
+
 @pytest.mark.course
 @pytest.mark.parametrize("fault", [*faults.FAULTS, faults.HEALTHY])
 def test_every_fault_shows(fault, tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
+import captions
 from argrpo import token_logp
-from harness import captions
-from harness.captions import T5Captions, clean, coco_objects, compose, read_captions, requirements
+from captions import T5Captions, clean, coco_objects, compose, read_captions, requirements
 
 # --- reading ---------------------------------------------------------------------------------
 
@@ -185,8 +185,8 @@ LENGTH = 8
 
 def test_captions_are_padded_on_the_left_with_zeros(t5_folder):
     prompts = T5Captions(str(t5_folder), length=LENGTH)(CAPTIONS)
-    texts, cond, mask = prompts.pick(torch.tensor([1, 2]), torch.device("cpu"))
-    assert texts == ["two dogs", "a photo of a red bird"] and cond.shape == (2, LENGTH, 6)
+    cond, mask = prompts.pick(torch.tensor([1, 2]), torch.device("cpu"))
+    assert prompts.texts[1] == "two dogs" and cond.shape == (2, LENGTH, 6)
     assert mask.sum(dim=1).tolist() == [3, 7]              # the words and T5's end mark
     assert mask[0].tolist() == [False] * 5 + [True] * 3
     assert (cond[~mask] == 0).all() and (cond[mask] != 0).any(dim=-1).all()
@@ -200,7 +200,7 @@ def test_features_are_those_of_the_caption_alone(t5_folder):
         input_ids = encode.tokenizer(caption, return_tensors="pt").input_ids
         with torch.no_grad():
             alone = encode.model(input_ids=input_ids).last_hidden_state[0]
-        _, cond, _ = prompts.pick(torch.tensor([i]), torch.device("cpu"))
+        cond, _ = prompts.pick(torch.tensor([i]), torch.device("cpu"))
         torch.testing.assert_close(cond[0, -len(alone):], alone)
 
 
@@ -225,7 +225,7 @@ def test_encoded_captions_condition_the_model(t5_folder):
     """The whole way: words, features, left padding, both branches of guidance."""
     prompts = T5Captions(str(t5_folder), length=LENGTH)(CAPTIONS)
     model = tiny_model("t2i", cls_token_num=LENGTH, caption_dim=6)
-    _, cond, mask = prompts.pick(torch.arange(4), torch.device("cpu"))
+    cond, mask = prompts.pick(torch.arange(4), torch.device("cpu"))
     tokens = torch.randint(11, (1, 16)).expand(4, -1)
     logp, _ = token_logp(model, tokens, cond, mask, cfg_scale=4.0)
     torch.testing.assert_close(logp[1], logp[3])

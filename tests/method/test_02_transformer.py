@@ -5,7 +5,6 @@ it.  Shapes: T condition positions, N tokens, V codes.
 """
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -39,13 +38,16 @@ def test_a_caption_goes_through_a_small_mlp():
          rtol=1e-5, atol=1e-6)
 
 
-def test_no_caption_is_learned_features_for_every_row():
+def test_no_caption_is_one_block_of_features_for_every_row():
+    """Random ones, which are never trained: LlamaGen's uncond_embedding is a buffer."""
     model, features = tiny_model("t2i"), torch.randn(2, 4, 6)
     null = model.null_cond(features)
     assert null.shape == features.shape and null.dtype == features.dtype
     for row in null:
         same(row, model.cls_embedding.uncond_embedding, "no caption is uncond_embedding")
-    assert null.requires_grad, "guidance trains the null branch: keep its gradient"
+    assert "cls_embedding.uncond_embedding" in model.state_dict(), "checkpoints hold it"
+    assert not null.requires_grad and "cls_embedding.uncond_embedding" not in dict(
+        model.named_parameters()), "no optimizer moves it"
 
 
 def test_captions_of_another_shape_are_refused():
@@ -139,9 +141,11 @@ def test_the_condition_reaches_every_prediction(model_type):
 
 
 def test_logits_are_of_normed_states():
-    """The last layer's output goes through one more RMSNorm.  See Transformer.hidden."""
-    model = tiny_model()
-    hidden = model.hidden(torch.randint(11, (2, 16)), torch.arange(2))
+    """The last layer's output goes through one more RMSNorm.  See Transformer.forward."""
+    model, seen = tiny_model(), []
+    model.output.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model(torch.randint(11, (2, 16)), torch.arange(2))
+    [hidden] = seen
     same(hidden.square().mean(-1), torch.ones(2, 16), "the final norm is missing", rtol=1e-3)
 
 
@@ -228,7 +232,7 @@ def test_what_stands_in_the_padding_changes_nothing(way, cfg_scale):
 
 
 def test_the_null_branch_is_masked_as_its_caption():
-    """The learned null features of padded positions are invisible, too."""
+    """The null features of padded positions are invisible, too."""
     model, (cond, mask) = tiny_model("t2i"), tiny_condition("t2i")
     tokens = torch.randint(11, (3, 16))
     null = model.null_cond(cond)
@@ -242,17 +246,3 @@ def test_the_null_branch_is_masked_as_its_caption():
 
 def test_reading_captions_through_the_cache_is_reading_at_once():
     check_cache("t2i")
-
-
-def test_words_can_be_looked_at_if_the_config_says_so():
-    """cond_rope "still" is a rotation by nothing at the condition, and the published table else."""
-    config = GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=8, block_size=4, model_type="t2i",
-                       cls_token_num=3, caption_dim=6)
-    zero, still = argrpo.rope_table(config), argrpo.rope_table(replace(config, cond_rope="still"))
-    assert (zero[:3] == 0).all(), "as published: neither cosine nor sine"
-    assert (still[:3, :, 0] == 1).all() and (still[:3, :, 1] == 0).all(), "angle zero"
-    same(still[3:], zero[3:], "the picture's positions are what they were")
-    x = torch.randn(1, 2, 3, 16)
-    same(argrpo.apply_rope(x, still[:3]), x, "words keep their queries and keys")
-    with pytest.raises(ValueError, match="cond_rope 'zero' or 'still', not 't2i' and 'none'"):
-        replace(config, cond_rope="none")

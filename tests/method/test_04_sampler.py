@@ -1,8 +1,11 @@
 """The sampler and the policy that it draws from: argrpo.py, section 2.  One idea a test."""
 
+import math
+
 import pytest
 import torch
 from conftest import Spy, same, tiny_condition, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import argrpo
 from argrpo import filter_logits, generate, sample_inverse_cdf, token_logp
@@ -19,17 +22,17 @@ def repeat(x, times):
 # --- one draw ----------------------------------------------------------------------------------
 
 def test_each_row_draws_for_itself():
-    codes = sample_inverse_cdf(torch.zeros(50, 11).log_softmax(-1))
-    assert len(codes.unique()) > 5, "every row needs a random number of its own"
+    """Of generate: 50 pictures of one class, their first codes."""
+    tokens, _ = generate(tiny_model(), torch.zeros(50, dtype=torch.long))
+    assert len(tokens[:, 0].unique()) > 3, "every row needs a random number of its own"
 
 
-def test_the_first_code_at_which_the_cumulative_probability_reaches_a_uniform_number(monkeypatch):
+def test_the_first_code_at_which_the_cumulative_probability_reaches_a_uniform_number():
     """Of (0, 0.25, 0.5, 0.25, 0): up to 0.25 is code 1, up to 0.75 code 2, up to 1 code 3.  See
-    sample_inverse_cdf, which draws 1 - torch.rand, a number in (0, 1]."""
+    sample_inverse_cdf, which takes 1 - uniform, a number in (0, 1]."""
     numbers = torch.tensor([1e-9, 0.2499, 0.2501, 0.7499, 0.7501, 1.0], dtype=torch.double)
-    monkeypatch.setattr(torch, "rand", lambda n, *_, **how: 1 - numbers[:n, None])
     p = torch.tensor([0.0, 0.25, 0.5, 0.25, 0.0])
-    codes = sample_inverse_cdf(p.log().expand(6, 5)).tolist()
+    codes = sample_inverse_cdf(p.log().expand(6, 5), 1 - numbers).tolist()
     assert codes == [1, 1, 2, 2, 3, 3], "the first code whose cumulative probability reaches it"
 
 
@@ -37,7 +40,8 @@ def test_draws_follow_the_distribution():
     """20000 draws from five known probabilities.  A frequency's standard error is at most 0.0036:
     five of them make a false alarm rarer than one in a million."""
     p = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
-    codes = sample_inverse_cdf(p.log().expand(20000, 5), torch.Generator().manual_seed(0))
+    uniform = torch.rand(20000, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    codes = sample_inverse_cdf(p.log().expand(20000, 5), uniform)
     frequencies = codes.bincount(minlength=5) / 20000
     same(frequencies, p, "frequencies are not the probabilities", rtol=0, atol=0.018)
     assert (codes != 4).all(), "a code of probability 0 is never drawn"
@@ -45,7 +49,7 @@ def test_draws_follow_the_distribution():
 
 def test_a_draw_from_nothing_is_still_a_code():
     """A broken model's log-probabilities will say so; the sampler must not index out of range."""
-    assert sample_inverse_cdf(torch.full((2, 5), torch.nan)).tolist() == [4, 4]
+    assert sample_inverse_cdf(torch.full((2, 5), torch.nan), torch.rand(2)).tolist() == [4, 4]
 
 
 # --- top-k and top-p ---------------------------------------------------------------------------
@@ -140,13 +144,11 @@ def test_guidance_changes_the_policy():
 
 
 def test_the_entropy_can_be_trained():
-    """token_logp's entropy has a gradient, unless it is told not to keep one."""
+    """token_logp's entropy has a gradient: other losses may want it."""
     model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)
     entropy = token_logp(model, tokens, cond)[1]
     gradients = torch.autograd.grad(entropy.mean(), model.layers.parameters())
     assert any(g.abs().max() > 0 for g in gradients)
-    logp, entropy = token_logp(model, tokens, cond, entropy_grad=False)
-    assert logp.requires_grad and not entropy.requires_grad
 
 
 def test_the_gradient_of_guided_log_probs_reaches_the_null_branch():
@@ -226,65 +228,56 @@ def test_a_caption_without_words_is_still_finite():
          "a fully masked row still sees itself", atol=1e-4)
 
 
-# --- chunks of logits --------------------------------------------------------------------------
+# --- bfloat16 -----------------------------------------------------------------------------------
 
-def test_chunks_of_logits_are_put_together_in_order(monkeypatch):
-    """Three positions at a time, and one, give what all at once give.  See token_logp."""
-    model, (cond, mask), tokens = tiny_model(), tiny_condition("c2i"), torch.randint(11, (3, 16))
-    logp, entropy = token_logp(model, tokens, cond, mask, cfg_scale=2.0, temperature=1.3)
-    for chunk in (2 * 3 * 11 * 3, 1):
-        monkeypatch.setattr(argrpo, "CHUNK", chunk)
-        parts = token_logp(model, tokens, cond, mask, cfg_scale=2.0, temperature=1.3)
-        same(parts[0], logp, "chunks change nothing, and stay in the tokens' order")
-        same(parts[1], entropy, "the entropies' chunks, too")
-
-
-def test_no_more_than_a_chunk_of_logits_at_a_time(monkeypatch):
-    seen, model, (cond, mask) = [], tiny_model(), tiny_condition("c2i")
-    model.output.register_forward_hook(lambda module, given, logits: seen.append(logits.numel()))
-    monkeypatch.setattr(argrpo, "CHUNK", 200)    # 2 branches x 3 rows x 11 codes: 3 positions
-    logp, _ = token_logp(model, torch.randint(11, (3, 16)), cond, mask, cfg_scale=2.0)
-    logp.sum().backward()
-    assert max(seen) == 2 * 3 * 3 * 11
-    assert len(seen) == 2 * 6, "once forwards, and once more in the backward pass"
-
-
-def test_chunks_add_up_their_gradients_in_float32(monkeypatch):
-    """Under autocast, each chunk's gradient of the output layer is rounded to bfloat16, but not
-    their sum, which would be off by more than a few roundings of single ones."""
-    model, labels, tokens = tiny_model(block_size=64), torch.arange(4), torch.randint(11, (4, 64))
-
-    def gradient(chunk):
-        monkeypatch.setattr(argrpo, "CHUNK", chunk)
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            logp, _ = token_logp(model, tokens, labels)
-        logp.mean().backward()
-        return model.output.weight.grad.clone()
-
-    whole, pieces = gradient(2**23), gradient(4 * 11)                # a position at a time
-    assert whole.dtype == torch.float32 and not torch.equal(whole, pieces)
-    assert (pieces - whole).norm() < 0.003 * whole.norm()
-
-
-def test_autocast_is_for_gpus_and_remembers_no_weights(monkeypatch):
-    """bfloat16 on cuda, nothing on the CPU; and no cache, which would add up gradients in bfloat16.
-    See argrpo.autocast."""
+def test_autocast_is_for_gpus(monkeypatch):
+    """bfloat16 on cuda, nothing on the CPU.  See argrpo.autocast."""
     made = Spy(lambda *given, **how: (given, how))
     monkeypatch.setattr(torch, "autocast", made)
     for kind, on in (("cuda", True), ("cpu", False)):
         given, how = argrpo.autocast(torch.device(kind))
-        assert given == (kind, torch.bfloat16, on), "bfloat16 on a GPU, and only there"
-        assert how == {"cache_enabled": False}, "autocast must not keep rounded weights"
+        assert (given, how) == ((kind,), dict(dtype=torch.bfloat16, enabled=on)), (
+            "bfloat16 on a GPU, and only there")
+
+
+@BOTH
+def test_autocast_rounds_each_weight_once_in_a_rollout_and_once_in_a_pass(model_type, monkeypatch):
+    """Its cache keeps what was rounded.  In a pass with gradients each weight is used once, so no
+    two products share a rounded copy, whose gradient would be added up in bfloat16."""
+    model, (cond, mask) = tiny_model(model_type), tiny_condition(model_type)
+    rounded, weights = [], {id(p) for p in model.parameters()}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and id(args[0]) in weights:
+                rounded.append(id(args[0]))
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Count():
+        tokens, _ = generate(model, cond, mask, cfg_scale=2.0)
+    assert rounded and len(rounded) == len(set(rounded)), "a rollout rounds a weight only once"
+    rounded.clear()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Count():
+        token_logp(model, tokens, cond, mask, cfg_scale=2.0)
+    assert rounded and len(rounded) == len(set(rounded)), "a pass uses each weight in one product"
 
 
 # --- bad input ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bad", [dict(temperature=0.0), dict(top_p=0.0), dict(top_p=1.5),
-                                 dict(top_k=-1), dict(samples_per_prompt=0)])
+                                 dict(top_k=-1), dict(samples_per_prompt=0),
+                                 dict(temperature=math.nan), dict(temperature=math.inf),
+                                 dict(cfg_scale=math.nan), dict(top_p=math.nan)])
 def test_settings_out_of_range(bad):
+    """NaN and infinity would give pictures, and nobody would know of what."""
     with pytest.raises(ValueError, match="generate needs"):
         generate(tiny_model(), torch.arange(2), **bad)
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=math.nan), dict(cfg_scale=math.nan)])
+def test_log_probs_of_no_policy(bad):
+    with pytest.raises(ValueError, match="not .*nan"):
+        token_logp(tiny_model(), torch.zeros(2, 16, dtype=torch.long), torch.arange(2), **bad)
 
 
 def test_wrong_number_of_tokens():
@@ -292,17 +285,34 @@ def test_wrong_number_of_tokens():
         tiny_model()(torch.zeros(2, 15, dtype=torch.long), torch.arange(2))
 
 
-def test_rows_may_have_random_streams_of_their_own():
-    """A list of generators: what an image becomes does not depend on what is drawn beside it."""
+def test_rows_may_bring_their_random_numbers():
+    """Then what an image becomes does not depend on what is drawn beside it."""
     model, labels = tiny_model(), torch.tensor([0, 0, 1, 1])
+    uniform = torch.rand(4, 16, dtype=torch.double)
 
-    def draw(rows):
-        streams = [torch.Generator().manual_seed(100 + row) for row in rows]
-        return generate(model, labels[rows], generator=streams)[0]
+    def draw(rows, **how):
+        return generate(model, labels[rows], uniform=uniform[rows], **how)[0]
 
     together, order = draw([0, 1, 2, 3]), [3, 1]
-    assert torch.equal(draw(order), together[order]), "a row's codes come from its own generator"
-    assert not torch.equal(together[0], together[1]), "two streams, two images of one class"
+    assert torch.equal(draw(order), together[order]), "a row's codes come from its own numbers"
+    assert not torch.equal(together[0], together[1]), "other numbers, another image of a class"
+    prefix = together[:, :5]
+    after, _ = generate(model, labels, uniform=uniform[:, 5:], prefix=prefix)
+    assert torch.equal(after, together), "uniform is of the tokens that are drawn, after the prefix"
+
+
+def test_random_numbers_of_a_generator_are_those_of_each_token_in_turn():
+    """So that pictures of a seed stay what they were: first all rows' first token, then the next.
+    """
+    model, labels = tiny_model(), torch.arange(3)
+    rng = torch.Generator().manual_seed(7)
+    uniform = torch.stack([torch.rand(3, generator=rng, dtype=torch.double) for _ in range(16)], 1)
+    ours, _ = generate(model, labels, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(ours, generate(model, labels, uniform=uniform)[0])
+    rng = torch.Generator().manual_seed(7)
+    generate(model, labels, greedy=True, generator=rng)
+    assert torch.equal(rng.get_state(), torch.Generator().manual_seed(7).get_state()), (
+        "greedy decoding needs no random number")
 
 
 # --- functions leave what they are given alone -------------------------------------------------
@@ -316,7 +326,8 @@ def test_functions_leave_their_inputs_alone():
         argrpo.group_statistics: (r, 3), argrpo.group_advantages: (r, 3),
         argrpo.kl_k3: (logp, -logp), argrpo.kl_exact: (logits, -logits),
         argrpo.grpo_loss: (logp, -logp, logp, r), argrpo.guide: (logits, 2.0),
-        argrpo.sample_inverse_cdf: (logits.log_softmax(-1),), filter_logits: (logits, 0, 0.5),
+        argrpo.sample_inverse_cdf: (logits.log_softmax(-1), torch.rand(6)),
+        filter_logits: (logits, 0, 0.5),
         argrpo.RMSNorm(4, 1e-5): (logp,), argrpo.apply_rope: (hidden, torch.randn(3, 2, 2)),
         argrpo.both_branches: (model, cond, mask, 2.0), model: (tokens, cond, mask),
         argrpo.token_logp: (model, tokens, cond, mask), model.prefill: (cond, mask, 2)}

@@ -54,6 +54,17 @@ def test_tiny_spreads_are_damped_by_eps():
          atol=1e-6)
 
 
+def test_the_scale_of_rewards_cancels_between_eps_and_overflow():
+    """Only there: above 1e19 a square is more than float32 holds, and advantages are 0."""
+    rewards, right = torch.tensor([0.0, 1.0, 1.0, 2.0]), None
+    for scale in (1.0, 1e3, 1e15):
+        A = group_advantages(rewards * scale, 4)
+        right = A if right is None else right
+        same(A, right, f"times {scale:g}, the same advantages", rtol=1e-3)
+    assert group_advantages(rewards * 1e-6, 4).abs().max() < 0.02, "far below eps they vanish"
+    assert (group_advantages(rewards * 1e30, 4) == 0).all(), "the standard deviation is infinite"
+
+
 def test_a_missing_reward_is_left_out():
     """Of (1, missing, 3, 5) the known ones have mean 3 and standard deviation 2."""
     rewards = torch.tensor([1.0, math.nan, 3.0, 5.0])
@@ -96,6 +107,19 @@ def test_k3_averages_to_the_exact_kl():
     assert (k3 >= 0).all(), "k3 is never negative"
     same((logp.exp() * k3).sum(-1), kl_exact(logits, ref_logits), "E_pi[k3] = KL(pi || pi_ref)")
     same(kl_exact(logits, logits), torch.zeros(4), "the KL to oneself is 0")
+
+
+def test_the_gradient_of_k3_is_that_of_the_other_direction():
+    """Over samples of pi, with the samples held fixed as in a loss: its value estimates
+    KL(pi || pi_ref), but its gradient is on average that of KL(pi_ref || pi)."""
+    logits, ref_logits = torch.randn(7, requires_grad=True), torch.randn(7)
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    expected = (logp.exp().detach() * kl_k3(logp, ref_logp)).sum()   # all 7 samples, as often as
+    forward, backward = kl_exact(ref_logits, logits), kl_exact(logits, ref_logits)   # pi draws them
+    ours, right, other = (torch.autograd.grad(x, logits, retain_graph=True)[0]
+                          for x in (expected, forward, backward))
+    same(ours, right, "E_pi[grad k3] = grad KL(pi_ref || pi)")
+    assert not torch.allclose(ours, other, atol=0.01), "and not grad KL(pi || pi_ref)"
 
 
 def test_the_exact_kl_by_brute_force():

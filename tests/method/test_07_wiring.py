@@ -347,7 +347,7 @@ def test_bfloat16_is_for_the_transformer_alone(monkeypatch, spy):
 
     def loss_fn(*given):
         inside.append(("loss", torch.is_autocast_enabled("cpu")))
-        return argrpo.grpo_loss(*given)
+        return argrpo.grpo_loss(*given[:4])
     loop = Loop(reward_fn=reward_fn, seams=dict(loss_fn=loss_fn))
     step = loop.step()
     wanted = {"generate": True, "token_logp": True, "to_images": False, "reward": False,

@@ -14,6 +14,18 @@ import argrpo
 from argrpo import GRPOConfig
 
 
+@pytest.mark.parametrize("bad", [
+    dict(steps=0), dict(warmup_steps=0), dict(micro_batch=0), dict(rollout_prompts=-1),
+    dict(group_size=1), dict(lr=-1.0), dict(lr=float("nan")), dict(kl_beta=float("inf")),
+    dict(temperature=0.0), dict(temperature=float("nan")), dict(max_grad_norm=0.0),
+    dict(cfg_scale=float("nan")), dict(logprob_cfg="off")])
+def test_settings_out_of_range_are_refused_with_their_value(bad):
+    """Where they are made, in a script of one's own as on the command line."""
+    [(name, value)] = bad.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*not '?{value}"):
+        GRPOConfig(**bad)
+
+
 def observe(monkeypatch, **changes):
     """What a run looks like from outside: of its first step, unless it says otherwise."""
     with monkeypatch.context() as patch:

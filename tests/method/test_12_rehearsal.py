@@ -160,7 +160,7 @@ def test_the_gradient_is_that_of_the_likelihood(model_type, logprob_cfg):
     added = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     tokens = torch.cat([rehearsal.remembered["prompt 0"], rehearsal.remembered["prompt 4"]])
-    _, cond, mask = prompts.pick(index.repeat_interleave(2), torch.device("cpu"))
+    cond, mask = prompts.pick(index.repeat_interleave(2), torch.device("cpu"))
     logits = model(tokens, cond, mask)
     if logprob_cfg == "guided":
         null = model(tokens, model.null_cond(cond), mask)

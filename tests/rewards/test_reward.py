@@ -15,7 +15,7 @@ from PIL import Image
 import reward
 import train_c2i
 import train_t2i
-from reward import BATCH_CACHES, MODULES, REGISTRY, RewardSet, build_rewards, items_of, register
+from reward import MODULES, REGISTRY, RewardSet, build_rewards, items_of, register
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -189,18 +189,33 @@ def test_running_out_of_memory_is_no_bad_reward():
         RewardSet({"hungry": (hungry, 1.0)})(IMAGES, PROMPTS)
 
 
-def test_what_rewards_remember_of_a_batch_is_forgotten_after_it():
-    cache = {}
-    BATCH_CACHES.append(cache)
-    try:
-        def remembers(images, prompts):
-            cache["images"] = images
-            return torch.zeros(4)
+class Remembers:
+    """A reward that keeps the batch until it is told to forget."""
+    kept = None
 
-        RewardSet({"remembers": (remembers, 1.0)})(IMAGES, PROMPTS)
-        assert cache == {}
-    finally:
-        BATCH_CACHES.remove(cache)
+    def __call__(self, images, prompts):
+        self.kept = images
+        return torch.zeros(len(prompts))
+
+    def forget(self):
+        self.kept = None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_rewards_remember_of_a_batch_is_forgotten_after_it(fails):
+    """Also after a reward in the middle of the set raised an error."""
+    def second(images, prompts):
+        assert first.kept is images              # for the other rewards of the batch
+        return {}["score"] if fails else torch.zeros(len(prompts))
+
+    first, last = Remembers(), Remembers()
+    rewards = RewardSet({"first": (first, 1.0), "second": (second, 1.0), "last": (last, 1.0)})
+    if fails:
+        with pytest.raises(reward.BadReward, match="'second' failed .*KeyError: 'score'"):
+            rewards(IMAGES, PROMPTS)
+    else:
+        rewards(IMAGES, PROMPTS)
+    assert first.kept is None and last.kept is None
 
 
 # --- from a text to a RewardSet ----------------------------------------------------------------
@@ -291,8 +306,8 @@ def test_names_are_known_without_any_of_the_large_libraries():
     assert heavy == ""
 
 
-def test_run_as_a_script_it_has_one_registry(tmp_path, monkeypatch, capsys):
-    """A user's file registers with the module `reward`, and the script finds the name there."""
+def test_the_command_finds_what_a_file_of_the_users_registers(tmp_path, monkeypatch, capsys):
+    """There is one registry, for `reward` is imported and never run."""
     file = tmp_path / "mine.py"
     file.write_text("""
 import torch
@@ -307,11 +322,12 @@ def two(device):
 """)
     picture = str(tmp_path / "grey.png")
     Image.new("RGB", (8, 8), "grey").save(picture)
-    monkeypatch.setattr(sys, "argv", ["reward.py", "--reward", f"{file}:one,two", "--device", "cpu",
+    monkeypatch.delitem(sys.modules, "rewards.__main__", raising=False)
+    monkeypatch.setattr(sys, "argv", ["rewards", "--reward", f"{file}:one,two", "--device", "cpu",
                                       picture])
     try:
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "reward.py"), run_name="__main__")
+            runpy.run_module("rewards", run_name="__main__")
     finally:
         REGISTRY.pop("two", None)
     assert stop.value.code == 0

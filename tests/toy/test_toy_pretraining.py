@@ -92,7 +92,7 @@ def test_pretraining_learns_each_prompts_pictures(task):
     torch.manual_seed(0)
     tokens, prompts = tiny_data(task)
     gpt = pretrain_gpt(Transformer(TINY[task]), tokens, prompts, random.Random(0), steps=100)
-    _, cond, mask = prompts.pick(torch.arange(3), "cpu")
+    cond, mask = prompts.pick(torch.arange(3), "cpu")
     with torch.no_grad():
         p = gpt(tokens[:3], cond, mask)[:, 0].softmax(-1)            # of the first code
         null = gpt(tokens[:1], gpt.null_cond(cond[:1]), None if mask is None else mask[:1])

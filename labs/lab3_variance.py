@@ -12,19 +12,20 @@
 #
 # **You need**: section 3 of `argrpo.py`.  **Time**: three minutes.
 #
-#     python labs/variance.py
+#     python labs/lab3_variance.py
 
 # %%
 from math import comb
 
 import lab
 import torch
-from lab import OTHERS, Tiny, over_seeds, plt, quick
+from lab import OTHERS, Tiny, plt
 
 import argrpo
 import toy
 
-lab.begin("variance")
+experiment = lab.Experiment("lab3_variance")
+quick = experiment.quick                         # quick(small, full) is a size
 
 # %% [markdown]
 # ## 1. Exactly: how many pictures until the signal is as large as the noise?
@@ -113,7 +114,7 @@ def exact(seed):
     return found
 
 
-tinies = over_seeds(exact, range(quick(2, 10)))
+tinies = experiment.over_seeds(exact, range(quick(2, 10)))
 
 
 def median(name, G, k, column):
@@ -164,7 +165,7 @@ def train_toy(seed):
     return found
 
 
-trained = over_seeds(train_toy)
+trained = experiment.over_seeds(train_toy)
 
 # %% [markdown]
 # **Question 4.**  Which group size learns most from equal numbers of pictures?  What do the others
@@ -216,8 +217,9 @@ for name in trained[0]:
     advantage, G = name.split(", G = ")
     rows.append([advantage, G, lab.across([found[name]["right"] for found in trained]),
                  *[""] * (len(RATES) - 1)])
-lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of {PICTURES} "
-                      "pictures, lr 1.6e-3, no KL penalty")
+experiment.finish(
+    fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of {PICTURES} pictures, "
+               "lr 1.6e-3, no KL penalty")
 
 # %% [markdown]
 # <details><summary>Answers</summary>

@@ -15,25 +15,26 @@
 #
 # This lab looks at where the recipes end up.
 #
-# **You need**: `diversity.py` (the one at the top of the repository), and checkpoints:
+# **You need**: `diversity.py`, and checkpoints:
 # `python labs/prepare.py --only paper,diverse,kl,entropy,negatives`.
 # **Time**: a minute. The checkpoints take a quarter of an hour, and the diverse one 12 minutes
 # more (with two threads; 20 to 23 on one core).
 #
-#     python labs/diversity.py
+#     python labs/lab5_diversity.py
 
 # %%
 import math
 
 import lab
-from lab import COLOURS, OTHERS, over_seeds, plt, quick
+from lab import COLOURS, OTHERS, plt
 from prepare import prepared, require
 
 import argrpo
 import toy
 
-lab.begin("diversity")
-require("paper", "diverse", "kl", "entropy", "negatives")
+experiment = lab.Experiment("lab5_diversity")
+quick = experiment.quick                         # quick(small, full) is a size
+require(experiment, "paper", "diverse", "kl", "entropy", "negatives")
 
 # %% [markdown]
 # ## 1. The recipes
@@ -67,8 +68,7 @@ RECIPES = {                                      # name: (checkpoint, colour)
     "negatives": ("negatives", OTHERS[3]),
     "diverse": ("diverse", COLOURS["diverse"]),
 }
-if lab.options.quick:
-    RECIPES = {name: RECIPES[name] for name in ("paper", "negatives")}
+RECIPES = {name: RECIPES[name] for name in quick(("paper", "negatives"), RECIPES)}
 TEMPERATURES = quick([0.7], [0.9, 0.8, 0.7, 0.6, 0.5])
 
 
@@ -79,8 +79,7 @@ def kl_paid(drawn):
     total = 0.0
     for rows in range(0, len(cond), 128):
         some = slice(rows, rows + 128)
-        ref_logp, _ = argrpo.token_logp(reference, drawn.tokens[some], cond[some],
-                                        entropy_grad=False)
+        ref_logp, _ = argrpo.token_logp(reference, drawn.tokens[some], cond[some])
         total += (drawn.logp[some] - ref_logp.detach()).sum().item()
     return total / len(cond)
 
@@ -107,12 +106,12 @@ def compare(seed):
         drawn = lab.draw(base_model, SAMPLES, seed=seed, temperature=temperature)
         found[f"temperature {temperature}"] = row(drawn, base)
     for name, (checkpoint, _) in RECIPES.items():
-        model, _ = toy.load("c2i", gpt_path=prepared(checkpoint, seed))
+        model, _ = toy.load("c2i", gpt_path=prepared(experiment, checkpoint, seed))
         found[name] = row(lab.draw(model, SAMPLES, seed=seed), base)
     return found
 
 
-compared = over_seeds(compare)
+compared = experiment.over_seeds(compare)
 
 # %% [markdown]
 # **Question 2.**  Which recipes pay more KL than is needed for their share of right pictures, and
@@ -164,7 +163,8 @@ for name in compared[0]:
                  lab.across(known) if known else "too few right",
                  lab.across([run["KL"] for run in runs]),
                  lab.across([run["needed"] for run in runs]), f"{runs[0]['draws']:.1f}"])
-lab.finish(fig, rows, f"toy c2i: {27 * SAMPLES} pictures of each checkpoint of labs/prepare.py")
+experiment.finish(
+    fig, rows, f"toy c2i: {27 * SAMPLES} pictures of each checkpoint of labs/prepare.py")
 
 # %% [markdown]
 # <details><summary>Answers</summary>

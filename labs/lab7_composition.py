@@ -10,21 +10,21 @@
 # picture.
 #
 # Users noticed the zeros in 2024: words then act through their values alone (LlamaGen's issue 54).
-# What do they cost?  `GPTConfig(cond_rope="still")` puts cosine 1 there, a rotation by nothing:
-# words have queries and keys again.  The lab answers for the toy; what it can say of the published
+# What do they cost?  `still` in `labs/gates.py` puts cosine 1 there, a rotation by nothing: words
+# have queries and keys again.  The lab answers for the toy; what it can say of the published
 # weights is at its end.
 #
 # **You need**: section 1 of `argrpo.py`, `toy/models.py`, and checkpoints that `labs/prepare.py`
 # makes; run the lab, and it says which.  **Time**: a minute.
 #
-#     python labs/composition.py               # one seed
-#     python labs/composition.py --stored      # figure and table of three: answer from these
+#     python labs/lab7_composition.py          # one seed
+#     python labs/lab7_composition.py --stored # figure and table of three: answer from these
 
 # %%
 import lab
 import torch
 from gates import gates_of
-from lab import COLOURS, OTHERS, over_seeds, plt, quick
+from lab import COLOURS, OTHERS, plt
 from prepare import SWITCHES, prepared, require, transformer
 
 import toy
@@ -48,8 +48,9 @@ AFTERWARDS = {
     "zeros_tuned_paper": ("zeros, likelihood, then paper's", OTHERS[1], ""),
     "gates_tuned_paper": ("gates, likelihood, then paper's", OTHERS[1], "oo"),
 }
-lab.begin("composition")
-require(*FROM_NOTHING, *AFTERWARDS)
+experiment = lab.Experiment("lab7_composition")
+quick = experiment.quick                         # quick(small, full) is a size
+require(experiment, *FROM_NOTHING, *AFTERWARDS)
 
 # Captions, and draws of each: about 200 pictures of every kind.  What is unseen was never in
 # pretraining, though all of its words were.
@@ -92,12 +93,12 @@ def pretrained_toys(seed):
     """{checkpoint: {kind: share}}."""
     found = {}
     for name in FROM_NOTHING:
-        model = load_weights(transformer(name.split("_")[0]), prepared(name, seed))
+        model = load_weights(transformer(name.split("_")[0]), prepared(experiment, name, seed))
         found[name] = score(model, seed, plain=name.endswith("plain"))
     return found
 
 
-toys = over_seeds(pretrained_toys)
+toys = experiment.over_seeds(pretrained_toys)
 
 # %% [markdown]
 # ## 2. What a picture token looks at
@@ -127,7 +128,7 @@ def attention_to_words(model, tokens, cond, cond_mask):
 
     for layer in model.layers:
         handles.append(layer.attention.register_forward_pre_hook(record))
-    model.hidden(tokens, cond, cond_mask)
+    model(tokens, cond, cond_mask)
     for handle in handles:
         handle.remove()
     return torch.stack(maps)
@@ -138,7 +139,7 @@ CAPTION = "a red circle above a blue square"
 
 def maps_of(seed):
     """{"words", "maps" (words, 36) of the most selective head, "picture"} of the "still" toy."""
-    model = load_weights(transformer("still"), prepared("still", seed))
+    model = load_weights(transformer("still"), prepared(experiment, "still", seed))
     drawn = lab.draw(model, 8, "t2i", [CAPTION], seed=seed)
     one = drawn.right.argmax().item()                                # a right one, if there is
     prompts = lab.prompts_of("t2i", [CAPTION])
@@ -149,10 +150,10 @@ def maps_of(seed):
     apart = (weights / weights.sum(-1, keepdim=True)).std(-1).mean(-1)
     layer, head = divmod(apart.flatten().argmax().item(), weights.shape[1])
     return {"words": words, "maps": weights[layer, head].T.tolist(), "head": [layer, head],
-            "picture": lab.packed(drawn.images[[one] * 4])}
+            "picture": lab.as_text(drawn.images[[one] * 4])}
 
 
-maps = over_seeds(maps_of)
+maps = experiment.over_seeds(maps_of)
 
 # %% [markdown]
 # ## 3. Can it be switched on afterwards?
@@ -175,14 +176,14 @@ def switched(seed):
     found, gates = {"shipped": score(toy.load("t2i")[0], seed)}, {}
     for name in AFTERWARDS:
         switch = name.split("_")[0]
-        model = load_weights(SWITCHES[switch](), prepared(name, seed))
+        model = load_weights(SWITCHES[switch](), prepared(experiment, name, seed))
         found[name] = score(model, seed)
         if switch == "gates":
             gates[name] = gates_of(model)         # (layers, heads)
     return {"shares": found, "gates": gates}
 
 
-afterwards = over_seeds(switched)
+afterwards = experiment.over_seeds(switched)
 
 # %% [markdown]
 # **Question 3.**  On LlamaGen's XL (36 layers, 20 heads) how many new numbers are these gates, and
@@ -219,7 +220,7 @@ LATER = {"shipped": ("shipped", COLOURS["base"], "")} | AFTERWARDS
 bar_chart(right, "the shipped toy, trained on", [found["shares"] for found in afterwards], LATER)
 words = maps[0]["words"]
 axes = bottom.subplots(1, len(words) + 1)
-picture = lab.unpacked(maps[0]["picture"])[1:25, 1:25]
+picture = lab.as_sheet(maps[0]["picture"])[1:25, 1:25]
 axes[0].imshow(picture, interpolation="nearest")
 axes[0].set_title("the picture", fontsize=9)
 for ax, word, weights in zip(axes[1:], words, maps[0]["maps"]):
@@ -246,8 +247,9 @@ for name in afterwards[0]["gates"]:
     sizes, below = gates.abs().mean(2), (gates < 0).float().mean((1, 2))
     rows.append([AFTERWARDS[name][0], *[lab.across(layer.tolist()) for layer in sizes.T],
                  lab.across(below.tolist())])
-lab.finish(fig, rows, "toy t2i: from nothing 1200 steps of likelihood, afterwards 400; paper's "
-                      "recipe 75 steps of 16 x 8 pictures")
+experiment.finish(
+    fig, rows, "toy t2i: from nothing 1200 steps of likelihood, afterwards 400; paper's recipe "
+               "75 steps of 16 x 8 pictures")
 
 # %% [markdown]
 # <details><summary>Answers</summary>

@@ -10,20 +10,21 @@
 #
 # **You need**: `reward.py`.  **Time**: four minutes.
 #
-#     python labs/hacking.py
+#     python labs/lab2_hacking.py
 
 # %%
 import random
 
 import lab
 import torch
-from lab import COLOURS, OTHERS, over_seeds, plt, quick
+from lab import COLOURS, OTHERS, plt
 
 import argrpo
 import toy
 from reward import jpeg_kilobytes
 
-lab.begin("hacking")
+experiment = lab.Experiment("lab2_hacking")
+quick = experiment.quick                         # quick(small, full) is a size
 
 # %% [markdown]
 # ## 1. Two proxies
@@ -128,10 +129,10 @@ def train_toy(seed):
 
 def sheet(model):
     """Two pictures each of SHOWN."""
-    return lab.packed(lab.draw(model, 2, texts=SHOWN).images)
+    return lab.as_text(lab.draw(model, 2, texts=SHOWN).images)
 
 
-trained = over_seeds(train_toy)
+trained = experiment.over_seeds(train_toy)
 
 # %% [markdown]
 # **Question 2.**  Where on the lax curve would you stop, if you could not see the truth?  What
@@ -174,7 +175,7 @@ def traffic_light(seed):
     return {"log p": curve, "pictures": sheet(model)}
 
 
-lights = over_seeds(traffic_light)
+lights = experiment.over_seeds(traffic_light)
 
 # %%
 def smooth(curve):
@@ -222,7 +223,7 @@ sheets = {name: trained[0][name]["pictures"] for name in RUNS}
 if lights[0]:
     sheets["imagenet: traffic light"] = lights[0]["pictures"]
 for ax, (name, text) in zip(bottom.subplots(1, len(sheets)), sheets.items()):
-    ax.imshow(lab.unpacked(text), interpolation="nearest")
+    ax.imshow(lab.as_sheet(text), interpolation="nearest")
     ax.set_title(name, fontsize=8)
     ax.axis("off")
 
@@ -245,7 +246,7 @@ if all(lights):
     log_p = [ends(run["log p"]) for run in lights]
     rows.append(["imagenet: traffic light", lab.across([p[0] for p in log_p]),
                  lab.across([p[1] for p in log_p]), *[""] * 4])
-lab.finish(fig, rows, f"toy c2i: {STEPS} steps of 16 x 8 pictures, lr 1.6e-3")
+experiment.finish(fig, rows, f"toy c2i: {STEPS} steps of 16 x 8 pictures, lr 1.6e-3")
 
 # %% [markdown]
 # <details><summary>Answers</summary>

@@ -14,19 +14,20 @@
 #
 # **You need**: sections 3 and 5 of `argrpo.py`.  **Time**: five minutes.
 #
-#     python labs/offpolicy.py
+#     python labs/lab4_offpolicy.py
 
 # %%
 import time
 
 import lab
 import torch
-from lab import COLOURS, OTHERS, over_seeds, plt, quick
+from lab import COLOURS, OTHERS, plt
 
 import argrpo
 import toy
 
-lab.begin("offpolicy")
+experiment = lab.Experiment("lab4_offpolicy")
+quick = experiment.quick                         # quick(small, full) is a size
 
 # %% [markdown]
 # ## 1. One epoch: is the clip inert?
@@ -61,7 +62,7 @@ def first_epoch(seed):
             "clipped - REINFORCE": ((clipped - reinforce).abs().max() / scale).item()}
 
 
-inert = over_seeds(first_epoch)
+inert = experiment.over_seeds(first_epoch)
 print(inert[0])
 
 # %% [markdown]
@@ -86,7 +87,7 @@ CLIPS = {                                        # name: (eps, eps of the upper 
     "clip 0.2, upper 0.28": (0.2, 0.28, OTHERS[0]),
 }
 EPOCHS = quick([1, 2], [1, 2, 4, 8])
-RATES = {8e-4: EPOCHS} if lab.options.quick else {8e-4: EPOCHS, 2e-4: [1, 4, 8], 3e-3: [1, 4]}
+RATES = quick({8e-4: EPOCHS}, {8e-4: EPOCHS, 2e-4: [1, 4, 8], 3e-3: [1, 4]})
 MAIN = 8e-4                                      # the rate of the curves; DAPO's clip at this alone
 
 
@@ -117,7 +118,7 @@ def train_toy(seed):
     return found
 
 
-trained = over_seeds(train_toy)
+trained = experiment.over_seeds(train_toy)
 
 # %% [markdown]
 # **Question 2.**  From which number of epochs on does the clip change the result, and what does the
@@ -178,7 +179,7 @@ for name in trained[0]:
                  lab.across([max(run["ratio_max"]) for run in last]),
                  lab.across([sum(run["clip_frac"]) / ROLLOUTS for run in last]),
                  f"{sum(run['seconds'] for run in last) / len(last):.0f}"])
-lab.finish(fig, rows, f"toy c2i: {ROLLOUTS} rollouts of 8 x 8 pictures, no KL penalty")
+experiment.finish(fig, rows, f"toy c2i: {ROLLOUTS} rollouts of 8 x 8 pictures, no KL penalty")
 
 # %% [markdown]
 # <details><summary>Answers</summary>

@@ -14,16 +14,17 @@
 #
 # **You need**: sections 2 and 3 of `argrpo.py`.  **Time**: four minutes.
 #
-#     python labs/guidance.py              # or cell by cell, as a notebook
+#     python labs/lab1_guidance.py         # or cell by cell, as a notebook
 
 # %%
 import lab
-from lab import COLOURS, OTHERS, Tiny, over_seeds, plt, quick
+from lab import COLOURS, OTHERS, Tiny, plt
 
 import argrpo
 import toy
 
-lab.begin("guidance")
+experiment = lab.Experiment("lab1_guidance")
+quick = experiment.quick                         # quick(small, full) is a size
 
 # %% [markdown]
 # ## 1. Exactly, on a model small enough to enumerate
@@ -66,7 +67,7 @@ def exact(seed):
     return found
 
 
-tinies = over_seeds(exact, range(quick(2, 10)))
+tinies = experiment.over_seeds(exact, range(quick(2, 10)))
 
 # %% [markdown]
 # **Question 1.**  At s = 1 the cosine is 1 and the bias 0.  Why must that be so?  And at s = 6, is
@@ -125,7 +126,7 @@ def train_and_decode(seed):
     return found
 
 
-trained = over_seeds(train_and_decode)
+trained = experiment.over_seeds(train_and_decode)
 
 # %% [markdown]
 # **Question 3.**  At which scale does the official way fall behind?  And what does training with
@@ -169,8 +170,9 @@ for k, scale in enumerate(SCALES):
     bias, *cosines = (lab.across([found[name][k] for found in tinies])
                       for name in ("bias", "to the guided gradient", "to the unguided gradient"))
     rows.append([f"{scale:g}", bias, *cosines])
-lab.finish(fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of "
-                      f"{CONFIG['prompts_per_step']} x 8 pictures, lr 1.6e-3, no KL penalty")
+experiment.finish(
+    fig, rows, f"{len(tinies)} enumerated models; toy c2i: {STEPS} steps of "
+               f"{CONFIG['prompts_per_step']} x 8 pictures, lr 1.6e-3, no KL penalty")
 
 # %% [markdown]
 # <details><summary>Answers</summary>

@@ -14,21 +14,22 @@
 # **You need**: `generate` in `argrpo.py`, and checkpoints:
 # `python labs/prepare.py --only t2i_paper,t2i_diverse`.  **Time**: four minutes.
 #
-#     python labs/search.py
+#     python labs/lab6_search.py
 
 # %%
 from math import comb
 
 import lab
 import torch
-from lab import COLOURS, over_seeds, plt, quick
+from lab import COLOURS, plt
 from prepare import prepared, require
 
 import argrpo
 import toy
 
-lab.begin("search")
-require("t2i_paper", "t2i_diverse")
+experiment = lab.Experiment("lab6_search")
+quick = experiment.quick                         # quick(small, full) is a size
+require(experiment, "t2i_paper", "t2i_diverse")
 
 # %%
 CAPTIONS = {
@@ -44,8 +45,8 @@ TEMPERATURES = quick([0.7], [0.9, 0.8, 0.7, 0.6])
 
 def models_of(seed):
     """{"base", "paper", "diverse": a Transformer}."""
-    paths = {"base": "", "paper": prepared("t2i_paper", seed),
-             "diverse": prepared("t2i_diverse", seed)}
+    paths = {"base": "", "paper": prepared(experiment, "t2i_paper", seed),
+             "diverse": prepared(experiment, "t2i_diverse", seed)}
     return {name: toy.load("t2i", gpt_path=path)[0] for name, path in paths.items()}
 
 
@@ -121,7 +122,7 @@ def draw_many(seed):
     return found
 
 
-many = over_seeds(draw_many)
+many = experiment.over_seeds(draw_many)
 
 # %% [markdown]
 # **Question 2.**  Where do the curves of base and paper cross, on seen and on unseen compositions?
@@ -161,7 +162,7 @@ def where_wrong(seed):
     for t in range(0, drawn.tokens.shape[1] + 1, EVERY):
         right = []
         for some in torch.arange(len(drawn.texts)).split(256 // FINISHES):
-            _, cond, cond_mask = prompts.pick(some, "cpu")
+            cond, cond_mask = prompts.cond[some], prompts.cond_mask[some]
             prefix = drawn.tokens[some, :t].repeat_interleave(FINISHES, dim=0)
             tokens, _ = argrpo.generate(
                 model, cond, cond_mask, samples_per_prompt=FINISHES, prefix=prefix,
@@ -179,14 +180,14 @@ def where_wrong(seed):
             "largest fall, right": falls[drawn.right == 1].mean().item(),
             "shown": {"texts": [drawn.texts[i] for i in shown.tolist()],
                       "curves": curves[shown].tolist(),
-                      "pictures": lab.packed(drawn.images[shown])}}
+                      "pictures": lab.as_text(drawn.images[shown])}}
 
 
 def mean_of(curves):
     return curves.mean(0).tolist()
 
 
-wrong = over_seeds(where_wrong)
+wrong = experiment.over_seeds(where_wrong)
 
 # %% [markdown]
 # **Question 4.**  In which rows of the raster do pictures go wrong, and why not in the last?
@@ -229,7 +230,7 @@ curve.set(xlabel="codes drawn so far", ylabel="P(right | these codes)", xticks=l
           title="where the base's pictures go wrong")
 curve.legend(fontsize=7)
 shown = wrong[0]["shown"]
-sheet = lab.unpacked(shown["pictures"])                              # one row of pictures
+sheet = lab.as_sheet(shown["pictures"])                              # one row of pictures
 for k, ax in enumerate(raster):
     if k >= len(shown["texts"]):
         ax.axis("off")
@@ -256,8 +257,9 @@ for kind in ("wrong", "right"):
     falls = [found[f"largest fall, {kind}"] for found in wrong]
     rows.append([f"base: largest fall of P(right) of a picture that ends {kind}", lab.across(falls),
                  *[""] * (len(rows[0]) - 2)])
-lab.finish(fig, rows, f"toy t2i: {len(CAPTIONS['seen'])} seen and {len(CAPTIONS['unseen'])} "
-                      f"unseen captions, {DRAWS} draws each; {FINISHES} endings of each prefix")
+experiment.finish(
+    fig, rows, f"toy t2i: {len(CAPTIONS['seen'])} seen and {len(CAPTIONS['unseen'])} unseen "
+               f"captions, {DRAWS} draws each; {FINISHES} endings of each prefix")
 
 # %% [markdown]
 # <details><summary>Answers</summary>
