@@ -6,6 +6,7 @@ that is wrong, and not what stands on it.
 """
 
 import copy
+import json
 import os
 from math import isqrt
 
@@ -224,6 +225,18 @@ class Loop:
         cond, mask = self.prompts.pick(images, "cpu")
         c, u = (model(step.tokens, given, mask) for given in (cond, model.null_cond(cond)))
         return ((u + self.config.cfg_scale * (c - u)) / self.config.temperature).log_softmax(-1)
+
+
+def read_metrics(out, seconds=False):
+    """The steps that a run logged in its folder, without the times they took."""
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in step.items() if seconds or "seconds" not in name}
+            for step in steps]
+
+
+def trained_weights(out):
+    """{name: tensor} of a run's model.pt."""
+    return torch.load(out / "model.pt", weights_only=True)["model"]
 
 
 def gradient(model):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_metrics, trained_weights
 
 import argrpo
 import toy
@@ -25,14 +26,6 @@ ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--steps", "4", "--prompts-per-step", "2", "--group-size", "4",
          "--eval-images", "24", "--save-every", "2", "--progress-every", "4"]
 HEAVY = ("torchvision", "open_clip", "transformers", "timm", "huggingface_hub", "matplotlib")
-
-
-def read_metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(metrics):
-    return [{name: value for name, value in m.items() if "seconds" not in name} for m in metrics]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +72,7 @@ def test_a_run_leaves_what_the_design_promises(finished):
 
 
 def test_a_run_logs_every_step(finished):
-    metrics = read_metrics(finished[0])
+    metrics = read_metrics(finished[0], seconds=True)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     seconds = [f"seconds_{part}" for part in ("rollout", "reward", "reference", "update")]
     names = {"reward", "reward/shapes", "reward/jpeg", "reward_std", "flat_groups", "kl", "entropy",
@@ -121,8 +114,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
     for seed in "01":
         train_c2i.main(QUICK + ["--out", str(tmp_path / seed), "--reward", "shapes,jpeg:0.01",
                                 "--seed", seed])
-    first, same, other = (without_times(read_metrics(out))
-                          for out in (finished[0], tmp_path / "0", tmp_path / "1"))
+    runs = (finished[0], tmp_path / "0", tmp_path / "1")
+    first, same, other = map(read_metrics, runs)
     assert first == same and first != other
 
 
@@ -155,8 +148,8 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     assert [m["step"] for m in read_metrics(stopped)] == [0, 1, 2]
     monkeypatch.delenv("INTERRUPT_CALL")
     train_c2i.main(["--resume", str(stopped)])
-    assert without_times(read_metrics(stopped)) == without_times(read_metrics(whole))
-    a, b = (torch.load(out / "model.pt", weights_only=True)["model"] for out in (whole, stopped))
+    assert read_metrics(stopped) == read_metrics(whole)
+    a, b = trained_weights(whole), trained_weights(stopped)
     assert all(torch.equal(a[name], b[name]) for name in a)
     a, b = (json.loads((out / "summary.json").read_text())["after"] for out in (whole, stopped))
     assert a == b
@@ -164,13 +157,13 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
 
 def test_steps_that_were_logged_but_not_saved_run_again(another, no_pictures):
     """As after `kill -9` between two checkpoints: the log is ahead of last.pt."""
-    complete = without_times(read_metrics(another))
+    complete = read_metrics(another)
     model, _ = toy.load("c2i")
     optimizer = argrpo.make_optimizer(model, argrpo.GRPOConfig())
     save_checkpoint(another / "start.pt", 0, model, optimizer)
     os.replace(another / "start.pt", another / "last.pt")
     train_c2i.main(["--resume", str(another)])
-    assert without_times(read_metrics(another)) == complete
+    assert read_metrics(another) == complete
 
 
 def test_an_earlier_run_is_never_overwritten(finished, capsys):

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import read_metrics
 
 from assignments.faults import FAULTS, make_run
 from harness import doctor
@@ -82,7 +83,7 @@ def test_the_healthy_runs_are_of_all_kinds():
 @pytest.mark.parametrize("fault", RULE)
 def test_a_rule_finds_its_fault_in_a_run_made_now(fault, tmp_path):
     make_run(tmp_path, fault, seed=1, steps=24)
-    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert RULE[fault] in faults_of(metrics, config["settings"])
 

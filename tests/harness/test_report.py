@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_metrics, trained_weights
 from PIL import Image
 
 import argrpo
@@ -56,28 +57,18 @@ def killed(finished, tmp_path):
     return out
 
 
-def metrics_without_times(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if "seconds" not in name}
-            for line in lines]
-
-
-def weights(out):
-    return torch.load(out / "model.pt", weights_only=True)["model"]
-
-
 # --- progress ----------------------------------------------------------------------------------
 
 def test_what_is_shown_and_watched_changes_no_bit_of_the_training(finished, tmp_path,
                                                                   no_pictures):
     plain = tmp_path / "plain"
     train_c2i.main(QUICK + ["--out", str(plain), "--lr", "0.001", "--progress-every", "0"])
-    a, b = weights(finished), weights(plain)
+    a, b = trained_weights(finished), trained_weights(plain)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    watched = metrics_without_times(finished)
+    watched = read_metrics(finished)
     for m in watched:
         m.pop("watch/brightness", None)
-    assert watched == metrics_without_times(plain)
+    assert watched == read_metrics(plain)
     assert not (plain / "progress").exists() and not (plain / "progress.gif").exists()
 
 
@@ -312,7 +303,7 @@ def test_ticks_are_few_round_numbers_within_the_range(low, high):
 # --- watching and logging ----------------------------------------------------------------------
 
 def test_a_watched_reward_is_logged_every_fifth_step_and_in_the_evaluations(finished):
-    metrics = metrics_without_times(finished)
+    metrics = read_metrics(finished)
     for name in ("watch/brightness", "verified"):
         assert [m["step"] for m in metrics if name in m] == [0, 5]
     summary = json.loads((finished / "summary.json").read_text())
@@ -342,7 +333,7 @@ def test_tensorboard_has_the_metrics_and_the_pictures(finished):
     events = EventAccumulator(str(finished))
     events.Reload()
     logged = [event.value for event in events.Scalars("reward")]
-    assert logged == pytest.approx([m["reward"] for m in metrics_without_times(finished)])
+    assert logged == pytest.approx([m["reward"] for m in read_metrics(finished)])
     assert [event.step for event in events.Scalars("evaluation/verified")] == [0, 6]
     assert {"progress", "before_after"} <= set(events.Tags()["images"])
     picture = events.Images("before_after")[0]
@@ -383,7 +374,7 @@ def test_wandb_offline_has_the_metrics_and_the_pictures(tmp_path, monkeypatch):
         for item in record.history.item:
             if (item.key or "/".join(item.nested_key)) == "reward":
                 rewards.append(json.loads(item.value_json))
-    assert rewards == pytest.approx([m["reward"] for m in metrics_without_times(out)])
+    assert rewards == pytest.approx([m["reward"] for m in read_metrics(out)])
     pictures = [path.name for path in (folder / "files" / "media" / "images").iterdir()]
     assert any("before_after" in name for name in pictures) and wandb.run is None
 

@@ -5,7 +5,6 @@ One tiny run is watched from outside; each test looks at one thing of it.
 """
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Blocks, Spy, brightness, same, tiny_model, weights
+from conftest import (
+    Blocks,
+    Spy,
+    brightness,
+    read_metrics,
+    same,
+    tiny_model,
+    trained_weights,
+    weights,
+)
 
 import argrpo
 import harness.run
@@ -163,11 +171,11 @@ def test_the_same_is_measured_before_and_after(watched):
 
 def test_every_step_is_logged_and_the_trained_weights_are_saved(watched):
     out = harness.run.Path(watched.settings.out)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(out)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(line["kl"] > 0 for line in lines[1:]), "the KL grows from 0"
     assert all(line["rehearsal"] > 0 and line["diversity"] >= 0 for line in lines)
-    saved = torch.load(out / "model.pt", weights_only=True)["model"]
+    saved = trained_weights(out)
     for name, tensor in watched.model.state_dict().items():
         assert torch.equal(saved[name], tensor), "model.pt holds the trained weights"
 

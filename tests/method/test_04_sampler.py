@@ -285,17 +285,6 @@ def test_wrong_number_of_tokens():
         tiny_model()(torch.zeros(2, 15, dtype=torch.long), torch.arange(2))
 
 
-@pytest.mark.slow
-def test_the_compiled_step_is_the_same_policy():
-    model, (cond, mask) = tiny_model("t2i"), tiny_condition("t2i")
-    plain = generate(model, cond, mask, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
-    model.decode_step = torch.compile(model.decode_step, dynamic=True)
-    compiled = generate(model, cond, mask, cfg_scale=2.0,
-                        generator=torch.Generator().manual_seed(0))
-    assert torch.equal(plain[0], compiled[0])
-    same(plain[1], compiled[1], "compiled, the same policy", atol=1e-4)
-
-
 def test_rows_may_bring_their_random_numbers():
     """Then what an image becomes does not depend on what is drawn beside it."""
     model, labels = tiny_model(), torch.tensor([0, 0, 1, 1])

@@ -2,7 +2,6 @@
 
 Their formulas, and their code on small random models.  Nothing is downloaded."""
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import read_metrics
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -371,7 +371,7 @@ def test_training_on_paper_lite(random_towers, tmp_path):
     train_c2i.main(["--preset", "toy", "--steps", "2", "--prompts-per-step", "2",
                     "--group-size", "4", "--eval-images", "8", "--reward", "paper_lite",
                     "--out", str(out)])
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(out)
     assert len(metrics) == 2
     assert {"reward/clip", "reward/hpsv2_bin", "reward/clip_iqa"} <= set(metrics[0])
     assert metrics[0]["grad_norm"] > 0 and metrics[0]["missing"] == 0
