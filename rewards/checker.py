@@ -63,13 +63,10 @@ def scale(total, group_size):
 
 def findings(rewards, images, prompts, group_size):
     """Examines a RewardSet on groups of images: yields findings as `verdict` gives them."""
-    original, start = images.clone(), time.perf_counter()
+    start = time.perf_counter()
     total, _ = rewards(images, prompts)
     milliseconds = 1000 * (time.perf_counter() - start) / len(prompts)
     yield "shape", True, f"one number per image, {tuple(total.shape)} for {len(prompts)} images"
-    yield verdict("input", torch.equal(images, original),
-                  "leaves the images as they are",
-                  "changes the images in place: work on a copy")
 
     missing = total.isnan().float().mean().item()
     finding = f"{missing:.0%} of the images got no score"
