@@ -8,19 +8,19 @@ with images (B, 3, height, width) float in [0, 1] on the training device, and pr
 that they were drawn for.  Several rewards, weighted and added up, are a `RewardSet`, which returns
 (total (B,), {name: (B,)}): that is what `argrpo.train` takes as its reward_fn.
 
-GRPO only compares images of one prompt with each other, and divides by their standard deviation.
-So a reward's zero does not matter.  Its scale does not matter either as long as that deviation is
-far above 1e-4, which is added to it (below, less is learned, or nothing), and below 1e19, where its
+GRPO only compares images of one prompt with each other, and divides by their standard deviation
+plus 1e-4.  So a reward's zero does not matter.  Its scale does not matter either while that
+deviation is far above 1e-4 and below 1e19.  With less, less is learned, or nothing.  With more, its
 square overflows.  Beside other rewards, or with scale_advantages off, the scale is a weight.
 
-Yours takes five lines, in any file:
+Yours takes a few lines, in any file:
 
     # my_rewards.py
     def redness(images, prompts):
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return red - (green + blue) / 2
 
-and one option: `--reward my_rewards.py:redness --out runs/red`.  With others and their weights:
+and is trained on with `--reward my_rewards.py:redness --out runs/red`.  With others, weighted:
 `--reward "shapes:1,jpeg:0.2,my_rewards.py:redness:0.5"`.  Before a long run, examine it, or score
 pictures:
 
@@ -63,7 +63,7 @@ def brightness(images, prompts):
 
 
 def contrast(images, prompts):
-    """Standard deviation of the grey value over the image, in [0, 0.5]."""
+    """Standard deviation of the grey value over the image, from 0 to about 0.5."""
     return images.mean(dim=1).flatten(1).std(dim=1)
 
 
@@ -113,9 +113,9 @@ class RewardSet:
         """images (B, 3, height, width) in [0, 1], prompts B texts -> (total (B,), {name: (B,)}).
 
         The parts are unweighted.  NaN means missing, and makes the total missing.  Raises
-        BadReward, with the reward's name and the prompt, if a reward raises an error, changes the
-        images or prompts, or gives a score that is not one finite number per image, unless the
-        reward may miss."""
+        BadReward, with the reward's name, if a reward raises an error, changes the images or
+        prompts, or does not give one finite number, or NaN if it may miss, to each image.  An error
+        for want of memory stays what it is."""
         given, total, parts = (images.clone(), list(prompts)), 0, {}
         try:
             for name, (reward, weight) in self.rewards.items():
@@ -217,7 +217,7 @@ def some_of(prompts):
 # Names: where the reward of a name comes from
 # ---------------------------------------------------------------------------------------------
 
-# The rewards that are known so far: name -> factory, (device) -> reward.
+# The rewards that are known so far: name -> factory, (device) -> reward, or (device, model).
 REGISTRY = {}
 
 # The rewards whose file is imported when they are asked for: name -> module that registers it.
@@ -352,7 +352,8 @@ def build_rewards(spec, device):
 
     Comma-separated items `name[:weight]` or `file.py:function[:weight]`, weight 1 unless given.  A
     class instead of a function is called with the device, once, and its instance with the images.
-    Raises ValueError for anything that cannot be understood or found, before it loads any model."""
+    Raises ValueError for anything that cannot be understood or found.  All names are looked up
+    before any reward is made."""
     if not spec.strip():
         raise ValueError(f"no reward given: choose with --reward from {known_rewards()}")
     wanted = {}                                  # name -> (factory, weight)

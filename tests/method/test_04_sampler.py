@@ -270,7 +270,7 @@ def test_autocast_rounds_each_weight_once_in_a_rollout_and_once_in_a_pass(model_
                                  dict(cfg_scale=math.nan), dict(top_p=math.nan)])
 def test_settings_out_of_range(bad):
     """NaN and infinity would give pictures, and nobody would know of what."""
-    with pytest.raises(ValueError, match="generate needs"):
+    with pytest.raises(ValueError, match="a policy needs"):
         generate(tiny_model(), torch.arange(2), **bad)
 
 
