@@ -69,7 +69,7 @@ class GPTConfig:
 
 
 GPT_SIZES = {
-    "GPT-B":   dict(n_layer=12, n_head=12, dim=768),     # 111M parameters
+    "GPT-B":   dict(n_layer=12, n_head=12, dim=768),     # 111M parameters, for c2i
     "GPT-L":   dict(n_layer=24, n_head=16, dim=1024),    # 343M
     "GPT-XL":  dict(n_layer=36, n_head=20, dim=1280),    # 775M
     "GPT-XXL": dict(n_layer=48, n_head=24, dim=1536),    # 1.4B
@@ -95,12 +95,12 @@ def rope_table(config):
 
     Rotary embedding (RoFormer, arXiv 2104.09864) turns each pair of a head's channels by an angle
     that grows with the position.  Here half of the pairs turn with the token's row, the other half
-    with its column, each pair at its own speed.
+    with its column, and the pairs of each half at different speeds.
 
     At the T condition positions LlamaGen's table is zero, cosine and sine both.  That is not a
     rotation: it sets queries and keys there to zero.  So a query meets each condition key that it
     sees with logit 0, and gives all of them the same weight, e^0 over the softmax's sum.
-    The condition's *values* are not touched: they carry the prompt into the image.
+    The condition's *values* are not touched: they carry the prompt to later positions.
     """
     side, head = isqrt(config.block_size), config.dim // config.n_head
     speed = 1.0 / config.rope_base ** (torch.arange(0, head // 2, 2).float() / (head // 2))
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(config), persistent=False)
-        for module in self.modules():            # so that activations neither grow nor shrink
+        for module in self.modules():            # so that a matrix keeps the size of what it reads
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features ** -0.5)
             elif isinstance(module, nn.Embedding):
@@ -425,7 +425,7 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
     """How much better each sample did than its group: rewards (P*G,) -> advantages (P*G,).
     A = (r - mean) / std (DeepSeekMath, arXiv 2402.03300, section 4.1).  The unbiased std, and
     eps = 1e-4 beside it, are the official code's choice, and TRL's: so the rewards' scale cancels
-    only while std is far above eps (at 1e-6 A is a hundredth) and, in float32, below 1e19.
+    only while std is far above eps (at 1e-6 A is a hundredth) and, in float32, below 1e18.
     scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783).  A sample whose reward is
     missing (NaN) gets 0.  Errors as in `group_statistics`."""
     mean, std, flat = group_statistics(rewards, group_size)
@@ -436,11 +436,11 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
 
 
 def kl_k3(logp, ref_logp):
-    """KL penalty from the sampled token alone, elementwise and never negative: k3 (Schulman 2020,
-    "Approximating KL divergence").
+    """KL penalty from the sampled token alone, elementwise, at least 0 but for rounding: k3 (Schulman
+    2020, "Approximating KL divergence").
     At a token that pi has drawn its *value* is an unbiased estimate of KL(pi || pi_ref).  The mean
     of its *gradient*, E_pi[(1 - pi_ref / pi) grad log pi], is that of KL(pi_ref || pi), the other
-    direction: so that is what this loop and TRL's minimise, token by token, in the first epoch."""
+    direction: that is what this loop and TRL's minimise, token by token, while samples are pi's."""
     d = ref_logp - logp
     return d.exp() - d - 1
 
@@ -456,7 +456,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_hi
     """The loss of step 6: logp, old_logp, ref_logp (B, N), advantages (B,) -> (scalar, stats).
 
     advantages may also be (B, N), one for each token.  ref_logp may be None when kl_beta is 0.
-    clip_eps_high widens the upper side alone (DAPO, arXiv 2503.14476).  Every image has exactly N
+    clip_eps_high sets the upper side alone (DAPO, arXiv 2503.14476).  Every image has exactly N
     tokens, so the mean over all tokens and the mean of the images' means are the same number.
     stats are floats by name."""
     if ref_logp is None and kl_beta > 0:
@@ -493,8 +493,8 @@ class GRPOConfig:
     lr_end: float = 0.0                  # share of lr left after its linear decay; 1 is no decay
     weight_decay: float = 0.0            # AdamW's weight decay
     max_grad_norm: float = 1.0           # a longer gradient is scaled down to this norm
-    clip_eps: float = 0.2                # the ratio's trust region is [1 - clip_eps, 1 + clip_eps]
-    clip_eps_high: float | None = None   # if given, the trust region ends at 1 + clip_eps_high
+    clip_eps: float = 0.2                # the ratio is clipped to [1 - clip_eps, 1 + clip_eps]
+    clip_eps_high: float | None = None   # if given, the ratio is clipped at 1 + clip_eps_high
     kl_beta: float = 0.01                # weight of the KL penalty to the pretrained model
     scale_advantages: bool = True        # divide advantages by the group's standard deviation
     cfg_scale: float = 1.0               # classifier-free guidance at rollout: 1 is none
@@ -583,7 +583,7 @@ def make_optimizer(model, config):
 
 
 def learning_rate(config, step):
-    """A linear decay from lr towards lr_end * lr over all steps, times a linear warm-up."""
+    """A line from lr at step 0 to lr_end * lr after the last step, times a linear warm-up."""
     warm_up = min(1.0, (step + 1) / config.warmup_steps)
     return config.lr * warm_up * (1 - (1 - config.lr_end) * step / config.steps)
 

@@ -10,7 +10,7 @@ that they were drawn for.  Several rewards, weighted and added up, are a `Reward
 
 GRPO only compares images of one prompt with each other, and divides by their standard deviation
 plus 1e-4.  So a reward's zero does not matter.  Its scale does not matter either while that
-deviation is far above 1e-4 and below 1e19.  With less, less is learned, or nothing.  With more, its
+deviation is far above 1e-4 and below 1e18.  With less, less is learned, or nothing.  With more, its
 square overflows.  Beside other rewards, or with scale_advantages off, the scale is a weight.
 
 Yours takes a few lines, in any file:
@@ -32,7 +32,7 @@ A reward may have, as methods or, if it is a function, as attributes:
     may_miss = True            it gives NaN to an image that it cannot judge (a language model whose
                                answer makes no sense); the image is left out of its group
     check_prompts(prompts)     raises ValueError for prompts that it cannot judge, such as those
-                               without a text in quotes; all prompts of a run pass it first
+                               without a text in quotes; the commands ask it before a run
     forget()                   is called after each batch, for what it kept of it
     features(images)           (B, C), of length one: what pictures may be compared by
 
@@ -116,11 +116,13 @@ class RewardSet:
         BadReward, with the reward's name, if a reward raises an error, changes the images or
         prompts, or does not give one finite number, or NaN if it may miss, to each image.  An error
         for want of memory stays what it is."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images cannot have {len(prompts)} prompts")
         given, total, parts = (images.clone(), list(prompts)), 0, {}
         try:
             for name, (reward, weight) in self.rewards.items():
                 parts[name] = checked(name, reward, ask(name, reward, *given), *given)
-                if given[1] != list(prompts) or not torch.equal(given[0], images):
+                if given[1] != list(prompts) or not equal(given[0], images):
                     raise BadReward(f"reward {name!r} changes the images in place, or its prompts, "
                                     "which other rewards read, too: let it work on a copy")
                 total = total + weight * parts[name]
@@ -128,6 +130,8 @@ class RewardSet:
             for reward, _ in self.rewards.values():
                 if hasattr(reward, "forget"):
                     reward.forget()
+        if torch.isinf(total).any():
+            raise BadReward("the weighted sum of the rewards is infinite: choose smaller weights")
         return total, parts
 
     def check_prompts(self, prompts):
@@ -149,6 +153,11 @@ class RewardSet:
 
 
 # A student of the method can stop reading here: what follows are error messages and names.
+
+def equal(a, b):
+    """Whether two tensors hold the same numbers, NaN included."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+
 
 def ask(name, reward, images, prompts):
     """What the reward returns.  Its own exception becomes a BadReward."""
@@ -188,7 +197,7 @@ def refusal(reward, prompts):
         if hasattr(reward, "check_prompts"):
             reward.check_prompts(prompts)
     except ValueError as error:
-        return str(error)
+        return (str(error).strip() or "no reason given").splitlines()[0]
     except Exception as error:                   # a bug in the user's check
         return described(error)
     return None
@@ -290,7 +299,7 @@ def items_of(spec):
     """The rewards that a text asks for: yields (file or None, name, weight).  A mixture is spelled
     out; a model stays with its reward's name."""
     for item in spec.split(","):
-        file, _, rest = item.strip().rpartition(".py:")
+        file, _, rest = item.strip().rpartition(".py:")                  # C:\my.py:redness:0.5
         file = file + ".py" if file else None
         name, *numbers = rest.split(":")
         if name in WITH_MODELS and numbers and numbers[0][:1].isalpha():

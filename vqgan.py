@@ -182,8 +182,8 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
         nn.init.normal_(self.embedding.weight)       # any direction is as likely as any other
         # The last 65536 tokens of training, as LlamaGen's checkpoints hold them; zeros where there
-        # were fewer.  Once it is full, a code that is not in it is dead: whoever trains a tokenizer
-        # can restart it (the toy looks at the newest 8192).
+        # were fewer.  Once it is full, a code that is not in it is probably dead: whoever trains a
+        # tokenizer can restart it (toy/pretraining.py looks at the newest 8192).
         self.register_buffer("codebook_used", torch.zeros(65536))
 
     def codes(self):
@@ -244,17 +244,17 @@ class VQModel(nn.Module):
         """tokens (B, h*w) int64 of a square grid -> images (B, 3, height, width), nominally in
         [-1, 1].
 
-        Raises ValueError if h*w is not a square number."""
+        Raises ValueError if h*w is not a square number, IndexError for a token that is none."""
         side = isqrt(tokens.shape[1])
         if side * side != tokens.shape[1]:
             raise ValueError("tokens must fill a square grid, but there are "
                              f"{tokens.shape[1]} of them per image")
-        return self.from_codes(self.quantize.codes()[tokens], side, side)
+        return self.from_codes(F.embedding(tokens, self.quantize.codes()), side, side)
 
     def straight_through(self, z, tokens=None, beta=0.25):
         """Straight-through estimator, for training: z (B, h*w, E) -> (codes (B, h*w, E), vq_loss).
 
-        The value is the code of the token, which is the nearest unless tokens (B, h*w) are given, the
+        The value is the code of the token, the nearest unless tokens (B, h*w) are given, the
         gradient that of z, as if there were no argmax (Bengio et al. 2013).
         vq_loss is the scalar codebook loss plus beta times the commitment loss (van den Oord et al.
         2017, eq. 3): codes move towards the features that chose them, features stay close to the

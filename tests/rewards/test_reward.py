@@ -379,3 +379,20 @@ def test_a_reward_with_trainable_parameters_keeps_no_graph():
     rewards = RewardSet({"net": (lambda images, prompts: scale * images.mean(dim=(1, 2, 3)), 1.0)})
     total, parts = rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
     assert not total.requires_grad and not parts["net"].requires_grad
+
+
+def test_what_is_not_the_rewards_fault_is_not_said_of_it():
+    """NaN pictures, other numbers of prompts, weights too large for float32."""
+    rewards = RewardSet({"level": (lambda images, prompts: torch.ones(len(prompts)), 1e39)})
+    with pytest.raises(reward.BadReward, match="smaller weights"):
+        rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
+    with pytest.raises(ValueError, match="2 images cannot have 1 prompts"):
+        rewards(torch.rand(2, 3, 4, 4), ["a"])
+    level = RewardSet({"level": (lambda images, prompts: torch.ones(len(prompts)), 1.0)})
+    assert level(torch.full((2, 3, 4, 4), torch.nan), ["a", "b"])[0].tolist() == [1, 1]
+
+
+def test_a_path_may_have_a_colon():
+    """As on Windows."""
+    assert list(items_of(r"C:\work\my_rewards.py:redness:0.5, jpeg")) == [
+        (r"C:\work\my_rewards.py", "redness", 0.5), (None, "jpeg", 1.0)]
