@@ -436,7 +436,7 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
 
 
 def kl_k3(logp, ref_logp):
-    """KL penalty from the sampled token alone, elementwise, at least 0 but for rounding: k3 (Schulman
+    """KL penalty from the sampled token alone, elementwise, >= 0 but for rounding: k3 (Schulman
     2020, "Approximating KL divergence").
     At a token that pi has drawn its *value* is an unbiased estimate of KL(pi || pi_ref).  The mean
     of its *gradient*, E_pi[(1 - pi_ref / pi) grad log pi], is that of KL(pi_ref || pi), the other
