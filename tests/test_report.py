@@ -443,6 +443,8 @@ def test_the_selftest_finds_a_reward_without_signal_and_one_that_fails(tmp_path,
     assert status == 1 and lines["signal"].startswith("BAD")
     status, lines = selftest(tmp_path, capsys, "--reward", f"{rewards}:broken")
     assert status == 1 and "KeyError: 'colour'" in lines["reward"]
+    status, lines = selftest(tmp_path, capsys, "--reward", "brightness:1e-7")
+    assert status == 1 and "multiply the weight by 1e+0" in lines["reward scale"]
 
 
 def test_settings_of_a_run_name_no_secret_field():
