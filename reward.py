@@ -47,8 +47,10 @@ import inspect
 import io
 import math
 import re
+import sys
 import sysconfig
 import traceback
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -209,10 +211,13 @@ def described(error):
     Of the calls that led there, that is the innermost one outside of installed packages, such as
     the line of the user's file that called torch."""
     installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen")
-    calls = [call for call in traceback.extract_tb(error.__traceback__)
+    calls = [(call.filename, call.lineno) for call in traceback.extract_tb(error.__traceback__)
              if not call.filename.startswith(installed)]
+    if isinstance(error, SyntaxError) and error.filename:
+        calls.append((error.filename, error.lineno))
+    file, line = calls[-1]
     text = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {text} ({calls[-1].filename}, line {calls[-1].lineno})"
+    return f"{type(error).__name__}: {text} ({file}, line {line})"
 
 
 def some_of(prompts):
@@ -326,26 +331,52 @@ def weight_of(name, text="1"):
     return weight
 
 
-def load_function(path, name):
-    """The function or class `name` of the Python file at `path`."""
-    if not Path(path).is_file():
-        raise ValueError(f"no such reward file: {path} (looked in {Path.cwd()})")
-    file_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+@lru_cache
+def load_file(path, stamp):
+    """A Python file as a module, which may import its neighbours.  It is read again only if its
+    stamp, (time of change, size), is another."""
+    file_spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(file_spec)
-    file_spec.loader.exec_module(module)
+    sys.modules[file_spec.name] = module         # where dataclasses look for it
+    sys.path.insert(0, str(path.parent))
+    try:
+        file_spec.loader.exec_module(module)
+    except Exception as error:                   # it is anybody's code
+        raise ValueError(f"{path.name} cannot be loaded: {described(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def load_function(file, name):
+    """The function or class `name` of a Python file."""
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise ValueError(f"no such reward file: {file} (looked in {Path.cwd()})")
+    module = load_file(path, (path.stat().st_mtime_ns, path.stat().st_size))
     function = getattr(module, name, None)
     if callable(function):
         return function
     mine = [n for n, value in vars(module).items()
-            if getattr(value, "__module__", "") == file_spec.name]
-    raise ValueError(f"{path} has no function {name!r}; it has {', '.join(mine) or 'none'}")
+            if getattr(value, "__module__", "") == module.__name__]
+    raise ValueError(f"{file} has no function {name!r}; it has {', '.join(mine) or 'none'}")
+
+
+def instance_of(cls, device):
+    """A class of the user's, called with the device.  Its own exception becomes a ValueError."""
+    try:
+        return cls(device)
+    except Exception as error:
+        line = inspect.getsourcelines(cls)[1]
+        raise ValueError(f"{cls.__name__!r} (line {line}) cannot be made with a device as its only "
+                         f"argument: {described(error)}") from error
 
 
 def factory_of(file, name):
     """What makes the reward of one item, (device) -> reward.  Makes nothing yet."""
     if file:
         reward = load_function(file, name)
-        return reward if inspect.isclass(reward) else lambda device: reward
+        return partial(instance_of, reward) if inspect.isclass(reward) else lambda device: reward
     name, _, model = name.partition(":")
     if name in MODULES:
         importlib.import_module(MODULES[name])   # which registers the name
@@ -361,16 +392,21 @@ def build_rewards(spec, device):
 
     Comma-separated items `name[:weight]` or `file.py:function[:weight]`, weight 1 unless given.  A
     class instead of a function is called with the device, once, and its instance with the images.
+    A function is called by its name, or if that is taken by another item, by its file and name.
     Raises ValueError for anything that cannot be understood or found.  All names are looked up
     before any reward is made."""
     if not spec.strip():
         raise ValueError(f"no reward given: choose with --reward from {known_rewards()}")
-    wanted = {}                                  # name -> (factory, weight)
-    for file, name, weight in items_of(spec):
+    items, wanted = list(items_of(spec)), {}     # wanted: name -> (factory, weight)
+    names = [name for _, name, _ in items]
+    for file, name, weight in items:
+        factory = factory_of(file, name)
+        if file and names.count(name) > 1:
+            name = f"{file}:{name}"
         if name in wanted:
             raise ValueError(f"reward {name!r} is named twice in {spec!r}: "
                              "give it once, with the sum of the weights")
-        wanted[name] = factory_of(file, name), weight
+        wanted[name] = factory, weight
     rewards = {}
     for name, (factory, weight) in wanted.items():
         rewards[name] = factory(device), weight
