@@ -54,7 +54,7 @@ def save_weights(path, model):
 
 def save_checkpoint(path, step, model, optimizer, remembered=None):
     """Everything that --resume needs: the next step's number, the weights, the optimizer's state,
-    and what the diverse recipe remembers, {name: {text: ...}}.
+    and what the diverse recipe remembers, {name: {prompt: ...}}.
 
     The checkpoint before this one stays beside it, as previous.pt."""
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
