@@ -110,7 +110,7 @@ def test_a_prompt_that_stands_twice_is_drawn_once_and_two_classes_of_one_text_ar
     _, known, config, prompts = tiny_rehearsal(groups=1)
     prompts.texts[3] = prompts.texts[1]
     prompts.cond[3] = label
-    rehearsal = Rehearsal(known.reference, Blocks(), prompts, dark, config, 0.5, 1)
+    rehearsal = Rehearsal(known.reference, Blocks(), prompts, dark, config, 0.5, groups=9)
     rehearsal.remember(torch.tensor([1, 3]))
     assert list(rehearsal.remembered) == names
     assert rehearsal.choose(torch.tensor([3]), 0)[1].unique().tolist() == [3]
