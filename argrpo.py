@@ -22,7 +22,7 @@ does nothing, and the gradient of the first term is that of -A_i log pi_theta.  
 matter where the same images are used for several updates (`update_epochs` > 1).
 
 Classifier-free guidance mixes predictions with and without the prompt: those without it are the
-null branch.  Letters, here and at the end of the lines: P prompts, G samples of each, B = P * G
+null branch.  Letters: P prompts, G samples of each, B = P * G
 images, b images in a micro-batch, N tokens per image, V codes that a token can be, T condition
 positions in front of the image, C channels, H heads.  A pass of the transformer has R rows, one for
 each image or prompt, or two with guidance, and L positions: T + N - 1 with all tokens but the last,
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         Without a mask each position sees itself and those before it."""
         q, k, v = self.qkv(x, rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.wo(rearrange(y, "b h n c -> b n (h c)")), (k, v)
+        return self.wo(rearrange(y, "r h l c -> r l (h c)")), (k, v)
 
     def decode_step(self, x, rope, cache, position, mask=None):
         """One new position: x (R, 1, C) -> (R, 1, C).  Adds its key and value to the cache.
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         keys[:, :, position:position + 1], values[:, :, position:position + 1] = k, v
         keys, values = keys[:, :, :position + 1], values[:, :, :position + 1]
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.wo(rearrange(y, "b h n c -> b n (h c)"))
+        return self.wo(rearrange(y, "r h l c -> r l (h c)"))
 
 
 class FeedForward(nn.Module):
@@ -326,7 +326,7 @@ def guide(logits, cfg_scale):
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Sets to -inf all but the top_k largest logits (0: all) and their equals, then all outside the
-    nucleus: the fewest of more than top_p together (arXiv 1904.09751).  (..., V) -> (..., V)."""
+    nucleus: the likeliest that reach more than top_p (arXiv 1904.09751).  (..., V) -> (..., V)."""
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -356,8 +356,8 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
     int64 and logp (P*G, N) float32, the log-probability with which each token was drawn, after
     guidance, temperature, top-k and top-p.  The G = samples_per_prompt samples of a prompt are
     neighbours and share its prefill.  greedy takes the likeliest token, and gives its logp.
-    prefix (P*G, t) int64 are the first t tokens of each image, given instead of drawn, but with
-    their log-probabilities.  uniform (P*G, N - t) float64 in [0, 1) are the random numbers, if not
+    prefix (P*G, n) int64 are the first n tokens of each image, given instead of drawn, but with
+    their log-probabilities.  uniform (P*G, N - n) float64 in [0, 1) are the random numbers, if not
     the generator's.  Raises ValueError for settings out of range or a prefix of other rows."""
     P, G, N = len(cond), samples_per_prompt, model.config.block_size
     check_policy(cfg_scale, temperature, top_k, top_p, G)
@@ -392,7 +392,7 @@ def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperatur
     """Log-probability of every given token and entropy of every choice, in nats: (B, N) each.
 
     This is the distribution that `generate` draws from without top-k and top-p.  Both are
-    differentiable.  Errors as in `generate` and `forward`."""
+    differentiable.  Raises ValueError for numbers that make no policy."""
     check_policy(cfg_scale, temperature)
     both, both_masks = both_branches(model, cond, cond_mask, cfg_scale)
     logits = model(tokens.repeat(len(both) // len(cond), 1), both, both_masks)       # (R, N, V)
@@ -440,7 +440,7 @@ def kl_k3(logp, ref_logp):
     2020, "Approximating KL divergence").
     At a token that pi has drawn its *value* is an unbiased estimate of KL(pi || pi_ref).  The mean
     of its *gradient*, E_pi[(1 - pi_ref / pi) grad log pi], is that of KL(pi_ref || pi), the other
-    direction: that is what this loop and TRL's minimise, token by token, while samples are pi's."""
+    direction.  The latter is what this loop minimises, token by token, while samples are pi's."""
     d = ref_logp - logp
     return d.exp() - d - 1
 
@@ -483,10 +483,10 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_hi
 class GRPOConfig:
     """Settings of the loop.  The defaults suit the models of toy/, train_c2i.py has LlamaGen's."""
     steps: int = 180                     # rollouts, and with update_epochs 1 also optimizer steps
-    prompts_per_step: int = 8            # P, prompts per step
+    prompts_per_step: int = 8            # P, prompts per step, of all processes
     group_size: int = 16                 # G, images per prompt
-    micro_batch: int | None = 64         # b, images per pass of the update, for memory; None is all
-    rollout_prompts: int = 0             # prompts per pass of the sampler, for memory; 0 is all
+    micro_batch: int | None = 64         # b, images per pass but the sampler's; None is all
+    rollout_prompts: int = 0             # prompts per pass of the sampler; 0 is all
     update_epochs: int = 1               # optimizer steps per rollout; above 1 the clip can matter
     lr: float = 8e-4                     # AdamW's learning rate, before warm-up and decay
     warmup_steps: int = 5                # steps, at least 1, in which the learning rate rises
@@ -503,7 +503,7 @@ class GRPOConfig:
     seed: int = 0                        # of prompts and rollouts
 
     LEAST = dict(steps=1, prompts_per_step=1, group_size=2, micro_batch=1, update_epochs=1,
-                 warmup_steps=1, max_grad_norm=1e-9, temperature=1e-3, seed=-2 ** 63)  # others: 0
+                 warmup_steps=1, max_grad_norm=1e-9, temperature=1e-3)     # others: 0
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -530,7 +530,7 @@ class Prompts:
 def rng_for(device, *key):
     """A device's random generator, which depends on the key alone, as (seed, "rollout", step).
 
-    Each step and purpose has a stream of its own, so a resumed run restores no generator."""
+    No stream runs on from one step to the next, so a resumed run restores no generator."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
@@ -607,12 +607,12 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
     Raises FloatingPointError, before the update that would take it, if a gradient is not finite.
 
     Each keyword replaces a part of the method, or adds one:
-    sampler(model) -> the model to sample from instead, such as a faster copy;
-    advantage_fn(rewards, images, tokens, index, step) -> (B,) or (B, N), not `group_advantages`;
-    loss_fn(logp, old_logp, ref_logp, advantages, entropy) -> (loss, stats), not `grpo_loss`, a mean
-    over images; extra_loss(model, index, step) -> {name: number} adds gradients of its own, once an
-    update epoch; shard = (rank, size), this process of so many, which share the prompts;
-    sync(model) averages the gradients of all processes before they are clipped."""
+    sampler(model) -> the model to sample from, such as a faster copy
+    advantage_fn(rewards, images, tokens, index, step) -> advantages, as (B,) or (B, N)
+    loss_fn(logp, old_logp, ref_logp, advantages, entropy) -> a mean over images, and stats
+    extra_loss(model, index, step) -> {name: number}, adds gradients of its own in each epoch
+    shard = (rank, size), this process of so many, which share the prompts
+    sync(model) averages the gradients of all processes before they are clipped"""
     device, (rank, size), G = model.output.weight.device, shard, config.group_size
     if config.prompts_per_step % size:
         raise ValueError(f"{config.prompts_per_step} prompts cannot be shared by {size} processes")
@@ -628,11 +628,12 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         index = index.chunk(size)[rank]                              # (P,), of this process
         prompt_of = index.repeat_interleave(G)                       # (B,), each image's
         texts = [prompts.texts[i] for i in prompt_of.tolist()]
+        micro_batches = torch.arange(len(texts)).split(config.micro_batch or len(texts))     # (b,)
 
         # 2. Rollout: G images per prompt from the current policy, in one pass or several.
         drawer = model if sampler is None else sampler(model)
         passes, drawn = index.split(config.rollout_prompts or len(index)), []
-        for k, chosen in enumerate(passes, start=rank * len(passes)):
+        for k, chosen in enumerate(passes, start=rank * len(passes)):        # of all processes
             rng = rng_for(device, config.seed, "rollout", step, k)   # no two passes share a stream
             drawn.append(draw_images(drawer, vq, prompts, chosen, rng, samples_per_prompt=G,
                                      cfg_scale=config.cfg_scale, temperature=config.temperature,
@@ -652,8 +653,6 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             advantages = advantage_fn(rewards, images, tokens, index, step)
 
         # 5. Reference: it never changes, so once is enough for all update epochs.
-        B = len(texts)
-        micro_batches = torch.arange(B).split(config.micro_batch or B)               # rows (b,)
         with torch.no_grad():
             ref = [policy_logp(reference, prompts, prompt_of[rows], tokens[rows], config)[0]
                    for rows in micro_batches]
@@ -663,7 +662,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         #    means add up to the mean over all B images, and so do their gradients.
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate(config, step)
-        old_logp = None
+        old_logp = None                          # that of pi_old, once the first epoch has it
         for _ in range(config.update_epochs):
             scored = []
             for rows in micro_batches:
@@ -672,7 +671,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
                 # sampler's log-probs differ, by rounding or, with logprob_cfg "none", in guidance.)
                 old = logp.detach() if old_logp is None else old_logp[rows]
                 loss, _ = loss_fn(logp, old, ref_logp[rows], advantages[rows], entropy)
-                (loss * len(rows) / B).backward()                    # adds to .grad
+                (loss * len(rows) / len(texts)).backward()           # adds to .grad
                 scored.append((logp.detach(), entropy.detach()))
             logp, entropy = (torch.cat(column) for column in zip(*scored))           # (B, N) each
             if old_logp is None:
@@ -687,7 +686,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             optimizer.step()
             optimizer.zero_grad()                # now, so that the next rollout has its memory
 
-        # For the log: statistics of the last update epoch, but the entropy of pi_old.
+        # For the log: the loss's statistics over all images in the last epoch; the rest of pi_old.
         _, stats = loss_fn(logp, old_logp, ref_logp, advantages, entropy)
         _, std, flat = group_statistics(rewards, G)
         mismatch = (old_logp - sampler_logp).abs()                   # sampler against learner

@@ -114,10 +114,10 @@ class RewardSet:
     def __call__(self, images, prompts):
         """images (B, 3, height, width) in [0, 1], prompts B texts -> (total (B,), {name: (B,)}).
 
-        The parts are unweighted.  NaN means missing, and makes the total missing.  Raises
-        BadReward, with the reward's name, if a reward raises an error, changes the images or
-        prompts, or does not give one finite number, or NaN if it may miss, to each image.  An error
-        for want of memory stays what it is."""
+        The parts are unweighted.  NaN means missing, and makes the total missing.  Raises BadReward
+        if a reward raises an error, but torch.OutOfMemoryError, changes the images or prompts, or
+        does not give one finite number, or NaN if it may miss, to each image, and if the total is
+        infinite."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images cannot have {len(prompts)} prompts")
         given, total, parts = (images.clone(), list(prompts)), 0, {}

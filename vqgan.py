@@ -244,7 +244,7 @@ class VQModel(nn.Module):
         """tokens (B, h*w) int64 of a square grid -> images (B, 3, height, width), nominally in
         [-1, 1].
 
-        Raises ValueError if h*w is not a square number, IndexError for a token that is none."""
+        Raises ValueError if h*w is not a square number, IndexError (on a CPU) for no token."""
         side = isqrt(tokens.shape[1])
         if side * side != tokens.shape[1]:
             raise ValueError("tokens must fill a square grid, but there are "
