@@ -4,6 +4,8 @@ import difflib
 import re
 from pathlib import Path
 
+import torch
+
 import argrpo
 import pretrained
 import toy
@@ -83,6 +85,15 @@ def build_features(name, vq, device):
 def class_names(preset):
     """The names of the classes that a preset's model draws, by their numbers."""
     return toy.CLASSES if preset == "toy" else pretrained.imagenet_classes()
+
+
+def class_prompts(preset, classes, template="a photo of {}"):
+    """The Prompts of classes, as `choose_classes` reads them.  The toy's texts are its names."""
+    if preset == "toy":
+        template = "{}"
+    names = class_names(preset)
+    index = choose_classes(classes, names)
+    return argrpo.Prompts([template.format(names[k]) for k in index], torch.tensor(index))
 
 
 def choose_classes(text, names):

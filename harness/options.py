@@ -115,6 +115,36 @@ def check(settings):
 
 
 # ---------------------------------------------------------------------------------------------
+# Settings of the commands that draw: sample.py and evaluate.py
+# ---------------------------------------------------------------------------------------------
+
+@dataclass
+class DrawSettings:
+    """What draws, what it draws, and how: a command adds which weights, how many, and where to."""
+    preset: str = "toy"                  # toy, B-256, L-256, B-384, L-384, XL-384, XXL-384, 3B-384,
+                                         # t2i-XL-256 or t2i-XL-512
+    vq_ckpt: str = ""                    # tokenizer weights of your own: a file, a folder, or a
+                                         # Hugging Face repo or repo:file
+    classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names
+                                         # such as otter,pizza
+    prompts: str = ""                    # captions to draw, of a file: one a line, or .json or
+                                         # .jsonl
+    t5: str = "google/flan-t5-xl"        # text encoder of the t2i presets: a local folder, or a
+                                         # Hugging Face repo
+    cfg_scale: float = 1.0               # classifier-free guidance: 1 is none
+    temperature: float = 1.0             # below 1: likelier, less varied images
+    top_k: int = 0                       # draw from the k likeliest codes only; 0 is all
+    top_p: float = 1.0                   # draw from the likeliest codes of this total probability
+    seed: int = 0                        # same seed, same pictures
+    device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
+
+    def policy(self):
+        """The keywords of `argrpo.generate` that say which policy draws."""
+        return dict(cfg_scale=self.cfg_scale, temperature=self.temperature, top_k=self.top_k,
+                    top_p=self.top_p)
+
+
+# ---------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------
 
