@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.pictures import figure  # noqa: E402
+from harness.curves import figure  # noqa: E402
 
 STYLES = {                                       # family: (colour, marker)
     "paper": ("#D55E00", "o"),

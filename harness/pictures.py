@@ -5,14 +5,7 @@ matplotlib is loaded when one is drawn.
 
 import torch
 
-
-def figure(*size):
-    """An empty matplotlib figure of that size in inches, which needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(fig)
-    return fig
+from harness.curves import figure
 
 
 def draw_before_after(path, before, after, rows=8):
@@ -42,23 +35,3 @@ def draw_prompt(ax, left, top, text, images, rewards):
         ax.imshow(image.permute(1, 2, 0).numpy(), extent=(x, x + 1, top + 1, top),
                   interpolation="nearest")
         ax.text(x + 0.5, top + 1.02, f"{score:.2f}", fontsize=6, ha="center", va="top")
-
-
-def draw_curves(path, metrics):
-    """Reward by component, KL, entropy, diversity and, where it was measured, D over the steps."""
-    rewards = [name for name in metrics[0] if name.startswith("reward/")]
-    if len(rewards) > 1:
-        rewards = ["reward", *rewards]
-    panels = {"reward": rewards, "kl": ["kl"], "entropy": ["entropy"], "diversity": ["diversity"]}
-    if any(m.get("diversity_kept") is not None for m in metrics):
-        panels["diversity_kept"] = ["diversity_kept"]
-    fig = figure(2.8 * len(panels), 2.8)
-    for ax, (title, names) in zip(fig.subplots(1, len(panels)), panels.items()):
-        for name in names:
-            known = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-            ax.plot(*zip(*known), linewidth=1, label=name.removeprefix("reward/"))
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel("step", fontsize=8)
-        ax.tick_params(labelsize=7)
-    fig.axes[0].legend(fontsize=7)
-    fig.savefig(path, dpi=110)

@@ -22,13 +22,14 @@ import reward
 from diversity import DiversityBonus, Rehearsal, group_diversity
 from harness import doctor, memory, processes
 from harness.checkpoints import Record, save_weights, write_json
+from harness.curves import draw_curves
 from harness.evaluation import describe, diversity_kept, evaluate_all, evaluate_spread, known_mean
 from harness.evidence import gallery_arrays, mind_arrays, write_evidence
 from harness.interrupts import Interrupted, StopRequest
 from harness.logs import Logs
 from harness.models import build_features
 from harness.options import images_of, one_line_errors
-from harness.pictures import draw_before_after, draw_curves
+from harness.pictures import draw_before_after
 from harness.processes import OtherProcessFailed
 from harness.progress import Progress, write_animation
 from harness.selftest import selftest
@@ -140,7 +141,7 @@ class Run:
 
     def write_page(self):
         """progress.gif and report.html, from what is in the folder."""
-        from harness.report import write_page  # with jinja2, which a run needs late
+        from harness.page import write_page  # with jinja2, which a run needs late
         write_animation(self.out / "progress", self.out / "progress.gif")
         write_page([self.out], self.out / "report.html")
 

@@ -91,7 +91,7 @@ def test_every_section_is_there_and_fits_the_width(opened):
         (width, height), = sizes_of(driver, f"section#{section}")
         assert width > 800 and height > 80, section
     assert driver.execute_script("return document.documentElement.scrollWidth") <= 1280
-    assert all(width > 300 and height > 100 for width, height in sizes_of(driver, "svg"))
+    assert all(width > 300 and height > 100 for width, height in sizes_of(driver, ".panel img"))
     loaded = driver.execute_script("return [...document.images].every(i => i.naturalWidth > 0)")
     assert loaded, "a picture is broken"
 
