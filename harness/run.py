@@ -24,14 +24,19 @@ from harness import doctor, memory, processes
 from harness.checkpoints import Record, save_weights, write_json
 from harness.curves import draw_curves
 from harness.evaluation import describe, diversity_kept, evaluate_all, evaluate_spread, known_mean
-from harness.evidence import gallery_arrays, mind_arrays, write_evidence
+from harness.gallery import (
+    Progress,
+    draw_before_after,
+    gallery_arrays,
+    mind_arrays,
+    write_animation,
+    write_arrays,
+)
 from harness.interrupts import Interrupted, StopRequest
 from harness.logs import Logs
 from harness.models import build_features
 from harness.options import images_of, one_line_errors
-from harness.pictures import draw_before_after
 from harness.processes import OtherProcessFailed
-from harness.progress import Progress, write_animation
 from harness.selftest import selftest
 from harness.speed import Sampler, allowed_mismatch, frozen_copy, make_optimizer, packed
 from harness.timing import Stopwatch
@@ -95,7 +100,7 @@ class Run:
                 out.mkdir(parents=True, exist_ok=True)
                 config = configuration(settings, self.script, self.device)
                 write_json(out / "config.json", config)
-                write_evidence(out / "report.npz", gallery_arrays(gallery_before, "before"))
+                write_arrays(out / "report.npz", gallery_arrays(gallery_before, "before"))
                 progress = Progress(self.vq, self.eval_prompts, self.reward_fn, settings,
                                     self.measure, out / "progress", started)
                 logs = Logs(settings, config)
@@ -136,7 +141,7 @@ class Run:
         arrays = gallery_arrays(before, "before") | gallery_arrays(after, "after")
         arrays |= mind_arrays(self.reference, self.model, self.vq, self.eval_prompts, before, after,
                               self.settings)
-        write_evidence(out / "report.npz", arrays)
+        write_arrays(out / "report.npz", arrays)
         self.write_page()
 
     def write_page(self):

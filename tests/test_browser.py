@@ -27,8 +27,8 @@ def runs(tmp_path_factory):
     """A toy run of each task, and the page that compares them with another: {name: page}."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.progress.SHARE", 100)             # so that no picture is left out
-        patch.setattr("harness.evidence.SECONDS", 1000)
+        patch.setattr("harness.gallery.SHARE", 100)              # so that no picture is left out
+        patch.setattr("harness.gallery.SECONDS", 1000)
         train_c2i.main([*QUICK, "--out", str(folder / "c2i")])
         train_t2i.main([*QUICK, "--out", str(folder / "t2i")])
     other = Path(shutil.copytree(folder / "c2i", folder / "other"))

@@ -31,7 +31,7 @@ from argrpo import GRPOConfig, Prompts
 from diversity import group_diversity
 from harness import evaluation
 from harness.evaluation import diversity_kept, evaluate, evaluate_all, evaluate_spread
-from harness.progress import Progress
+from harness.gallery import Progress
 from train_c2i import Settings
 
 BOTH = pytest.mark.parametrize("model_type", ["c2i", "t2i"])

@@ -19,11 +19,12 @@ import argrpo
 import report
 import toy
 import train_c2i
-from harness import curves, evidence, logs
+from harness import curves, gallery, logs
 from harness.evaluation import evaluate
+from harness.gallery import SHARE, Progress, write_animation
 from harness.options import Settings
 from harness.page import page, read_run, sprite
-from harness.progress import SHARE, Progress, write_animation
+from reward import to_uint8
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--preset", "toy", "--steps", "6", "--prompts-per-step", "2", "--group-size", "4",
@@ -35,7 +36,7 @@ def finished(tmp_path_factory):
     """A run that is over, and watched a reward; tests only look at it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.progress.SHARE", 100)             # so that no picture is left out
+        patch.setattr("harness.gallery.SHARE", 100)              # so that no picture is left out
         log = ["--log", "tensorboard"] if find_spec("tensorboard") else []
         train_c2i.main(QUICK + ["--out", str(out), "--watch", "brightness", "--lr", "0.001",
                                 "--progress-every", "3", *log])
@@ -53,7 +54,7 @@ def killed(finished, tmp_path):
     with np.load(out / "report.npz") as file:
         arrays = dict(file)
     begun = {name: arrays[name] for name in ("texts", "names", "before", "scores_before")}
-    evidence.write_evidence(out / "report.npz", begun)
+    gallery.write_arrays(out / "report.npz", begun)
     return out
 
 
@@ -100,7 +101,7 @@ def test_the_animation_needs_pictures(tmp_path):
 def test_progress_takes_a_twentieth_of_the_time_at_most(monkeypatch):
     """A picture is left out if it would take the pictures over their share."""
     now = [100.0]
-    monkeypatch.setattr("harness.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("harness.gallery.time.perf_counter", lambda: now[0])
     settings = Settings(progress_every=10, steps=25)
     progress = Progress(None, argrpo.Prompts(["a"], torch.tensor([0])), None, settings, None,
                         None, started=100.0)
@@ -133,11 +134,11 @@ def closely(request):
         return right, {"shapes": right}
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(evidence, "SECONDS", 1000)                     # whatever else the machine does
+    patch.setattr(gallery, "SECONDS", 1000)                      # whatever else the machine does
     request.addfinalizer(patch.undo)
     _, before = evaluate(reference, vq, prompts, reward_fn, settings)
     _, after = evaluate(model, vq, prompts, reward_fn, settings)
-    arrays = evidence.mind_arrays(reference, model, vq, prompts, before, after, settings)
+    arrays = gallery.mind_arrays(reference, model, vq, prompts, before, after, settings)
     return arrays, model, reference, vq, settings
 
 
@@ -179,7 +180,7 @@ def test_a_code_is_painted_in_its_place_in_the_picture(closely):
             code = top[when, q, place, k]
             exchanged = torch.from_numpy(tokens[q]).clone()
             exchanged[place] = code
-            whole = evidence.as_bytes(argrpo.to_images(vq, exchanged[None]))[0]
+            whole = to_uint8(argrpo.to_images(vq, exchanged[None]))[0].numpy()
             patch = patches[number[when, q, place, k]].astype(int)
             assert np.abs(patch - whole[4:16, 4:16]).max() <= 1
             seen.add(bool(code == tokens[q, place]))
@@ -190,10 +191,10 @@ def test_a_code_is_painted_in_its_place_in_the_picture(closely):
 
 def test_patches_that_took_too_long_are_marked(closely, monkeypatch):
     arrays, _, _, vq, _ = closely
-    monkeypatch.setattr(evidence, "SECONDS", -1)
+    monkeypatch.setattr(gallery, "SECONDS", -1)
     top, kl = torch.from_numpy(arrays["mind_top"]), torch.from_numpy(arrays["mind_kl"])
     tokens = torch.from_numpy(arrays["mind_tokens"])
-    patches, number = evidence.painted_patches(vq, tokens, top, kl)
+    patches, number = gallery.painted_patches(vq, tokens, top, kl)
     place = kl.mean(dim=0).argmax()                              # only the first, most changed one
     assert (number[:, :, place] >= 0).all() and number.max() == len(patches) - 1
     assert sum((number[:, :, other] == -1).all().item() for other in range(36)) == 35
