@@ -220,11 +220,6 @@ def checked(name, reward, scores, images, prompts):
     return scores
 
 
-# Dicts in which rewards keep what other rewards of the same batch may need again, such as CLIP's
-# features of its images.  A model appends its dict here.  RewardSet empties them after each batch.
-BATCH_CACHES = []
-
-
 class RewardSet:
     """A weighted sum of rewards: {name: (reward, weight)}."""
 
@@ -271,8 +266,6 @@ class RewardSet:
                 parts[name] = self.ask(name, images, prompts)
                 total = total + weight * parts[name]
         finally:
-            for cache in BATCH_CACHES:
-                cache.clear()
             for reward, _ in self.rewards.values():
                 if hasattr(reward, "forget"):
                     reward.forget()

@@ -12,6 +12,7 @@ import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
 from harness.evaluation import spread_prompts
+from harness.scoring import feature_function
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -72,13 +73,26 @@ def shipped_spread(settings, task, prompts):
     return toy.shipped_spread(task, [prompts.texts[k] for k in index.tolist()])
 
 
+class Features:
+    """Images as a reward's features of them, for a `diversity.DiversityBonus`."""
+
+    def __init__(self, features):
+        self.features = features
+
+    def describe(self, images, tokens):
+        """images (B, 3, H, W) in [0, 1] -> (B, C) float16."""
+        return self.features(images).half()
+
+    def levels(self, described):
+        return [described.float()]
+
+
 def build_features(name, vq, device):
     """What the diversity bonus compares: "pixels", "codes", or "imagenet", a classifier's features.
 
     Raises ImportError, naming the packages, if the classifier's are missing."""
     if name == "imagenet":
-        from rewards.imagenet import Features
-        return Features(device)
+        return Features(feature_function(name, device))
     return Codes(vq) if name == "codes" else Pixels()
 
 

@@ -6,7 +6,6 @@ to do).  They work on copies of the model, and leave nothing behind.
 
 import copy
 import dataclasses
-import importlib
 import resource
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 import argrpo
 from harness.checkpoints import load_checkpoint, save_checkpoint
 from harness.speed import Sampler, allowed_mismatch, frozen_copy
+from rewards import checker
 
 PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks share
 
@@ -99,9 +99,8 @@ def check_accumulation(model, prompts, index, tokens, settings):
 
 def check_rewards(reward_fn, images, texts):
     """What `python -m rewards --check` examines, on images of the chosen model."""
-    checker = importlib.import_module("rewards.checker")         # a floor above: by name alone
     try:
-        findings = list(checker.check(reward_fn, images, texts, SAMPLES))
+        findings = list(checker.findings(reward_fn, images, texts, SAMPLES))
     except Exception as error:                   # a reward is anybody's code
         yield "reward", False, f"fails: {type(error).__name__}: {error}"
         return

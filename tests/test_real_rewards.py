@@ -11,6 +11,7 @@ import torch
 import argrpo
 import pretrained
 import reward
+from harness.models import build_features
 from reward import build_rewards
 from rewards.__main__ import main
 
@@ -29,8 +30,8 @@ def packages(request):
 
 @pytest.fixture(scope="module")
 def pictures(packages):
-    from rewards import pictures
-    return pictures
+    from rewards import known_pictures
+    return known_pictures
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,20 @@ def test_what_the_classifier_says_first(imagenet, pictures):
     assert names.index("palace") == 698 and names.index("daisy") == 985      # ImageNet's numbers
     features = classifier.features(photos)
     assert features.shape == (3, 1280) and (features >= 0).all()
+    unit = imagenet.rewards["imagenet"][0].features(photos)
+    torch.testing.assert_close(unit, features / features.norm(dim=1, keepdim=True))
+    right = imagenet.rewards["imagenet"][0].right_class(photos, ["palace", "daisy", "palace"])
+    assert right["imagenet/accuracy"].tolist() == [1, 1, 0]
+
+
+def test_the_diversity_bonus_compares_the_classifiers_features(imagenet, pictures):
+    photos = torch.stack([pictures.photo(name) for name in pictures.PHOTOS])
+    bonus = build_features("imagenet", None, CPU)
+    described = bonus.describe(photos, None)
+    assert described.shape == (5, 1280) and described.dtype == torch.float16
+    [level] = bonus.levels(described)
+    torch.testing.assert_close(level, imagenet.rewards["imagenet"][0].features(photos), rtol=1e-3,
+                               atol=1e-4)
 
 
 def test_noise_lowers_the_score(imagenet, pictures):

@@ -15,7 +15,7 @@ from PIL import Image
 import reward
 import train_c2i
 import train_t2i
-from reward import BATCH_CACHES, MODULES, REGISTRY, RewardSet, build_rewards, items_of, register
+from reward import MODULES, REGISTRY, RewardSet, build_rewards, items_of, register
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -189,18 +189,33 @@ def test_running_out_of_memory_is_no_bad_reward():
         RewardSet({"hungry": (hungry, 1.0)})(IMAGES, PROMPTS)
 
 
-def test_what_rewards_remember_of_a_batch_is_forgotten_after_it():
-    cache = {}
-    BATCH_CACHES.append(cache)
-    try:
-        def remembers(images, prompts):
-            cache["images"] = images
-            return torch.zeros(4)
+class Remembers:
+    """A reward that keeps the batch until it is told to forget."""
+    kept = None
 
-        RewardSet({"remembers": (remembers, 1.0)})(IMAGES, PROMPTS)
-        assert cache == {}
-    finally:
-        BATCH_CACHES.remove(cache)
+    def __call__(self, images, prompts):
+        self.kept = images
+        return torch.zeros(len(prompts))
+
+    def forget(self):
+        self.kept = None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_rewards_remember_of_a_batch_is_forgotten_after_it(fails):
+    """Also after a reward in the middle of the set raised an error."""
+    def second(images, prompts):
+        assert first.kept is images              # for the other rewards of the batch
+        return {}["score"] if fails else torch.zeros(len(prompts))
+
+    first, last = Remembers(), Remembers()
+    rewards = RewardSet({"first": (first, 1.0), "second": (second, 1.0), "last": (last, 1.0)})
+    if fails:
+        with pytest.raises(reward.BadReward, match="'second' failed .*KeyError: 'score'"):
+            rewards(IMAGES, PROMPTS)
+    else:
+        rewards(IMAGES, PROMPTS)
+    assert first.kept is None and last.kept is None
 
 
 # --- from a text to a RewardSet ----------------------------------------------------------------

@@ -20,9 +20,10 @@ import rewards.clip
 import rewards.vlm
 import toy
 import train_c2i
-from reward import BATCH_CACHES, build_rewards
+from harness.scoring import feature_function
+from reward import RewardSet, build_rewards
 from rewards.clip import Tower, binned, clip_tower, hpsv2_tower, open_clip_tower, preprocess
-from rewards.quality import AestheticHead, random_crops
+from rewards.quality import aesthetic_head, random_crops
 from rewards.sources import SOURCES, weights_of
 
 CPU = torch.device("cpu")
@@ -34,7 +35,6 @@ def fresh_models():
     """No test sees another's towers."""
     yield
     open_clip_tower.cache_clear()
-    BATCH_CACHES.clear()
 
 
 def tiny_clip(embed_dim=16):
@@ -68,7 +68,7 @@ def random_towers(monkeypatch, tmp_path):
             state = {"state_dict": state}
         torch.save(state, tmp_path / f"{name}.pt")
         monkeypatch.setitem(SOURCES, name, str(tmp_path / f"{name}.pt"))
-    torch.save(AestheticHead().state_dict(), tmp_path / "aesthetic.pth")
+    torch.save(aesthetic_head().state_dict(), tmp_path / "aesthetic.pth")
     monkeypatch.setitem(SOURCES, "aesthetic", str(tmp_path / "aesthetic.pth"))
     return built
 
@@ -77,16 +77,15 @@ def counting_tower(micro_batch=32):
     """A Tower of two plain functions, and the list of what they were asked."""
     asked = []
 
-    def encode_image(pixels):
-        asked.append(("images", len(pixels)))
-        return pixels.mean(dim=(2, 3))                                   # (b, 3)
+    def encode_image(images):
+        asked.append(("images", len(images)))
+        return images.mean(dim=(2, 3))                                   # (b, 3)
 
     def encode_text(texts):
         asked.append(("texts", len(texts)))
         return torch.tensor([[len(text), 1.0, 2.0] for text in texts])
 
-    tower = Tower(encode_image, encode_text, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), micro_batch)
-    return tower, asked
+    return Tower(encode_image, encode_text, micro_batch), asked
 
 
 # --- preprocessing -----------------------------------------------------------------------------
@@ -163,7 +162,33 @@ def test_rewards_of_one_model_share_it_and_forget_the_batch(random_towers):
     torch.testing.assert_close(parts["clip_bin"], binned(parts["clip"] / 5))
     torch.testing.assert_close(parts["hpsv2_bin"], binned(parts["hpsv2"] / 5))
     torch.testing.assert_close(total, sum(parts.values()))
-    assert [{}, {}, {}] == BATCH_CACHES                      # three towers, all emptied
+    towers = {reward.tower for reward, _ in rewards.rewards.values()}
+    assert len(towers) == 3 and all(tower.last == {} for tower in towers)
+
+
+def test_a_tower_forgets_the_batch_after_an_error_too(random_towers):
+    def fails(images, prompts):
+        assert clip.tower.last["images"][0] is images
+        raise RuntimeError("no answer")
+
+    (clip, _), = build_rewards("clip", CPU).rewards.values()
+    rewards = RewardSet({"clip": (clip, 1.0), "fails": (fails, 1.0)})
+    with pytest.raises(ValueError, match="'fails' failed .*no answer"):
+        rewards(torch.rand(3, 3, 40, 40), ["a", "b", "b"])
+    assert clip.tower.last == {}
+
+
+def test_features_of_clip_are_those_of_its_larger_model(random_towers):
+    tower, images = open_clip_tower("ViT-L-14-quickgelu", CPU), torch.rand(3, 3, 40, 40)
+    features = feature_function("clip", CPU)(images)
+    assert features.shape == (3, 768) and tower.last == {}               # nothing is kept of them
+    torch.testing.assert_close(features, tower.image_features(images))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+
+
+def test_a_reward_without_features_says_which_have_them():
+    with pytest.raises(ValueError, match="^reward 'jpeg' has no features; imagenet and clip have$"):
+        feature_function("jpeg", CPU)
 
 
 def test_bins_at_their_edges():

@@ -11,7 +11,7 @@ import rewards.geneval
 import rewards.ocr
 from captions import COLOUR_NAMES, coco_objects, requirements
 from reward import build_rewards
-from rewards.clip import Tower
+from rewards.clip import Tower, preprocess
 from rewards.geneval import GenEval, place_of
 
 CPU = torch.device("cpu")
@@ -63,9 +63,10 @@ def found_things(things):
 @pytest.fixture
 def geneval(monkeypatch):
     """GenEval without a detector.  Its CLIP takes the mean of a crop for the crop's colour."""
-    tower = Tower(lambda pixels: pixels.mean(dim=(2, 3)),
-                  lambda texts: torch.tensor([shade_of(text) for text in texts]),
-                  8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    def shade_seen(images):
+        return preprocess(images, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).mean(dim=(2, 3))
+
+    tower = Tower(shade_seen, lambda texts: torch.tensor([shade_of(text) for text in texts]))
     monkeypatch.setattr(detection, "maskrcnn_resnet50_fpn_v2", lambda weights: torch.nn.Module())
     monkeypatch.setattr(rewards.geneval, "open_clip_tower", lambda name, device: tower)
     return GenEval(CPU)

@@ -25,23 +25,23 @@ def fresh_models():
     ('The nose is blurred.\n{"score": 3.5}', 3.5),
     ("Score: 4", 4.0),
     ('{"score": 1} no, wait: {"score": 2}', 2.0),
-    ("I cannot judge this.", None),
-    ('{"score": 7}', None),
-    ('{"score": -1}', None),
-    ("", None),
+    ("I cannot judge this.", math.nan),
+    ('{"score": 7}', math.nan),
+    ('{"score": -1}', math.nan),
+    ("", math.nan),
     ("**Score:** 4", 4.0),
     ("**Score**: 3", 3.0),
     ("The sum is\n**Score: 2.5**", 2.5),
     ('{"score": "4.5"}', 4.5),
     ("{'score': '2'}", 2.0),
     ('{"score": .5}', 0.5),
-    ('{"score": "-.5"}', None),
+    ('{"score": "-.5"}', math.nan),
     ("Score: 4.", 4.0),
-    ("I score: nothing.", None),
-    ('{"score": "**"} 4', None),
+    ("I score: nothing.", math.nan),
+    ('{"score": "**"} 4', math.nan),
 ])
 def test_scores_are_read_off_answers(answer, score):
-    assert parse_score(answer, 5) == score
+    assert parse_score(answer, 5) == pytest.approx(score, nan_ok=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Pictures that rewards with models can judge: for `python -m rewards --check`, and for the tests.
+"""Pictures of which it is known what they show: for `python -m rewards --check`, and the tests.
 
 A group is (prompt, [(what it shows, image (3, 256, 256) in [0, 1]), ...]), the best picture first.
 """
@@ -6,7 +6,6 @@ A group is (prompt, [(what it shows, image (3, 256, 256) in [0, 1]), ...]), the 
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms import functional as vision
@@ -25,8 +24,7 @@ PHOTOS = {
 
 def read_picture(path):
     """A file's picture: (3, H, W) in [0, 1]."""
-    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))             # (H, W, 3)
-    return pixels.permute(2, 0, 1) / 255
+    return vision.to_tensor(Image.open(path).convert("RGB"))
 
 
 def packaged_file(package, path):
@@ -58,7 +56,7 @@ def drawn_text(text, height=32, ink=(0, 0, 0), ground=(255, 255, 255), font="Dej
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     ImageDraw.Draw(picture).text((SIDE / 2, SIDE / 2), text, fill=ink, anchor="mm",
                                  font=ImageFont.truetype(str(file), height))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    return vision.to_tensor(picture)
 
 
 def photo_groups():
