@@ -23,8 +23,8 @@ from tqdm import tqdm
 import captions
 import pretrained
 from harness import options
-from harness.drawing import draw, draw_shards, read_shards
-from harness.fid import print_fid
+from harness.compare import draw, draw_shards, read_shards
+from harness.fidelity import print_fid
 from harness.models import caption_encoder, class_prompts, load_models
 from harness.processes import pick_device
 from harness.speed import Sampler

@@ -12,7 +12,7 @@ import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
 from harness.evaluation import spread_prompts
-from harness.scoring import feature_function
+from reward import build_rewards
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -92,7 +92,8 @@ def build_features(name, vq, device):
 
     Raises ImportError, naming the packages, if the classifier's are missing."""
     if name == "imagenet":
-        return Features(feature_function(name, device))
+        [(classifier, _)] = build_rewards(name, device).rewards.values()
+        return Features(classifier.features)
     return Codes(vq) if name == "codes" else Pixels()
 
 

@@ -15,7 +15,7 @@ import toy
 import train_c2i
 import train_t2i
 from harness import memory, processes
-from harness.fid import as_uint8
+from harness.compare import reduced
 from harness.memory import fitting_micro_batch, memory_estimate, out_of_memory_advice
 from harness.options import resumed
 from harness.run import Run, configuration
@@ -174,9 +174,11 @@ def test_sample_draws_captions(tmp_path, capsys):
 
 
 def test_large_pictures_are_resized_to_256():
-    assert as_uint8(torch.rand(2, 3, 384, 384), 256).shape == (2, 256, 256, 3)
-    white = as_uint8(torch.ones(1, 3, 256, 256), 256)
-    assert white.min() == 255
+    assert reduced(torch.rand(2, 3, 384, 384), 256).shape == (2, 3, 256, 256)
+    edge = torch.arange(384).gt(190).float().expand(1, 3, 384, 384)
+    assert 0 <= reduced(edge, 256).min() and reduced(edge, 256).max() <= 1, "bicubic overshoots"
+    white = torch.ones(1, 3, 256, 256)
+    assert reduced(white, 256) is white
 
 
 @pytest.mark.parametrize("options, message", [
