@@ -172,7 +172,7 @@ def distances(folder, index, count, features, device):
         images = as_images(read_shard(path))
         side = min(64, images.shape[-1])
         small = F.interpolate(images, size=(side, side), mode="area")
-        seen["pixels"].append(to_uint8(small).flatten(1))
+        seen["pixels"].append(to_uint8(small).movedim(-1, 1).flatten(1))
         for name, function in features.items():
             seen[name].append(function(images.to(device)).cpu())
     found = {f"distance/{name}": torch.full((count,), math.nan) for name in seen}
