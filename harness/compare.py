@@ -162,6 +162,7 @@ def by_prompt(values, index, count):
     return total / torch.bincount(index[known], minlength=count)
 
 
+@torch.no_grad()
 def distances(folder, index, count, features, device):
     """How much the pictures of a prompt differ: {"distance/pixels": (count,), "distance/<name>"}.
 
