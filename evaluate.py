@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from PIL import ImageDraw, ImageFont
 
 import argrpo
+import captions
 import pretrained
 import reward
 import toy
-from harness import captions, options, processes, scoring
+from harness import options, processes, scoring
 from harness.checkpoints import write_json
 from harness.drawing import SHARD, as_images, draw_shards, read_pictures, read_shards, shards
 from harness.fid import ShardedPictures, fid_of_pictures

@@ -19,8 +19,8 @@ and one option: `--reward my_rewards.py:redness --out runs/red`.  Several reward
 weights: `--reward "shapes:1,jpeg:0.2,my_rewards.py:redness:0.5"`.  Before a long run, examine it,
 or score pictures:
 
-    python reward.py --check my_rewards.py:redness
-    python reward.py --reward clip,aesthetic --prompt "a photo of an otter" one.png two.png
+    python -m rewards --check my_rewards.py:redness
+    python -m rewards --reward clip,aesthetic --prompt "a photo of an otter" one.png two.png
 
 A reward that needs a model or a device is made by a factory, `(device) -> reward`, which
 `@register("name")` makes known by its name.  The rewards with models are in the folder rewards/,
@@ -40,7 +40,6 @@ import inspect
 import io
 import math
 import re
-import sys
 import sysconfig
 import traceback
 from pathlib import Path
@@ -358,16 +357,3 @@ def build_rewards(spec, device):
     for name, (factory, weight) in wanted.items():
         rewards[name] = factory(device), weight
     return RewardSet(rewards)
-
-
-def main(argv=None):
-    """The command line, which is in rewards/checker.py: score pictures, examine a reward."""
-    from rewards import checker
-    return checker.main(argv)
-
-
-if __name__ == "__main__":
-    # This run of the file is the module `__main__`.  The rewards in other files register themselves
-    # with the module `reward`, which has the registry that counts.
-    import reward
-    sys.exit(reward.main())

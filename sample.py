@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import captions
 import pretrained
-from harness import captions, options
+from harness import options
 from harness.drawing import draw, draw_shards, read_shards
 from harness.fid import print_fid
 from harness.models import caption_encoder, class_prompts, load_models

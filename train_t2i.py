@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+import captions
 import reward
 import toy
-from harness import captions, options
+from harness import options
 from harness.evaluation import with_watched
 from harness.models import caption_encoder, load_models, shipped_spread, toy_folder
 from harness.processes import pick_device

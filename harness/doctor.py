@@ -237,9 +237,9 @@ FAULTS = (
          "this, too."),
     Rule("constant reward", constant_reward,
          "If it is the ceiling, the run is done, or needs harder prompts or a finer reward. Else "
-         "examine the reward: python reward.py --check NAME."),
+         "examine the reward: python -m rewards --check NAME."),
     Rule("no spread within groups", no_spread,
-         "Does the reward look at the image? python reward.py --check NAME. Else take harder or "
+         "Does the reward look at the image? python -m rewards --check NAME. Else take harder or "
          "easier prompts, a larger --group-size, or a finer reward."),
     Rule("missing rewards", missing,
          "Images without a reward teach nothing. Look at what the reward's model answers."),

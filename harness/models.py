@@ -9,8 +9,8 @@ import torch
 import argrpo
 import pretrained
 import toy
+from captions import T5Captions
 from diversity import Codes, Pixels
-from harness.captions import T5Captions
 from harness.evaluation import spread_prompts
 
 

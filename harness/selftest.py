@@ -98,7 +98,7 @@ def check_accumulation(model, prompts, index, tokens, settings):
 
 
 def check_rewards(reward_fn, images, texts):
-    """What `python reward.py --check` examines, on images of the chosen model."""
+    """What `python -m rewards --check` examines, on images of the chosen model."""
     checker = importlib.import_module("rewards.checker")         # a floor above: by name alone
     try:
         findings = list(checker.check(reward_fn, images, texts, SAMPLES))

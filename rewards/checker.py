@@ -1,4 +1,4 @@
-"""The command line of `python reward.py`: scores pictures with a reward, or examines the reward.
+"""Examines a reward: `python -m rewards --check SPEC`, and a part of `--selftest`.
 
 A reward is examined on pictures that the toy draws before training, or, if it has a method
 `examples()`, on those that it brings along: [(prompt, [(what it shows, image (3, H, W)), ...]),
@@ -8,17 +8,12 @@ whatever else is in the batch; and different ones within a group, for otherwise 
 learn from.
 """
 
-import argparse
-import json
-import sys
 import time
 
 import torch
 
 import toy
 from argrpo import Prompts, draw_images, rng_for
-from reward import build_rewards
-from rewards.pictures import read_picture
 
 PROMPTS, SAMPLES = 4, 8                          # of the toy's pictures: groups, and images of each
 
@@ -138,45 +133,3 @@ def examine(rewards, prompt, device):
         mark = "ok " if good else "BAD"
         print(f"{mark}  {what:<10}  {finding}")
     return sum(not good for _, good, _ in findings)
-
-
-def score(rewards, path, prompt, device):
-    """Prints the scores of one picture, as a line of JSON."""
-    total, parts = rewards(read_picture(path)[None].to(device), [prompt])
-    scores = {"image": path, "reward": total.item()}
-    for name, part in parts.items():
-        scores[name] = part.item()
-    print(json.dumps(scores))
-
-
-def arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="reward.py",
-        description="Scores pictures with a reward, or examines the reward itself.")
-    parser.add_argument("images", nargs="*", help="pictures to score")
-    parser.add_argument("--reward", metavar="SPEC",
-                        help="the reward, as for training: name:weight,... or file.py:function")
-    parser.add_argument("--check", metavar="SPEC",
-                        help="examine this reward on pictures of the toy or its own")
-    parser.add_argument("--prompt", help="the prompt of the pictures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    if bool(args.check) == bool(args.reward) or (args.reward and not args.images):
-        parser.error("give --check SPEC, or --reward SPEC with pictures")
-    return args
-
-
-def main(argv=None):
-    """Returns the exit status: 0, the number of bad findings, or 2 after an error."""
-    args = arguments(argv)
-    try:
-        rewards = build_rewards(args.check or args.reward, args.device)
-        if args.check:
-            return examine(rewards, args.prompt, args.device)
-        rewards.check_prompts([args.prompt or ""])
-        for path in args.images:                 # one by one, for they may differ in size
-            score(rewards, path, args.prompt or "", args.device)
-        return 0
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2

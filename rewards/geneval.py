@@ -1,8 +1,8 @@
 """GenEval (arXiv 2310.11513) as a reward: does the image meet what its composition demands?
 
 The prompt follows one of GenEval's templates over COCO's objects ("a photo of a red bus left of a
-bench"), which `harness.captions` reads.  A COCO detector finds the objects, and CLIP ViT-L/14 names
-the colour of each one, cut out on grey.  A demand is an object in its number (exactly, where it is
+bench"), which `captions` reads.  A COCO detector finds the objects, and CLIP ViT-L/14 names the
+colour of each one, cut out on grey.  A demand is an object in its number (exactly, where it is
 counted), its colour, or its place.
 
 Where this departs from the published GenEval: it detects with torchvision's Mask R-CNN in the place
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchvision.models import detection
 
-from harness.captions import COLOUR_NAMES, coco_objects, requirements
+from captions import COLOUR_NAMES, coco_objects, requirements
 from reward import register
 from rewards.clip import open_clip_tower
 from rewards.sources import with_weights

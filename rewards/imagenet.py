@@ -149,7 +149,7 @@ class ImageNet:
             classes_of(prompt)
 
     def examples(self):
-        """Photographs for `reward.py --check`."""
+        """Photographs for `python -m rewards --check`."""
         return pictures.photo_groups()
 
     def __call__(self, images, prompts):

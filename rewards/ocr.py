@@ -102,7 +102,7 @@ class Ocr:
             quoted_texts(prompt)
 
     def examples(self):
-        """Drawn texts for `reward.py --check`."""
+        """Drawn texts for `python -m rewards --check`."""
         return pictures.text_groups()
 
     def __call__(self, images, prompts):

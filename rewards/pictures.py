@@ -1,4 +1,4 @@
-"""Pictures that rewards with models can judge: for `python reward.py --check`, and for the tests.
+"""Pictures that rewards with models can judge: for `python -m rewards --check`, and for the tests.
 
 A group is (prompt, [(what it shows, image (3, 256, 256) in [0, 1]), ...]), the best picture first.
 """

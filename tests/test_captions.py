@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
+import captions
 from argrpo import token_logp
-from harness import captions
-from harness.captions import T5Captions, clean, coco_objects, compose, read_captions, requirements
+from captions import T5Captions, clean, coco_objects, compose, read_captions, requirements
 
 # --- reading ---------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 import reward
 import toy
 import train_c2i
+from rewards.__main__ import main
 
 CPU = torch.device("cpu")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -56,7 +57,7 @@ def test_the_prompts_colour_counts():
 
 @pytest.mark.parametrize("name", SPECS)
 def test_each_passes_its_own_examination(name, capsys):
-    assert reward.main(["--check", SPECS[name], "--device", "cpu"]) == 0
+    assert main(["--check", SPECS[name], "--device", "cpu"]) == 0
     assert "BAD" not in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ import argrpo
 import pretrained
 import reward
 from reward import build_rewards
+from rewards.__main__ import main
 
 pytestmark = pytest.mark.real_rewards
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_a_batch_scores_as_its_images_do_one_by_one(imagenet, ocr, pictures):
 
 @pytest.mark.parametrize("name, group", [("imagenet", 3), ("ocr", 4)])
 def test_the_examination_uses_pictures_that_the_reward_can_judge(name, group, capsys, packages):
-    assert reward.main(["--check", name, "--device", "cpu"]) == 0
+    assert main(["--check", name, "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert "BAD" not in output and "ok   ranking     the first picture scores best for" in output
     scores = [line for line in output.splitlines() if line.startswith("    ")]
@@ -211,7 +212,7 @@ def test_the_examination_uses_pictures_that_the_reward_can_judge(name, group, ca
 
 
 def test_rewards_with_pictures_of_their_own_are_examined_one_by_one(capsys, packages):
-    assert reward.main(["--check", "imagenet,ocr", "--device", "cpu"]) == 2
+    assert main(["--check", "imagenet,ocr", "--device", "cpu"]) == 2
     assert "imagenet, ocr: examine each by itself" in capsys.readouterr().err
 
 

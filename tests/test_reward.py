@@ -291,8 +291,8 @@ def test_names_are_known_without_any_of_the_large_libraries():
     assert heavy == ""
 
 
-def test_run_as_a_script_it_has_one_registry(tmp_path, monkeypatch, capsys):
-    """A user's file registers with the module `reward`, and the script finds the name there."""
+def test_the_command_finds_what_a_file_of_the_users_registers(tmp_path, monkeypatch, capsys):
+    """There is one registry, for `reward` is imported and never run."""
     file = tmp_path / "mine.py"
     file.write_text("""
 import torch
@@ -307,11 +307,12 @@ def two(device):
 """)
     picture = str(tmp_path / "grey.png")
     Image.new("RGB", (8, 8), "grey").save(picture)
-    monkeypatch.setattr(sys, "argv", ["reward.py", "--reward", f"{file}:one,two", "--device", "cpu",
+    monkeypatch.delitem(sys.modules, "rewards.__main__", raising=False)
+    monkeypatch.setattr(sys, "argv", ["rewards", "--reward", f"{file}:one,two", "--device", "cpu",
                                       picture])
     try:
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "reward.py"), run_name="__main__")
+            runpy.run_module("rewards", run_name="__main__")
     finally:
         REGISTRY.pop("two", None)
     assert stop.value.code == 0

@@ -1,18 +1,18 @@
-"""The command line `python reward.py`: scoring pictures, and examining a reward."""
+"""The command `python -m rewards`: scoring pictures, and examining a reward."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-import reward
+from rewards.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_scoring_pictures_from_the_command_line(capsys):
     picture = str(ROOT / "docs" / "toy_curves.png")
-    assert reward.main(["--reward", "brightness:2,contrast", "--device", "cpu", picture]) == 0
+    assert main(["--reward", "brightness:2,contrast", "--device", "cpu", picture]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["image"] == picture
     assert line["reward"] == pytest.approx(2 * line["brightness"] + line["contrast"])
@@ -23,7 +23,7 @@ def test_scoring_pictures_from_the_command_line(capsys):
     ("jpeg", "nowhere.png", "nowhere.png"),
 ])
 def test_errors_are_one_line(spec, picture, message, capsys):
-    assert reward.main(["--reward", spec, picture]) == 2
+    assert main(["--reward", spec, picture]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
@@ -32,7 +32,7 @@ def test_errors_are_one_line(spec, picture, message, capsys):
                                      ["--reward", "jpeg", "--check", "jpeg", "a.png"]])
 def test_what_is_to_be_done_must_be_said(options, capsys):
     with pytest.raises(SystemExit):
-        reward.main(options)
+        main(options)
     assert "give --check SPEC, or --reward SPEC with pictures" in capsys.readouterr().err
 
 
@@ -72,7 +72,7 @@ shy.may_miss = True
 def test_check_says_in_plain_words_what_is_wrong(name, finding, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(BAD_REWARDS)
-    assert reward.main(["--check", f"{file}:{name}", "--device", "cpu"]) != 0
+    assert main(["--check", f"{file}:{name}", "--device", "cpu"]) != 0
     output = capsys.readouterr()
     assert finding in output.out + output.err
 
@@ -83,6 +83,6 @@ def test_check_says_in_plain_words_what_is_wrong(name, finding, tmp_path, capsys
     ("contrast", "does not depend on the prompt"),
 ])
 def test_check_finds_nothing_wrong_with_a_good_reward(name, finding, capsys):
-    assert reward.main(["--check", name, "--device", "cpu"]) == 0
+    assert main(["--check", name, "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert "BAD" not in output and f"  {finding}\n" in output

@@ -9,7 +9,7 @@ from torchvision.models import detection
 
 import rewards.geneval
 import rewards.ocr
-from harness.captions import COLOUR_NAMES, coco_objects, requirements
+from captions import COLOUR_NAMES, coco_objects, requirements
 from reward import build_rewards
 from rewards.clip import Tower
 from rewards.geneval import GenEval, place_of

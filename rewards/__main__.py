@@ -1,0 +1,61 @@
+"""Examines a reward, or scores pictures with it.
+
+    python -m rewards --check my_rewards.py:redness
+    python -m rewards --reward clip,aesthetic --prompt "a photo of an otter" one.png two.png
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+
+from reward import build_rewards
+from rewards.checker import examine
+from rewards.pictures import read_picture
+
+
+def score(rewards, path, prompt, device):
+    """Prints the scores of one picture, as a line of JSON."""
+    total, parts = rewards(read_picture(path)[None].to(device), [prompt])
+    scores = {"image": path, "reward": total.item()}
+    for name, part in parts.items():
+        scores[name] = part.item()
+    print(json.dumps(scores))
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m rewards",
+        description="Scores pictures with a reward, or examines the reward itself.")
+    parser.add_argument("images", nargs="*", help="pictures to score")
+    parser.add_argument("--reward", metavar="SPEC",
+                        help="the reward, as for training: name:weight,... or file.py:function")
+    parser.add_argument("--check", metavar="SPEC",
+                        help="examine this reward on pictures of the toy or its own")
+    parser.add_argument("--prompt", help="the prompt of the pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if bool(args.check) == bool(args.reward) or (args.reward and not args.images):
+        parser.error("give --check SPEC, or --reward SPEC with pictures")
+    return args
+
+
+def main(argv=None):
+    """Returns the exit status: 0, the number of bad findings, or 2 after an error."""
+    args = arguments(argv)
+    try:
+        rewards = build_rewards(args.check or args.reward, args.device)
+        if args.check:
+            return examine(rewards, args.prompt, args.device)
+        rewards.check_prompts([args.prompt or ""])
+        for path in args.images:                 # one by one, for they may differ in size
+            score(rewards, path, args.prompt or "", args.device)
+        return 0
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
