@@ -30,12 +30,12 @@ import reward
 import toy
 from harness import options, processes, scoring
 from harness.checkpoints import write_json
+from harness.choices import caption_encoder, choose_classes, class_names, load_models
+from harness.device import Sampler
 from harness.drawing import SHARD, as_images, draw_shards, read_pictures, read_shards, shards
 from harness.fid import ShardedPictures, fid_of_pictures
-from harness.models import caption_encoder, choose_classes, class_names, load_models
 from harness.processes import pick_device
 from harness.progress import to_pillow
-from harness.speed import Sampler
 from toy.fid import fid_of_toy
 
 
