@@ -25,8 +25,8 @@ import reward
 import toy
 from harness import compare, fidelity, options, processes
 from harness.checkpoints import write_json
-from harness.models import caption_encoder, class_prompts, load_models
-from harness.speed import Sampler
+from harness.choices import caption_encoder, class_prompts, load_models
+from harness.device import Sampler
 
 
 @dataclass

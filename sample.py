@@ -23,11 +23,11 @@ from tqdm import tqdm
 import captions
 import pretrained
 from harness import options
+from harness.choices import caption_encoder, class_prompts, load_models
 from harness.compare import draw, draw_shards, read_shards
+from harness.device import Sampler
 from harness.fidelity import print_fid
-from harness.models import caption_encoder, class_prompts, load_models
 from harness.processes import pick_device
-from harness.speed import Sampler
 
 
 @dataclass

@@ -39,10 +39,9 @@ import reward  # noqa: E402
 import toy  # noqa: E402
 from benchmarks import gpu, measuring, yardsticks  # noqa: E402
 from harness.checkpoints import write_json  # noqa: E402
-from harness.memory import checkpoint_layers  # noqa: E402
+from harness.device import checkpoint_layers, frozen_copy, packed  # noqa: E402
 from harness.options import one_line_errors, read_options  # noqa: E402
 from harness.processes import pick_device  # noqa: E402
-from harness.speed import frozen_copy, packed  # noqa: E402
 from vqgan import VQConfig, VQModel  # noqa: E402
 
 

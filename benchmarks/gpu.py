@@ -33,8 +33,14 @@ import toy
 from benchmarks import measuring
 from harness import memory
 from harness.checkpoints import write_json
-from harness.options import Settings
-from harness.speed import Sampler, allowed_mismatch, frozen_copy, make_optimizer
+from harness.device import (
+    Sampler,
+    allowed_mismatch,
+    checkpoint_layers,
+    frozen_copy,
+    optimizer_of_device,
+)
+from harness.options import RunSettings
 from vqgan import VQConfig, VQModel
 
 SIZES = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL")
@@ -156,7 +162,7 @@ def compiled(size, device):
 
 def optimizer(size, device):
     rows = []
-    for name, make in (("plain", argrpo.make_optimizer), ("fused on a GPU", make_optimizer)):
+    for name, make in (("plain", argrpo.make_optimizer), ("fused on a GPU", optimizer_of_device)):
         model = plain_model(config_of(size), device)
         adamw = make(model, argrpo.GRPOConfig())
         for p in model.parameters():
@@ -172,7 +178,7 @@ def step(size, device):
     config = config_of(size, 256 if size == "GPT-B" else 576)
     model = measuring.random_model(config, device)
     vq = VQModel(toy.VQ_CONFIG if size == "toy" else VQConfig()).to(device).requires_grad_(False)
-    s = Settings(steps=2, prompts_per_step=4, group_size=8, lr=1e-5, kl_beta=0.1, cfg_scale=2.0,
+    s = RunSettings(steps=2, prompts_per_step=4, group_size=8, lr=1e-5, kl_beta=0.1, cfg_scale=2.0,
                  micro_batch=None, rollout_prompts=None, checkpointing=size == "GPT-XXL")
     memory.choose_sizes(model, vq, s)
     estimate = sum(memory.memory_estimate(model, vq, s).values())
@@ -180,7 +186,7 @@ def step(size, device):
     passes = -(-s.prompts_per_step // s.rollout_prompts)
     must_read = passes * measuring.rollout_bytes(model, rows, 2 if device.type == "cuda" else 4)
     if s.checkpointing:
-        memory.checkpoint_layers(model)
+        checkpoint_layers(model)
     times = measuring.step_seconds(model, vq, s, reward.build_rewards("brightness", device))
     seconds = {part: both[1] for part, both in times.items()}
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -9,8 +9,7 @@ import sys
 import torch
 
 import argrpo
-from harness.speed import Sampler, frozen_copy, make_optimizer
-from harness.timing import Stopwatch, clock
+from harness.device import Sampler, Stopwatch, clock, frozen_copy, optimizer_of_device
 
 
 def random_model(config, device="cpu", std=0.02):
@@ -70,7 +69,7 @@ def step_seconds(model, vq, settings, reward_fn, compile=False):
     stopwatch = Stopwatch(model)
     steps = argrpo.train(
         model, frozen_copy(model), vq, prompts, stopwatch.timed(reward_fn), settings,
-        make_optimizer(model, settings), sampler=Sampler(compile))
+        optimizer_of_device(model, settings), sampler=Sampler(compile))
     for _ in range(settings.steps):
         decoding.clear()
         stopwatch.start()

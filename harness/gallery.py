@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import argrpo
+from harness.before_after import draw_like_rollout
 from harness.checkpoints import write_atomically
-from harness.evaluation import texts_of
 from reward import to_uint8
 
 GAP, LINE, HEAD = 4, 20, 30                      # pixels: between pictures, of texts, of titles
@@ -106,11 +106,8 @@ class Progress:
     def draw(self, model, done):
         """Draws what the model draws after `done` steps, and returns the picture's path."""
         start, s = time.perf_counter(), self.settings
-        rng = argrpo.rng_for(next(model.parameters()).device, s.seed, "progress")
-        _, _, images = argrpo.draw_images(
-            model, self.vq, self.prompts, self.index, rng, samples_per_prompt=SAMPLES,
-            micro_batch=s.micro_batch, cfg_scale=s.cfg_scale, temperature=s.temperature)
-        texts = texts_of(self.prompts, self.index, SAMPLES)
+        texts, _, _, images = draw_like_rollout(model, self.vq, self.prompts, self.index, s,
+                                                SAMPLES, "progress")
         title = f"step {done} of {s.steps}:   {self.score(images, texts)}"
         kind, cell = ("png", SMALL) if images.shape[-1] <= SMALL else ("jpeg", LARGE)
         blocks = [(text, some, ()) for text, some in zip(texts[::SAMPLES], images.split(SAMPLES))]
@@ -124,7 +121,7 @@ class Progress:
 
     def score(self, images, texts):
         """What a picture's corner says of its images."""
-        measured = {} if self.measure is None else self.measure(images, texts)
+        measured = self.measure(images, texts)
         if "verified" in measured:
             return f"{measured['verified'].mean():.0%} right"
         total, _ = self.reward_fn(images, texts)

@@ -19,10 +19,10 @@ import argrpo
 import report
 import toy
 import train_c2i
-from harness import curves, gallery, logs
-from harness.evaluation import evaluate
+from harness import curves, gallery, options
+from harness.before_after import evaluate
 from harness.gallery import SHARE, Progress, write_animation
-from harness.options import Settings
+from harness.options import RunSettings
 from harness.page import page, read_run, sprite
 from reward import to_uint8
 
@@ -102,7 +102,7 @@ def test_progress_takes_a_twentieth_of_the_time_at_most(monkeypatch):
     """A picture is left out if it would take the pictures over their share."""
     now = [100.0]
     monkeypatch.setattr("harness.gallery.time.perf_counter", lambda: now[0])
-    settings = Settings(progress_every=10, steps=25)
+    settings = RunSettings(progress_every=10, steps=25)
     progress = Progress(None, argrpo.Prompts(["a"], torch.tensor([0])), None, settings, None,
                         None, started=100.0)
     assert progress.is_due(0)
@@ -112,7 +112,7 @@ def test_progress_takes_a_twentieth_of_the_time_at_most(monkeypatch):
     now[0] = 100 + 4.1 / SHARE
     assert progress.is_due(10) and not progress.is_due(11)
     assert progress.is_due(25), "the last step's picture is due, whatever its number"
-    assert not Progress(None, progress.prompts, None, Settings(progress_every=0), None, None,
+    assert not Progress(None, progress.prompts, None, RunSettings(progress_every=0), None, None,
                         0.0).is_due(0)
 
 
@@ -122,7 +122,7 @@ def test_progress_takes_a_twentieth_of_the_time_at_most(monkeypatch):
 def closely(request):
     """Arrays of a closer look at a changed policy, with what they were made from."""
     torch.manual_seed(1)
-    settings = train_c2i.Settings(preset="toy", eval_images=16, cfg_scale=2.0, temperature=0.9)
+    settings = train_c2i.C2iSettings(preset="toy", eval_images=16, cfg_scale=2.0, temperature=0.9)
     prompts = argrpo.Prompts(toy.CLASSES, torch.arange(27))
     (model, vq), (reference, _) = toy.load("c2i"), toy.load("c2i")
     with torch.no_grad():
@@ -402,7 +402,7 @@ def test_wandb_offline_has_the_metrics_and_the_pictures(tmp_path, monkeypatch):
 ])
 def test_a_logger_that_is_not_there_is_reported_at_once(given, message, tmp_path, monkeypatch,
                                                         capsys):
-    monkeypatch.setattr(logs, "find_spec", lambda name: None)
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         train_c2i.main(QUICK + ["--log", given, "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -455,4 +455,4 @@ def test_the_selftest_finds_a_reward_without_signal_and_one_that_fails(tmp_path,
 
 def test_settings_of_a_run_name_no_secret_field():
     """What the command line gave is remembered beside the options, and is none."""
-    assert "given" not in {field.name for field in dataclasses.fields(Settings)}
+    assert "given" not in {field.name for field in dataclasses.fields(RunSettings)}

@@ -1,4 +1,4 @@
-"""From names to what they stand for: models, classes, the encoder of captions."""
+"""From names to what they stand for: models, classes, captions, features, what to watch."""
 
 import difflib
 import re
@@ -8,11 +8,11 @@ import torch
 
 import argrpo
 import pretrained
+import reward
 import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
-from harness.evaluation import spread_prompts
-from reward import build_rewards
+from harness.before_after import Watched, spread_index
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -62,15 +62,36 @@ def caption_encoder(preset, t5, device):
     return T5Captions(t5, device)
 
 
-def shipped_spread(settings, task, prompts):
-    """The spread of the shipped toy's right pictures of the prompts, as `toy.shipped_spread`.
+def choose_watched(settings, task, texts, device):
+    """What a run of the task reports about pictures of the texts: see `Watched`.
+
+    That is, of the toy, its verifier and its spread, and "watch/<name>" of each reward that the
+    setting `watch` names."""
+    verify = spread = watched = None
+    if settings.preset == "toy":
+        verify = toy.verify_all if task == "c2i" else toy.verify_by_kind
+        spread = toy.spread
+    if settings.watch:
+        watched = reward.build_rewards(settings.watch, device)
+
+    def measure(images, rows):
+        scores = {} if verify is None else verify(images, rows)
+        if watched is not None:
+            _, parts = watched(images, rows)
+            scores |= {f"watch/{name}": part for name, part in parts.items()}
+        return scores
+    return Watched(measure, spread, shipped_spread(settings, task, texts))
+
+
+def shipped_spread(settings, task, texts):
+    """The spread of the shipped toy's right pictures of the texts, as `toy.shipped_spread`.
 
     None if the run starts from other weights, or draws with guidance or another temperature."""
     other = settings.gpt_ckpt or settings.vq_ckpt or settings.from_scratch
     if settings.preset != "toy" or other or (settings.cfg_scale, settings.temperature) != (1, 1):
         return None
-    index = spread_prompts(prompts, settings)
-    return toy.shipped_spread(task, [prompts.texts[k] for k in index.tolist()])
+    index = spread_index(len(texts), settings)
+    return toy.shipped_spread(task, [texts[k] for k in index.tolist()])
 
 
 class Features:
@@ -92,7 +113,7 @@ def build_features(name, vq, device):
 
     Raises ImportError, naming the packages, if the classifier's are missing."""
     if name == "imagenet":
-        [(classifier, _)] = build_rewards(name, device).rewards.values()
+        [(classifier, _)] = reward.build_rewards(name, device).rewards.values()
         return Features(classifier.features)
     return Codes(vq) if name == "codes" else Pixels()
 
