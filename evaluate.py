@@ -25,7 +25,7 @@ import reward
 import toy
 from harness import compare, fidelity, options, processes
 from harness.checkpoints import write_json
-from harness.choices import caption_encoder, class_prompts, load_models
+from harness.choices import caption_encoder, checkpoint, class_prompts, load_models
 from harness.device import Sampler
 
 
@@ -43,21 +43,10 @@ class EvaluateSettings(options.DrawSettings):
     out: str = "evaluation"              # folder for pictures and results
 
 
-def checkpoint(spec, seed):
-    """What the table calls a checkpoint, what to load, "" for the preset's own, and its seed.
-
-    It is called "base", by a run's folder, or by what is behind the last /."""
-    place, at, own = spec.partition("@")
-    if at and not own.isdigit():
-        raise ValueError(f"--gpt-ckpt {spec}: behind the @ must be a seed such as 1, not {own!r}")
-    path = Path(place.split(":")[0])
-    name = path.parent.name if path.name == "model.pt" else path.name.removesuffix(".pt")
-    return name + at + own, "" if place == "base" else place, int(own) if at else seed
-
-
 def check(settings):
-    """The task and the checkpoints.  Raises ValueError, before anything is drawn, for what cannot
-    be."""
+    """The task, and {what the table calls a checkpoint: (what to load, its seed)}.
+
+    Raises ValueError, before anything is drawn, for what cannot be."""
     s = settings
     if not s.gpt_ckpt:
         raise ValueError("name at least one checkpoint: --gpt-ckpt base, or a file, folder or "
@@ -74,12 +63,13 @@ def check(settings):
     if s.samples < 0 or s.temperature <= 0 or s.cfg_scale < 0:
         raise ValueError("--samples and --cfg-scale must be at least 0, --temperature above 0, not "
                          f"{s.samples}, {s.cfg_scale}, {s.temperature}")
-    checkpoints = [checkpoint(spec, s.seed) for spec in s.gpt_ckpt]
-    labels = [label for label, *_ in checkpoints]
-    for label in labels:
-        if labels.count(label) > 1:
+    checkpoints = {}
+    for spec in s.gpt_ckpt:
+        label, *place_and_seed = checkpoint(spec, s.seed)
+        if label in checkpoints:
             raise ValueError(f"two checkpoints would be called {label!r} in the table: copy or "
                              "link one of them under another name")
+        checkpoints[label] = place_and_seed
     return task, checkpoints
 
 
@@ -111,12 +101,10 @@ def main(argv=None):
         if settings.rewards:
             reward_fn = reward.build_rewards(settings.rewards, device)
             reward_fn.check_prompts(texts)
-        if c2i:
-            prompts = class_prompts(settings.preset, settings.classes)
-        else:
-            prompts = caption_encoder(settings.preset, settings.t5, device)(texts)
+        prompts = (class_prompts(settings.preset, settings.classes) if c2i else
+                   caption_encoder(settings.preset, settings.t5, device)(texts))
         index = torch.arange(len(texts)).repeat_interleave(settings.samples)
-        for label, place, seed in checkpoints:
+        for label, (place, seed) in checkpoints.items():
             model, vq = load_models(settings.preset, settings.task, place, settings.vq_ckpt)
             compare.draw_shards(Sampler()(model.to(device)), vq.to(device), prompts, index,
                                 out / label, seed, shard=processes.rank_and_size(),
@@ -125,14 +113,12 @@ def main(argv=None):
         if processes.rank_and_size()[0] > 0:
             return None
 
-        labels, drawn = [label for label, *_ in checkpoints], [texts[k] for k in index.tolist()]
-        folders = [out / label for label in labels]
+        labels, folders = list(checkpoints), [out / label for label in checkpoints]
         rows = compare.compare([
             compare.columns_of(folder, texts, tags, index, reward_fn, settings, device)
             for folder in folders])
-        figures = [fidelity.figures_of(folder, drawn, settings) for folder in folders]
-        results = {"settings": vars(settings), "checkpoints": labels, "metrics": rows,
-                   "pictures": figures}
+        figures = [fidelity.figures_of(folder, texts, index, settings) for folder in folders]
+        results = dict(settings=vars(settings), checkpoints=labels, metrics=rows, pictures=figures)
         write_json(out / "results.json", results)
         markdown = compare.as_markdown(rows, figures, labels, settings, len(texts))
         (out / "results.md").write_text(markdown)

@@ -30,6 +30,18 @@ def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
     return model, vq
 
 
+def checkpoint(spec, seed):
+    """What the table calls a checkpoint, what to load, "" for the preset's own, and its seed.
+
+    It is called "base", by a run's folder, or by what is behind the last /."""
+    place, at, own = spec.partition("@")
+    if at and not own.isdigit():
+        raise ValueError(f"--gpt-ckpt {spec}: behind the @ must be a seed such as 1, not {own!r}")
+    path = Path(place.split(":")[0])
+    name = path.parent.name if path.name == "model.pt" else path.name.removesuffix(".pt")
+    return name + at + own, "" if place == "base" else place, int(own) if at else seed
+
+
 def check_models(model, vq):
     """Raises ValueError if the transformer writes tokens that the tokenizer cannot decode."""
     if model.config.vocab_size != vq.config.codebook_size:

@@ -128,11 +128,11 @@ def fid_of_toy(pictures, texts):
             "precision (toy's)": found["precision"], "recall (toy's)": found["recall"]}
 
 
-def figures_of(folder, texts, settings):
-    """FID and its kin by name, of the pictures in a folder, whose prompts are texts: against
+def figures_of(folder, texts, index, settings):
+    """FID and its kin by name, of the pictures in a folder, those of texts[index[i]]: against
     settings.reference, or, of the toy, rendered scenes.  Else none."""
     if settings.reference:
-        return fid_of_pictures(folder, len(texts), settings.reference)
+        return fid_of_pictures(folder, len(index), settings.reference)
     if settings.preset == "toy" and find_spec("torch_fidelity"):
-        return fid_of_toy(read_shards(folder), texts)
+        return fid_of_toy(read_shards(folder), [texts[k] for k in index.tolist()])
     return {}
