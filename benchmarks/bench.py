@@ -45,10 +45,11 @@ import torch  # noqa: E402
 import argrpo  # noqa: E402
 import toy  # noqa: E402
 from benchmarks.yardsticks import plain_sampler  # noqa: E402
-from harness import memory, speed  # noqa: E402
-from harness.options import Settings, one_line_errors, read_options  # noqa: E402
+from harness import device as speed  # noqa: E402
+from harness import memory
+from harness.device import Stopwatch, clock  # noqa: E402
+from harness.options import RunSettings, one_line_errors, read_options  # noqa: E402
 from harness.processes import pick_device  # noqa: E402
-from harness.timing import Stopwatch, clock  # noqa: E402
 from reward import build_rewards  # noqa: E402
 from vqgan import VQConfig, VQModel  # noqa: E402
 
@@ -193,9 +194,9 @@ def few_steps(options, device):
     model = random_model(config_of(options), device)
     vq = VQModel(toy.VQ_CONFIG if options.size == "toy" else VQConfig())
     vq.to(device).requires_grad_(False)
-    s = Settings(steps=1 + options.repeats, prompts_per_step=options.prompts, lr=1e-5, kl_beta=0.1,
-                 group_size=options.group, micro_batch=options.micro_batch or None,
-                 cfg_scale=options.cfg_scale, rollout_prompts=None, compile=options.compile)
+    s = RunSettings(steps=1 + options.repeats, prompts_per_step=options.prompts, lr=1e-5,
+                    kl_beta=0.1, group_size=options.group, micro_batch=options.micro_batch or None,
+                    cfg_scale=options.cfg_scale, rollout_prompts=None, compile=options.compile)
     memory.choose_sizes(model, vq, s)
     sizes = {"prompts a pass": s.rollout_prompts, "micro-batch": s.micro_batch,
              "estimate_gb": sum(memory.memory_estimate(model, vq, s).values()) / 1e9}
@@ -203,7 +204,7 @@ def few_steps(options, device):
     prompts = argrpo.Prompts([f"class {k}" for k in labels.tolist()], labels)
     steps = argrpo.train(
         model, speed.frozen_copy(model), vq, prompts,
-        stopwatch.timed(build_rewards("brightness", device)), s, speed.make_optimizer(model, s),
+        stopwatch.timed(build_rewards("brightness", device)), s, speed.optimizer_of_device(model, s),
         sampler=speed.Sampler(s.compile))
     times = {part: [] for part in ("rollout", "decode", "reward", "reference", "update", "step")}
     for _ in range(s.steps):

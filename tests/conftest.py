@@ -257,14 +257,14 @@ class Spy:
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs leave their numbers and weights, but no pictures and no page, which take seconds."""
-    monkeypatch.setattr("harness.run.Run.draw", lambda self, *galleries: None)
-    monkeypatch.setattr("harness.run.Run.write_page", lambda self: None)
+    monkeypatch.setattr("harness.run.draw", lambda *given: None)
+    monkeypatch.setattr("harness.run.write_page", lambda out: None)
 
 
 @pytest.fixture
 def quick(no_pictures, monkeypatch):
     """Nor do they draw hundreds of pictures to measure D: it is 1."""
-    monkeypatch.setattr("harness.run.evaluate_spread", lambda *given: {"distance": 1.0})
+    monkeypatch.setattr("harness.before_after.evaluate_spread", lambda *given: {"distance": 1.0})
     monkeypatch.setattr("toy.shipped_spread", lambda *given: None)
 
 

@@ -20,8 +20,8 @@ import toy
 import train_c2i
 from harness import processes
 from harness.checkpoints import load_checkpoint, save_checkpoint, write_atomically, write_count
-from harness.models import check_models
-from harness.speed import frozen_copy
+from harness.choices import check_models
+from harness.device import frozen_copy
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "8",

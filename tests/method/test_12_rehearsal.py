@@ -22,7 +22,7 @@ from conftest import (
 import argrpo
 from argrpo import GRPOConfig, Prompts
 from diversity import Rehearsal
-from harness.speed import frozen_copy
+from harness.device import frozen_copy
 
 BOTH = pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 

@@ -20,7 +20,6 @@ import rewards.clip
 import rewards.vlm
 import toy
 import train_c2i
-from harness.scoring import feature_function
 from reward import RewardSet, build_rewards
 from rewards.clip import Tower, binned, clip_tower, hpsv2_tower, open_clip_tower, preprocess
 from rewards.quality import aesthetic_head, random_crops
@@ -180,15 +179,11 @@ def test_a_tower_forgets_the_batch_after_an_error_too(random_towers):
 
 def test_features_of_clip_are_those_of_its_larger_model(random_towers):
     tower, images = open_clip_tower("ViT-L-14-quickgelu", CPU), torch.rand(3, 3, 40, 40)
-    features = feature_function("clip", CPU)(images)
+    [(clip, _)] = build_rewards("clip", CPU).rewards.values()
+    features = clip.features(images)
     assert features.shape == (3, 768) and tower.last == {}               # nothing is kept of them
     torch.testing.assert_close(features, tower.image_features(images))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
-
-
-def test_a_reward_without_features_says_which_have_them():
-    with pytest.raises(ValueError, match="^reward 'jpeg' has no features; imagenet and clip have$"):
-        feature_function("jpeg", CPU)
 
 
 def test_bins_at_their_edges():
