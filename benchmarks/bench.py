@@ -204,8 +204,8 @@ def few_steps(options, device):
     prompts = argrpo.Prompts([f"class {k}" for k in labels.tolist()], labels)
     steps = argrpo.train(
         model, speed.frozen_copy(model), vq, prompts,
-        stopwatch.timed(build_rewards("brightness", device)), s, speed.optimizer_of_device(model, s),
-        sampler=speed.Sampler(s.compile))
+        stopwatch.timed(build_rewards("brightness", device)), s,
+        speed.optimizer_of_device(model, s), sampler=speed.Sampler(s.compile))
     times = {part: [] for part in ("rollout", "decode", "reward", "reference", "update", "step")}
     for _ in range(s.steps):
         stopwatch.start()
