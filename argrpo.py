@@ -10,7 +10,7 @@ pretrained LlamaGen and makes it better at whatever a reward function measures. 
     4. advantage of image i: how much better it did than its own group,
            A_i = (r_i - mean(r)) / (std(r) + eps);
     5. compute how likely the frozen, pretrained model pi_ref finds every token of these images;
-    6. move pi_theta so that images with A > 0 become likelier, and the others less likely:
+    6. move pi_theta so that images with A > 0 become likelier, those with A < 0 less likely:
            loss = mean over all images i and tokens t of
                   [ -min( rho A_i, clip(rho, 1 - eps_c, 1 + eps_c) A_i ) + beta KL_{i,t} ],
            rho = pi_theta(x_{i,t} | x_{i,<t}) / pi_old(x_{i,t} | x_{i,<t}),
@@ -22,7 +22,7 @@ does nothing, and the gradient of the first term is that of -A_i log pi_theta.  
 matter where the same images are used for several updates (`update_epochs` > 1).
 
 Classifier-free guidance mixes predictions with and without the prompt: those without it are the
-null branch.  Letters, here and at the end of the lines: P prompts, G samples of each, B = P * G
+null branch.  Letters: P prompts, G samples of each, B = P * G
 images, b images in a micro-batch, N tokens per image, V codes that a token can be, T condition
 positions in front of the image, C channels, H heads.  A pass of the transformer has R rows, one for
 each image or prompt, or two with guidance, and L positions: T + N - 1 with all tokens but the last,
@@ -58,18 +58,18 @@ class GPTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        side, one = isqrt(self.block_size), self.model_type == "t2i" or self.cls_token_num == 1
+        side, T = isqrt(self.block_size), self.cls_token_num
         rules = {"model_type must be 'c2i' or 't2i'": self.model_type in ("c2i", "t2i"),
                  "dim / n_head must be a multiple of 4": self.dim % (4 * self.n_head) == 0,
                  "block_size must be a square number": side * side == self.block_size,
-                 "cls_token_num must be 1 for c2i": one}
+                 "cls_token_num must be 1 for c2i": T == 1 or self.model_type == "t2i"}
         for rule, holds in rules.items():
             if not holds:
                 raise ValueError(f"{rule}: {self}")
 
 
 GPT_SIZES = {
-    "GPT-B":   dict(n_layer=12, n_head=12, dim=768),     # 111M parameters
+    "GPT-B":   dict(n_layer=12, n_head=12, dim=768),     # 111M parameters, for c2i
     "GPT-L":   dict(n_layer=24, n_head=16, dim=1024),    # 343M
     "GPT-XL":  dict(n_layer=36, n_head=20, dim=1280),    # 775M
     "GPT-XXL": dict(n_layer=48, n_head=24, dim=1536),    # 1.4B
@@ -78,14 +78,14 @@ GPT_SIZES = {
 
 
 class RMSNorm(nn.Module):
-    """Divides each position's vector by its root mean square (arXiv 1910.07467)."""
+    """Divides each position's vector by its root mean square, times weights (arXiv 1910.07467)."""
     def __init__(self, dim, eps):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        h = x.float()                            # squares overflow or underflow in half precision
+        h = x.float()                            # in half precision sums of squares are too coarse
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return h.type_as(x) * self.weight
 
@@ -95,12 +95,12 @@ def rope_table(config):
 
     Rotary embedding (RoFormer, arXiv 2104.09864) turns each pair of a head's channels by an angle
     that grows with the position.  Here half of the pairs turn with the token's row, the other half
-    with its column, each pair at its own speed.
+    with its column, and the pairs of each half at different speeds.
 
     At the T condition positions LlamaGen's table is zero, cosine and sine both.  That is not a
     rotation: it sets queries and keys there to zero.  So a query meets each condition key that it
     sees with logit 0, and gives all of them the same weight, e^0 over the softmax's sum.
-    The condition's *values* are not touched: they carry the prompt into the image.
+    The condition's *values* are not touched: they carry the prompt to later positions.
     """
     side, head = isqrt(config.block_size), config.dim // config.n_head
     speed = 1.0 / config.rope_base ** (torch.arange(0, head // 2, 2).float() / (head // 2))
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
     def qkv(self, x, rope):
         """Queries, keys and values: x (R, L, C) -> three (R, H, L, C/H)."""
-        q, k, v = rearrange(self.wqkv(x), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.n_head)
+        q, k, v = rearrange(self.wqkv(x), "r l (qkv h c) -> qkv r h l c", qkv=3, h=self.n_head)
         return apply_rope(q, rope), apply_rope(k, rope), v
 
     def forward(self, x, rope, mask=None):
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         Without a mask each position sees itself and those before it."""
         q, k, v = self.qkv(x, rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.wo(rearrange(y, "b h n c -> b n (h c)")), (k, v)
+        return self.wo(rearrange(y, "r h l c -> r l (h c)")), (k, v)
 
     def decode_step(self, x, rope, cache, position, mask=None):
         """One new position: x (R, 1, C) -> (R, 1, C).  Adds its key and value to the cache.
@@ -149,11 +149,11 @@ class Attention(nn.Module):
         keys[:, :, position:position + 1], values[:, :, position:position + 1] = k, v
         keys, values = keys[:, :, :position + 1], values[:, :, :position + 1]
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.wo(rearrange(y, "b h n c -> b n (h c)"))
+        return self.wo(rearrange(y, "r h l c -> r l (h c)"))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): three matrices of width 8/3 C, not the usual two of 4 C."""
+    """SwiGLU (arXiv 2002.05202): three matrices of width about 8/3 C, not the usual two of 4 C."""
     def __init__(self, config):
         super().__init__()
         width = config.multiple_of * ceil(int(2 * 4 * config.dim / 3) / config.multiple_of)
@@ -195,8 +195,8 @@ class LabelEmbedder(nn.Module):
 
 class CaptionEmbedder(nn.Module):
     """A caption is T condition tokens: text-encoder features, projected by a small MLP.
-    "No caption", for guidance, is a block of random features that takes the same way.  LlamaGen
-    draws it once and never trains it: a buffer, in checkpoints but not among the parameters."""
+    "No caption", for guidance, is a block of random features for the same MLP.  LlamaGen draws it
+    once and never trains it: a buffer, in checkpoints but not among the parameters."""
     def __init__(self, config):
         super().__init__()
         features = torch.randn(config.cls_token_num, config.caption_dim)
@@ -215,7 +215,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LlamaGen: p(x_1 .. x_N | condition), one code at a time, row by row from the top left."""
+    """LlamaGen: p(x_1 .. x_N | condition), one token at a time, row by row from the top left."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(config), persistent=False)
-        for module in self.modules():            # so that activations neither grow nor shrink
+        for module in self.modules():            # so that a matrix keeps the size of what it reads
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features ** -0.5)
             elif isinstance(module, nn.Embedding):
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
         tokens (R, N) int64; cond (R,) int64 labels for c2i, (R, T, caption_dim) for t2i with
         cond_mask (R, T) bool, True at the words, captions padded on the left.
         Returns logits (R, N, V) float32; logits[:, i] predicts tokens[:, i].
-        Raises ValueError if tokens are not N per row."""
+        Raises ValueError if tokens are not N per row, or captions not of the model's shape."""
         N = self.config.block_size
         if tokens.shape[1:] != (N,):
             raise ValueError(f"tokens must be (B, {N}), not {tuple(tokens.shape)}")
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
 
     def prefill(self, cond, cond_mask=None, copies=1):
         """Reads each condition once, and makes room for `copies` images that share it.
-        cond (R, ...) and cond_mask as in `forward`.  Returns the first code's logits, (R * copies,
+        cond (R, ...) and cond_mask as in `forward`.  Returns the first token's logits, (R * copies,
         V), and a cache for `decode_step`: per layer a pair of keys and values, each
         (R * copies, H, T + N - 1, C/H), of which the first T positions are filled."""
         h = self.cls_embedding(cond)                                 # (R, T, C)
@@ -301,7 +301,7 @@ def check_policy(cfg_scale, temperature, top_k=0, top_p=1.0, samples=1):
     """Raises ValueError for numbers that make no distribution, NaN among them, or no sample."""
     fine = isfinite(cfg_scale) and 0 < temperature < inf and top_k >= 0 and 0 < top_p <= 1
     if not fine or samples < 1:
-        raise ValueError("generate needs finite cfg_scale, temperature > 0, top_k >= 0, 0 < top_p "
+        raise ValueError("a policy needs finite cfg_scale, temperature > 0, top_k >= 0, 0 < top_p "
                          f"<= 1, samples > 0: not {cfg_scale, temperature, top_k, top_p, samples}")
 
 
@@ -325,8 +325,8 @@ def guide(logits, cfg_scale):
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Sets to -inf all but the top_k largest logits (0: all), then all outside the nucleus: the
-    fewest codes of more than top_p together (arXiv 1904.09751).  (..., V) -> (..., V)."""
+    """Sets to -inf all but the top_k largest logits (0: all) and their equals, then all outside the
+    nucleus: the likeliest that reach more than top_p (arXiv 1904.09751).  (..., V) -> (..., V)."""
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -339,9 +339,9 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def sample_inverse_cdf(logp, uniform):
-    """One code per row, drawn from log-probabilities: logp (B, V), uniform (B,) in [0, 1) -> (B,).
-    Inverse-CDF sampling: the first code at which the cumulative probability reaches a uniform
-    random number.  It needs one random number per row, where torch.multinomial draws V."""
+    """One token per row, drawn from log-probabilities: logp (B, V), uniform (B,) in [0, 1) -> (B,).
+    Inverse-CDF sampling: the first code at which the cumulative probability reaches a random
+    number, here 1 - uniform.  It needs one per row, where torch.multinomial draws V."""
     cdf = logp.double().exp().cumsum(-1)         # in float32 rare codes would drown in rounding
     # 1 - uniform is never 0, so a code of probability 0 is not drawn.  The clamp is for NaNs.
     chosen = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:])[:, 0]
@@ -355,10 +355,10 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
     cond and cond_mask are as in `Transformer.forward`, for P prompts.  Returns tokens (P*G, N)
     int64 and logp (P*G, N) float32, the log-probability with which each token was drawn, after
     guidance, temperature, top-k and top-p.  The G = samples_per_prompt samples of a prompt are
-    neighbours and share its prefill.  greedy takes the likeliest code, and gives that code's logp.
-    prefix (P*G, t) int64 are the first t tokens of each image, given instead of drawn, but with
-    their log-probabilities.  uniform (P*G, N - t) float64 in [0, 1) are the random numbers, if not
-    the generator's.  Raises ValueError for settings out of range."""
+    neighbours and share its prefill.  greedy takes the likeliest token, and gives its logp.
+    prefix (P*G, n) int64 are the first n tokens of each image, given instead of drawn, but with
+    their log-probabilities.  uniform (P*G, N - n) float64 in [0, 1) are the random numbers, if not
+    the generator's.  Raises ValueError for settings out of range or a prefix of other rows."""
     P, G, N = len(cond), samples_per_prompt, model.config.block_size
     check_policy(cfg_scale, temperature, top_k, top_p, G)
     given = 0 if prefix is None else prefix.shape[1]
@@ -366,10 +366,10 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
         raise ValueError(f"prefix must have {P * G} rows, one for each image, not {len(prefix)}")
     if uniform is None and not greedy:
         uniform = torch.rand(N - given, P * G, generator=generator, dtype=torch.float64,
-                             device=cond.device).T
+                             device=cond.device).T                   # in the order of their use
     cond, cond_mask = both_branches(model, cond, cond_mask, cfg_scale)
     # Rows: G of the first prompt, G of the second, ...; then the null branch's, in the same order.
-    logits, cache = model.prefill(cond, cond_mask, copies=G)         # (R, V), R = P * G or 2 P * G
+    logits, cache = model.prefill(cond, cond_mask, copies=G)         # (P * G, V), or twice as many
     cond_mask = None if cond_mask is None else cond_mask.repeat_interleave(G, dim=0)
     tokens, logps = [], []
     for i in range(N):
@@ -389,10 +389,10 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
 
 
 def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
-    """Log-probability of every given code and entropy of every choice, in nats: (B, N) each.
+    """Log-probability of every given token and entropy of every choice, in nats: (B, N) each.
 
     This is the distribution that `generate` draws from without top-k and top-p.  Both are
-    differentiable.  Errors as in `generate` and `forward`."""
+    differentiable.  Raises ValueError for numbers that make no policy."""
     check_policy(cfg_scale, temperature)
     both, both_masks = both_branches(model, cond, cond_mask, cfg_scale)
     logits = model(tokens.repeat(len(both) // len(cond), 1), both, both_masks)       # (R, N, V)
@@ -425,7 +425,7 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
     """How much better each sample did than its group: rewards (P*G,) -> advantages (P*G,).
     A = (r - mean) / std (DeepSeekMath, arXiv 2402.03300, section 4.1).  The unbiased std, and
     eps = 1e-4 beside it, are the official code's choice, and TRL's: so the rewards' scale cancels
-    only while std is far above eps (at 1e-6 A is a hundredth) and, in float32, below 1e19.
+    only while std is far above eps (at 1e-6 A is a hundredth) and, in float32, below 1e18.
     scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783).  A sample whose reward is
     missing (NaN) gets 0.  Errors as in `group_statistics`."""
     mean, std, flat = group_statistics(rewards, group_size)
@@ -436,11 +436,11 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
 
 
 def kl_k3(logp, ref_logp):
-    """KL penalty from the sampled token alone, elementwise and never negative: k3 (Schulman 2020,
-    "Approximating KL divergence").
-    For samples of pi its *value* is an unbiased estimate of KL(pi || pi_ref).  The mean of its
-    *gradient* at them, E_pi[(1 - pi_ref / pi) grad log pi], is that of KL(pi_ref || pi), the other
-    direction.  So that is what the paper, TRL and this loop minimise, with one update_epoch."""
+    """KL penalty from the sampled token alone, elementwise, >= 0 but for rounding: k3 (Schulman
+    2020, "Approximating KL divergence").
+    At a token that pi has drawn its *value* is an unbiased estimate of KL(pi || pi_ref).  The mean
+    of its *gradient*, E_pi[(1 - pi_ref / pi) grad log pi], is that of KL(pi_ref || pi), the other
+    direction.  The latter is what this loop minimises, token by token, while samples are pi's."""
     d = ref_logp - logp
     return d.exp() - d - 1
 
@@ -456,7 +456,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_hi
     """The loss of step 6: logp, old_logp, ref_logp (B, N), advantages (B,) -> (scalar, stats).
 
     advantages may also be (B, N), one for each token.  ref_logp may be None when kl_beta is 0.
-    clip_eps_high widens the upper side alone (DAPO, arXiv 2503.14476).  Every image has exactly N
+    clip_eps_high sets the upper side alone (DAPO, arXiv 2503.14476).  Every image has exactly N
     tokens, so the mean over all tokens and the mean of the images' means are the same number.
     stats are floats by name."""
     if ref_logp is None and kl_beta > 0:
@@ -473,7 +473,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_hi
         kl = kl_k3(logp, ref_logp).mean()
         loss = loss + kl_beta * kl
         stats |= dict(kl=kl, loss=loss)
-    numbers = torch.stack(list(stats.values())).tolist()             # one wait for the GPU, not six
+    numbers = torch.stack(list(stats.values())).tolist()             # one wait for the GPU
     return loss, dict(zip(stats, numbers))
 
 
@@ -481,20 +481,20 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_hi
 
 @dataclass
 class GRPOConfig:
-    """Settings of the loop.  The defaults suit the toy; train_c2i.py has those for LlamaGen."""
+    """Settings of the loop.  The defaults suit the models of toy/, train_c2i.py has LlamaGen's."""
     steps: int = 180                     # rollouts, and with update_epochs 1 also optimizer steps
-    prompts_per_step: int = 8            # P, prompts per step
+    prompts_per_step: int = 8            # P, prompts per step, of all processes
     group_size: int = 16                 # G, images per prompt
-    micro_batch: int | None = 64         # b, images per pass, to save memory; None is all
-    rollout_prompts: int = 0             # prompts per pass of the sampler, to save memory; 0 is all
+    micro_batch: int | None = 64         # b, images per pass but the sampler's; None is all
+    rollout_prompts: int = 0             # prompts per pass of the sampler; 0 is all
     update_epochs: int = 1               # optimizer steps per rollout; above 1 the clip can matter
-    lr: float = 8e-4                     # AdamW's learning rate after the warm-up
+    lr: float = 8e-4                     # AdamW's learning rate, before warm-up and decay
     warmup_steps: int = 5                # steps, at least 1, in which the learning rate rises
     lr_end: float = 0.0                  # share of lr left after its linear decay; 1 is no decay
     weight_decay: float = 0.0            # AdamW's weight decay
     max_grad_norm: float = 1.0           # a longer gradient is scaled down to this norm
-    clip_eps: float = 0.2                # the ratio's trust region is [1 - clip_eps, 1 + clip_eps]
-    clip_eps_high: float | None = None   # if given, the trust region ends at 1 + clip_eps_high
+    clip_eps: float = 0.2                # the ratio is clipped to [1 - clip_eps, 1 + clip_eps]
+    clip_eps_high: float | None = None   # if given, the ratio is clipped at 1 + clip_eps_high
     kl_beta: float = 0.01                # weight of the KL penalty to the pretrained model
     scale_advantages: bool = True        # divide advantages by the group's standard deviation
     cfg_scale: float = 1.0               # classifier-free guidance at rollout: 1 is none
@@ -503,7 +503,7 @@ class GRPOConfig:
     seed: int = 0                        # of prompts and rollouts
 
     LEAST = dict(steps=1, prompts_per_step=1, group_size=2, micro_batch=1, update_epochs=1,
-                 warmup_steps=1, max_grad_norm=1e-9, temperature=1e-3, seed=-inf)  # others: 0
+                 warmup_steps=1, max_grad_norm=1e-9, temperature=1e-3)     # others: 0
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -516,7 +516,7 @@ class GRPOConfig:
 
 @dataclass
 class Prompts:
-    """M prompts: the texts that rewards read, and the conditions that the transformer reads."""
+    """M prompts: the texts that rewards read, the conditions that the transformer reads."""
     texts: list                                # M strings
     cond: torch.Tensor                         # (M,) int64 for c2i, (M, T, caption_dim) for t2i
     cond_mask: torch.Tensor | None = None      # (M, T) bool for t2i
@@ -528,9 +528,9 @@ class Prompts:
 
 
 def rng_for(device, *key):
-    """A random generator that depends on nothing but the key, such as (seed, "rollout", step).
+    """A device's random generator, which depends on the key alone, as (seed, "rollout", step).
 
-    Each step and purpose has a stream of its own, so a resumed run restores no generator."""
+    No stream runs on from one step to the next, so a resumed run restores no generator."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
@@ -546,7 +546,7 @@ def pick_prompts(n, step, per_step, seed):
 
 
 def autocast(device):
-    """bfloat16 for the transformer's matrix products on a GPU, float32 elsewhere."""
+    """bfloat16 for the transformer's matrix products on a GPU, float32 on other devices."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -569,16 +569,12 @@ def draw_images(model, vq, prompts, index, generator, *, micro_batch=None, **how
 
 
 def policy_logp(model, prompts, index, tokens, config):
-    """`token_logp` as the settings want it, of images (B, N) of the prompts at index (B,), one
-    micro-batch after the other: logp and entropy, (B, N) each."""
-    device, scored = tokens.device, []
+    """`token_logp` as the settings want it, of images (b, N) of the prompts at index (b,)."""
+    cond, cond_mask = prompts.pick(index, tokens.device)
     cfg_scale = config.cfg_scale if config.logprob_cfg == "guided" else 1.0
-    for rows in torch.arange(len(tokens)).split(config.micro_batch or len(tokens)):      # (b,)
-        cond, cond_mask = prompts.pick(index[rows], device)
-        with autocast(device):
-            scored.append(token_logp(model, tokens[rows], cond, cond_mask, cfg_scale=cfg_scale,
-                                     temperature=config.temperature))
-    return [torch.cat(column) for column in zip(*scored)]
+    with autocast(tokens.device):
+        return token_logp(model, tokens, cond, cond_mask, cfg_scale=cfg_scale,
+                          temperature=config.temperature)
 
 
 def make_optimizer(model, config):
@@ -587,14 +583,14 @@ def make_optimizer(model, config):
 
 
 def learning_rate(config, step):
-    """A linear decay from lr to lr_end * lr over all steps, times a linear warm-up."""
+    """A line from lr at step 0 to lr_end * lr after the last step, times a linear warm-up."""
     warm_up = min(1.0, (step + 1) / config.warmup_steps)
     return config.lr * warm_up * (1 - (1 - config.lr_end) * step / config.steps)
 
 
 # ===== 5. The loop ================================================================================
 
-# What `train` yields: the log {name: number}, and of what it is: index (P,), texts (B strings),
+# What `train` yields: the log {name: number}, and what made it: index (P,), texts (B strings),
 # tokens (B, N), images (B, 3, height, width) in [0, 1], rewards (B,), their parts {name: (B,)},
 # advantages (B,) or (B, N), and (B, N) each: logp of pi_old, ref_logp, entropy of pi_old.
 Step = namedtuple("Step", "metrics index texts tokens images rewards parts advantages "
@@ -602,8 +598,7 @@ Step = namedtuple("Step", "metrics index texts tokens images rewards parts advan
 
 
 def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_step=0, *,
-          sampler=None, advantage_fn=None, loss_fn=grpo_loss, extra_loss=None, shard=(0, 1),
-          sync=None):
+          sampler=None, advantage_fn=None, loss_fn=None, extra_loss=None, shard=(0, 1), sync=None):
     """AR-GRPO: improves `model` in place.  A generator: each `next` makes a step and gives a Step.
 
     reward_fn(images (B, 3, height, width) in [0, 1], texts) returns (total (B,), {name: (B,)}), as
@@ -612,16 +607,16 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
     Raises FloatingPointError, before the update that would take it, if a gradient is not finite.
 
     Each keyword replaces a part of the method, or adds one:
-    sampler(model) -> the model to sample from, such as a faster copy;
-    advantage_fn(rewards, images, tokens, index, step) -> (B,) or (B, N), for `group_advantages`;
-    loss_fn(logp, old_logp, ref_logp, advantages, entropy) -> (loss, stats), for `grpo_loss`, the
-    loss a mean over images; extra_loss(model, index, step) -> {name: number} calls backward itself;
-    shard = (rank, size), this process of so many, which share the prompts; sync(model) averages the
-    gradients of all processes before they are clipped."""
+    sampler(model) -> the model to sample from, such as a faster copy
+    advantage_fn(rewards, images, tokens, index, step) -> advantages, as (B,) or (B, N)
+    loss_fn(logp, old_logp, ref_logp, advantages, entropy) -> a mean over images, and stats
+    extra_loss(model, index, step) -> {name: number}, adds gradients of its own in each epoch
+    shard = (rank, size), this process of so many, which share the prompts
+    sync(model) averages the gradients of all processes before they are clipped"""
     device, (rank, size), G = model.output.weight.device, shard, config.group_size
     if config.prompts_per_step % size:
         raise ValueError(f"{config.prompts_per_step} prompts cannot be shared by {size} processes")
-    if loss_fn is grpo_loss:
+    if loss_fn is None:
         def loss_fn(logp, old_logp, ref_logp, advantages, entropy):
             return grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps=config.clip_eps,
                              clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta)
@@ -633,11 +628,12 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         index = index.chunk(size)[rank]                              # (P,), of this process
         prompt_of = index.repeat_interleave(G)                       # (B,), each image's
         texts = [prompts.texts[i] for i in prompt_of.tolist()]
+        micro_batches = torch.arange(len(texts)).split(config.micro_batch or len(texts))     # (b,)
 
         # 2. Rollout: G images per prompt from the current policy, in one pass or several.
         drawer = model if sampler is None else sampler(model)
         passes, drawn = index.split(config.rollout_prompts or len(index)), []
-        for k, chosen in enumerate(passes, start=rank * len(passes)):
+        for k, chosen in enumerate(passes, start=rank * len(passes)):        # of all processes
             rng = rng_for(device, config.seed, "rollout", step, k)   # no two passes share a stream
             drawn.append(draw_images(drawer, vq, prompts, chosen, rng, samples_per_prompt=G,
                                      cfg_scale=config.cfg_scale, temperature=config.temperature,
@@ -645,10 +641,10 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
         tokens, sampler_logp, images = (torch.cat(column) for column in zip(*drawn))
 
         # 3. Reward.
-        scored = reward_fn(images, texts)
-        if not isinstance(scored, tuple):
+        pair = reward_fn(images, texts)
+        if not isinstance(pair, tuple):
             raise TypeError("reward_fn must return (total, parts), as reward.py's RewardSet does")
-        rewards, parts = scored                                      # (B,), {name: (B,)}
+        rewards, parts = pair                                        # (B,), {name: (B,)}
 
         # 4. Advantages: every image against its own group.
         if advantage_fn is None:
@@ -658,22 +654,24 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
 
         # 5. Reference: it never changes, so once is enough for all update epochs.
         with torch.no_grad():
-            ref_logp, _ = policy_logp(reference, prompts, prompt_of, tokens, config)
+            ref = [policy_logp(reference, prompts, prompt_of[rows], tokens[rows], config)[0]
+                   for rows in micro_batches]
+        ref_logp = torch.cat(ref)                                    # (B, N)
 
         # 6. Update.  A micro-batch's loss is the mean over its b images.  Weighted by b / B, these
         #    means add up to the mean over all B images, and so do their gradients.
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        B, old_logp = len(texts), None
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = learning_rate(config, step)
+        old_logp = None                          # that of pi_old, once the first epoch has it
         for _ in range(config.update_epochs):
             scored = []
-            for rows in torch.arange(B).split(config.micro_batch or B):              # (b,)
+            for rows in micro_batches:
                 logp, entropy = policy_logp(model, prompts, prompt_of[rows], tokens[rows], config)
-                # Before the first update pi_theta is pi_old.  The sampler's log-probs will not do:
-                # they differ by rounding or, with logprob_cfg "none", in guidance.
+                # Before the first update pi_old is pi_theta: rho is 1, but has a gradient.  (The
+                # sampler's log-probs differ, by rounding or, with logprob_cfg "none", in guidance.)
                 old = logp.detach() if old_logp is None else old_logp[rows]
                 loss, _ = loss_fn(logp, old, ref_logp[rows], advantages[rows], entropy)
-                (loss * len(rows) / B).backward()                    # adds to .grad
+                (loss * len(rows) / len(texts)).backward()           # adds to .grad
                 scored.append((logp.detach(), entropy.detach()))
             logp, entropy = (torch.cat(column) for column in zip(*scored))           # (B, N) each
             if old_logp is None:
@@ -688,10 +686,10 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
             optimizer.step()
             optimizer.zero_grad()                # now, so that the next rollout has its memory
 
-        # For the log: what the last update epoch saw, but the entropy of pi_old.
-        _, stats = loss_fn(logp, old_logp, ref_logp, advantages, old_entropy)
+        # For the log: the loss's statistics over all images in the last epoch; the rest of pi_old.
+        _, stats = loss_fn(logp, old_logp, ref_logp, advantages, entropy)
         _, std, flat = group_statistics(rewards, G)
-        mismatch = (old_logp - sampler_logp).abs()                   # rounding alone, if guided
+        mismatch = (old_logp - sampler_logp).abs()                   # sampler against learner
         metrics = {
             "step": step, "reward": rewards.nanmean().item(),
             **{f"reward/{name}": part.nanmean().item() for name, part in parts.items()},
@@ -707,14 +705,14 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
 
 # 1. The policy that is trained is the policy that is sampled.  The official code samples images
 #    with guidance but takes the log-probabilities without it, so it reinforces choices of another
-#    distribution.  Here both are guided, by `guide`, so the gradient reaches the null branch, too.
+#    distribution.  Here `guide` guides both, so with guidance the null branch is trained, too.
 #    `GRPOConfig(logprob_cfg="none")` gives the official behaviour.
 # 2. A group whose rewards are all equal gets advantages of exactly zero, not amplified rounding.
 #    An image that a reward fails to judge is left out of its group; officially its reward is 0.
 # 3. Weights are float32, with bfloat16 autocast on a GPU.  The official t2i policy is held in
 #    bfloat16, where a learning rate of 1e-5 is below the rounding step of most weights.
-# 4. Captions are padded on the left, as LlamaGen was trained: the last condition position, which
-#    predicts the first token, is then a word.  The official code pads on the right.
+# 4. Captions come padded on the left (captions.py), as LlamaGen was trained: the last condition
+#    position, which predicts the first token, is then a word.  The official code pads on the right.
 # 5. Sampling through a cache has its own path (`prefill`, `decode_step`), not a flag in `forward`.
 # 6. AdamW's betas are LlamaGen's, (0.9, 0.95), not torch's (0.9, 0.999).  A short warm-up keeps the
 #    first steps small, when AdamW's averages are not yet reliable.

@@ -68,6 +68,17 @@ def right_images(rewards, group_size):
 # Rehearsal
 # ---------------------------------------------------------------------------------------------
 
+def names_of(prompts):
+    """A name for each prompt: its text, and its number where an earlier prompt of that text has
+    another condition, as ImageNet's two classes "missile" have."""
+    first, names = {}, []
+    for k, text in enumerate(prompts.texts):
+        j = first.setdefault(text, k)
+        equal = torch.equal(prompts.cond[j], prompts.cond[k])
+        names.append(text if equal else f"{text} ({k})")
+    return names
+
+
 class Rehearsal:
     """The second term above, as an `extra_loss` of `argrpo.train`.
 
@@ -76,40 +87,40 @@ class Rehearsal:
     the more often a prompt comes up, the more groups it needs, lest the policy learn a few images
     by heart.  features, if given, describes them for a `DiversityBonus`.
 
-    What is drawn depends on the prompt's text, the seed, and how many groups a pass of the sampler
-    has (config.rollout_prompts), not on the step or the process.  A run that is to continue without
-    drawing again has to save `remembered`."""
+    What is drawn depends on the prompt's name (`names_of`), the seed, and how many groups a pass of
+    the sampler has (config.rollout_prompts), not on the step or the process.  A run that is to
+    continue without drawing again has to save `remembered`."""
 
     def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups, features=None):
         self.reference, self.vq, self.prompts = reference, vq, prompts
         self.reward_fn, self.config, self.features = reward_fn, config, features
         self.weight, self.groups = weight, groups
         self.device = next(reference.parameters()).device
-        self.remembered = {}                     # text -> tokens (n, N) of its right images
-        self.described = {}                      # text -> their features (n, ...)
+        self.names = names_of(prompts)
+        self.remembered = {}                     # name -> tokens (n, N) of its right images
+        self.described = {}                      # name -> their features (n, ...)
 
     def remember(self, index):
-        """Lets the reference draw those prompts at index (P,) whose texts come up for the first
-        time."""
+        """Lets the reference draw those prompts at index (P,) that come up for the first time."""
         for k in index.tolist():
-            text = self.prompts.texts[k]
-            if text not in self.remembered:
-                self.remembered[text], self.described[text] = self.draw_right(k, text)
+            name = self.names[k]
+            if name not in self.remembered:
+                self.remembered[name], self.described[name] = self.draw_right(k, name)
 
     @torch.no_grad()
-    def draw_right(self, k, text):
+    def draw_right(self, k, name):
         """All groups of prompt k, as many at once as a rollout has: the right images' tokens (n, N)
         and features (n, ...), which are None without `features`."""
         c, G = self.config, self.config.group_size
         tokens, features = [], []
         for some in torch.arange(self.groups).split(c.rollout_prompts or c.prompts_per_step):
-            rng = argrpo.rng_for(self.device, c.seed, "rehearsal", text, some[0].item())
+            rng = argrpo.rng_for(self.device, c.seed, "rehearsal", name, some[0].item())
             count = len(some) * G
             drawn, _, images = argrpo.draw_images(
                 self.reference, self.vq, self.prompts, torch.tensor([k]), rng,
                 samples_per_prompt=count, micro_batch=c.micro_batch, cfg_scale=c.cfg_scale,
                 temperature=c.temperature)
-            rewards, _ = self.reward_fn(images, [text] * count)
+            rewards, _ = self.reward_fn(images, [self.prompts.texts[k]] * count)
             right = right_images(rewards, G).flatten()                               # (count,)
             tokens.append(drawn[right])
             if self.features is not None:
@@ -121,7 +132,7 @@ class Rehearsal:
         rng = argrpo.rng_for("cpu", self.config.seed, "rehearsed", step)
         tokens, prompts = [], []
         for k in index.tolist():
-            known = self.remembered[self.prompts.texts[k]].to(self.device)
+            known = self.remembered[self.names[k]].to(self.device)
             order = torch.randperm(len(known), generator=rng)
             tokens.append(known[order[:self.config.group_size // 2]])
             prompts += [k] * len(tokens[-1])
@@ -223,8 +234,8 @@ class DiversityBonus:
 
     def __init__(self, rehearsal, weight, gather=lambda value: [value]):
         self.rehearsal, self.weight, self.gather = rehearsal, weight, gather
-        self.recent = {}                         # text -> features (n, ...) of its last groups
-        self.units = {}                          # text -> `unit_of` each level
+        self.recent = {}                         # name -> features (n, ...) of its last groups
+        self.units = {}                          # name -> `unit_of` each level
 
     def __call__(self, rewards, images, tokens, index, step):
         c, features = self.rehearsal.config, self.rehearsal.features
@@ -234,25 +245,25 @@ class DiversityBonus:
         described = described.unflatten(0, (-1, c.group_size))                       # (P, G, ...)
         bonus, seen = torch.zeros_like(right, dtype=torch.float32), []
         for p, k in enumerate(index.tolist()):
-            text, x = self.rehearsal.prompts.texts[k], described[p, right[p]]        # (n, ...)
-            bonus[p, right[p]] = self.of_group(text, x)
-            seen.append((text, x.cpu()))
+            name, x = self.rehearsal.names[k], described[p, right[p]]                # (n, ...)
+            bonus[p, right[p]] = self.of_group(name, x)
+            seen.append((name, x.cpu()))
         for groups in self.gather(seen):
-            for text, x in groups:
-                self.recent[text] = [*self.recent.get(text, []), x][-self.RECENT:]
+            for name, x in groups:
+                self.recent[name] = [*self.recent.get(name, []), x][-self.RECENT:]
         advantages = group_advantages(rewards, c.group_size, scale=c.scale_advantages)
         return advantages + bonus.flatten()
 
-    def of_group(self, text, x):
+    def of_group(self, name, x):
         """The bonus (n,) of a group's right images, whose features are x (n, ...)."""
-        levels, reference = self.rehearsal.features.levels, self.rehearsal.described[text]
+        levels, reference = self.rehearsal.features.levels, self.rehearsal.described[name]
         if len(x) < 2 or len(reference) < 2:     # nothing to move, or nothing to compare with
             return torch.zeros(len(x), device=x.device)
-        recent = [past.to(x.device) for past in self.recent.get(text, [])]
+        recent = [past.to(x.device) for past in self.recent.get(name, [])]
         others = torch.cat([x[:0], *recent])     # x[:0]: there may be none yet
         of_reference = levels(reference.to(x.device))
-        if text not in self.units:
-            self.units[text] = [unit_of(level) for level in of_reference]
-        compared = list(zip(levels(x), levels(others), of_reference, self.units[text]))
+        if name not in self.units:
+            self.units[name] = [unit_of(level) for level in of_reference]
+        compared = list(zip(levels(x), levels(others), of_reference, self.units[name]))
         d = sum(energy_witness(*level) for level in compared) / len(compared)
         return self.weight * (d - d.mean())

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from harness import doctor
-from harness.report import read_run, write_page
+from harness.page import read_run, write_page
 
 
 def main(argv=None):

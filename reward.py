@@ -8,19 +8,19 @@ with images (B, 3, height, width) float in [0, 1] on the training device, and pr
 that they were drawn for.  Several rewards, weighted and added up, are a `RewardSet`, which returns
 (total (B,), {name: (B,)}): that is what `argrpo.train` takes as its reward_fn.
 
-GRPO only compares images of one prompt with each other, and divides by their standard deviation.
-So a reward's zero does not matter.  Its scale does not matter either as long as that deviation is
-far above 1e-4, which is added to it (below, less is learned, or nothing), and below 1e19, where its
+GRPO only compares images of one prompt with each other, and divides by their standard deviation
+plus 1e-4.  So a reward's zero does not matter.  Its scale does not matter either while that
+deviation is far above 1e-4 and below 1e18.  With less, less is learned, or nothing.  With more, its
 square overflows.  Beside other rewards, or with scale_advantages off, the scale is a weight.
 
-Yours takes five lines, in any file:
+Yours takes a few lines, in any file:
 
     # my_rewards.py
     def redness(images, prompts):
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return red - (green + blue) / 2
 
-and one option: `--reward my_rewards.py:redness --out runs/red`.  With others and their weights:
+and is trained on with `--reward my_rewards.py:redness --out runs/red`.  With others, weighted:
 `--reward "shapes:1,jpeg:0.2,my_rewards.py:redness:0.5"`.  Before a long run, examine it, or score
 pictures:
 
@@ -32,7 +32,7 @@ A reward may have, as methods or, if it is a function, as attributes:
     may_miss = True            it gives NaN to an image that it cannot judge (a language model whose
                                answer makes no sense); the image is left out of its group
     check_prompts(prompts)     raises ValueError for prompts that it cannot judge, such as those
-                               without a text in quotes; all prompts of a run pass it first
+                               without a text in quotes; the commands ask it before a run
     forget()                   is called after each batch, for what it kept of it
     features(images)           (B, C), of length one: what pictures may be compared by
 
@@ -47,8 +47,10 @@ import inspect
 import io
 import math
 import re
+import sys
 import sysconfig
 import traceback
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -63,7 +65,7 @@ def brightness(images, prompts):
 
 
 def contrast(images, prompts):
-    """Standard deviation of the grey value over the image, in [0, 0.5]."""
+    """Standard deviation of the grey value over the image, from 0 to about 0.5."""
     return images.mean(dim=1).flatten(1).std(dim=1)
 
 
@@ -112,15 +114,17 @@ class RewardSet:
     def __call__(self, images, prompts):
         """images (B, 3, height, width) in [0, 1], prompts B texts -> (total (B,), {name: (B,)}).
 
-        The parts are unweighted.  NaN means missing, and makes the total missing.  Raises
-        BadReward, with the reward's name and the prompt, if a reward raises an error, changes the
-        images or prompts, or gives a score that is not one finite number per image, unless the
-        reward may miss."""
+        The parts are unweighted.  NaN means missing, and makes the total missing.  Raises BadReward
+        if a reward raises an error, but torch.OutOfMemoryError, changes the images or prompts, or
+        does not give one finite number, or NaN if it may miss, to each image, and if the total is
+        infinite."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images cannot have {len(prompts)} prompts")
         given, total, parts = (images.clone(), list(prompts)), 0, {}
         try:
             for name, (reward, weight) in self.rewards.items():
                 parts[name] = checked(name, reward, ask(name, reward, *given), *given)
-                if given[1] != list(prompts) or not torch.equal(given[0], images):
+                if given[1] != list(prompts) or not equal(given[0], images):
                     raise BadReward(f"reward {name!r} changes the images in place, or its prompts, "
                                     "which other rewards read, too: let it work on a copy")
                 total = total + weight * parts[name]
@@ -128,6 +132,8 @@ class RewardSet:
             for reward, _ in self.rewards.values():
                 if hasattr(reward, "forget"):
                     reward.forget()
+        if torch.isinf(total).any():
+            raise BadReward("the weighted sum of the rewards is infinite: choose smaller weights")
         return total, parts
 
     def check_prompts(self, prompts):
@@ -149,6 +155,11 @@ class RewardSet:
 
 
 # A student of the method can stop reading here: what follows are error messages and names.
+
+def equal(a, b):
+    """Whether two tensors hold the same numbers, NaN included."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+
 
 def ask(name, reward, images, prompts):
     """What the reward returns.  Its own exception becomes a BadReward."""
@@ -188,7 +199,7 @@ def refusal(reward, prompts):
         if hasattr(reward, "check_prompts"):
             reward.check_prompts(prompts)
     except ValueError as error:
-        return str(error)
+        return (str(error).strip() or "no reason given").splitlines()[0]
     except Exception as error:                   # a bug in the user's check
         return described(error)
     return None
@@ -200,10 +211,13 @@ def described(error):
     Of the calls that led there, that is the innermost one outside of installed packages, such as
     the line of the user's file that called torch."""
     installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen")
-    calls = [call for call in traceback.extract_tb(error.__traceback__)
+    calls = [(call.filename, call.lineno) for call in traceback.extract_tb(error.__traceback__)
              if not call.filename.startswith(installed)]
+    if isinstance(error, SyntaxError) and error.filename:
+        calls.append((error.filename, error.lineno))
+    file, line = calls[-1]
     text = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {text} ({calls[-1].filename}, line {calls[-1].lineno})"
+    return f"{type(error).__name__}: {text} ({file}, line {line})"
 
 
 def some_of(prompts):
@@ -217,7 +231,7 @@ def some_of(prompts):
 # Names: where the reward of a name comes from
 # ---------------------------------------------------------------------------------------------
 
-# The rewards that are known so far: name -> factory, (device) -> reward.
+# The rewards that are known so far: name -> factory, (device) -> reward, or (device, model).
 REGISTRY = {}
 
 # The rewards whose file is imported when they are asked for: name -> module that registers it.
@@ -290,7 +304,7 @@ def items_of(spec):
     """The rewards that a text asks for: yields (file or None, name, weight).  A mixture is spelled
     out; a model stays with its reward's name."""
     for item in spec.split(","):
-        file, _, rest = item.strip().rpartition(".py:")
+        file, _, rest = item.strip().rpartition(".py:")                  # C:\my.py:redness:0.5
         file = file + ".py" if file else None
         name, *numbers = rest.split(":")
         if name in WITH_MODELS and numbers and numbers[0][:1].isalpha():
@@ -317,26 +331,52 @@ def weight_of(name, text="1"):
     return weight
 
 
-def load_function(path, name):
-    """The function or class `name` of the Python file at `path`."""
-    if not Path(path).is_file():
-        raise ValueError(f"no such reward file: {path} (looked in {Path.cwd()})")
-    file_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+@lru_cache
+def load_file(path, stamp):
+    """A Python file as a module, which may import its neighbours.  It is read again only if its
+    stamp, (time of change, size), is another."""
+    file_spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(file_spec)
-    file_spec.loader.exec_module(module)
+    sys.modules[file_spec.name] = module         # where dataclasses look for it
+    sys.path.insert(0, str(path.parent))
+    try:
+        file_spec.loader.exec_module(module)
+    except Exception as error:                   # it is anybody's code
+        raise ValueError(f"{path.name} cannot be loaded: {described(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def load_function(file, name):
+    """The function or class `name` of a Python file."""
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise ValueError(f"no such reward file: {file} (looked in {Path.cwd()})")
+    module = load_file(path, (path.stat().st_mtime_ns, path.stat().st_size))
     function = getattr(module, name, None)
     if callable(function):
         return function
     mine = [n for n, value in vars(module).items()
-            if getattr(value, "__module__", "") == file_spec.name]
-    raise ValueError(f"{path} has no function {name!r}; it has {', '.join(mine) or 'none'}")
+            if getattr(value, "__module__", "") == module.__name__]
+    raise ValueError(f"{file} has no function {name!r}; it has {', '.join(mine) or 'none'}")
+
+
+def instance_of(cls, device):
+    """A class of the user's, called with the device.  Its own exception becomes a ValueError."""
+    try:
+        return cls(device)
+    except Exception as error:
+        line = inspect.getsourcelines(cls)[1]
+        raise ValueError(f"{cls.__name__!r} (line {line}) cannot be made with a device as its only "
+                         f"argument: {described(error)}") from error
 
 
 def factory_of(file, name):
     """What makes the reward of one item, (device) -> reward.  Makes nothing yet."""
     if file:
         reward = load_function(file, name)
-        return reward if inspect.isclass(reward) else lambda device: reward
+        return partial(instance_of, reward) if inspect.isclass(reward) else lambda device: reward
     name, _, model = name.partition(":")
     if name in MODULES:
         importlib.import_module(MODULES[name])   # which registers the name
@@ -352,15 +392,21 @@ def build_rewards(spec, device):
 
     Comma-separated items `name[:weight]` or `file.py:function[:weight]`, weight 1 unless given.  A
     class instead of a function is called with the device, once, and its instance with the images.
-    Raises ValueError for anything that cannot be understood or found, before it loads any model."""
+    A function is called by its name, or if that is taken by another item, by its file and name.
+    Raises ValueError for anything that cannot be understood or found.  All names are looked up
+    before any reward is made."""
     if not spec.strip():
         raise ValueError(f"no reward given: choose with --reward from {known_rewards()}")
-    wanted = {}                                  # name -> (factory, weight)
-    for file, name, weight in items_of(spec):
+    items, wanted = list(items_of(spec)), {}     # wanted: name -> (factory, weight)
+    names = [name for _, name, _ in items]
+    for file, name, weight in items:
+        factory = factory_of(file, name)
+        if file and names.count(name) > 1:
+            name = f"{file}:{name}"
         if name in wanted:
             raise ValueError(f"reward {name!r} is named twice in {spec!r}: "
                              "give it once, with the sum of the weights")
-        wanted[name] = factory_of(file, name), weight
+        wanted[name] = factory, weight
     rewards = {}
     for name, (factory, weight) in wanted.items():
         rewards[name] = factory(device), weight

@@ -20,45 +20,32 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import argrpo
 import captions
 import pretrained
 from harness import options
-from harness.drawing import draw, draw_shards, read_shards
-from harness.fid import print_fid
-from harness.models import caption_encoder, choose_classes, class_names, load_models
+from harness.choices import caption_encoder, class_prompts, load_models
+from harness.compare import draw, draw_shards, read_shards
+from harness.device import Sampler
+from harness.fidelity import print_fid
 from harness.processes import pick_device
-from harness.speed import Sampler
 
 
 @dataclass
-class Settings:
-    preset: str = "toy"                  # toy, B-256, L-256, B-384, L-384, XL-384, XXL-384, 3B-384,
-                                         # t2i-XL-256 or t2i-XL-512
+class SampleSettings(options.DrawSettings):
     gpt_ckpt: str = ""                   # transformer weights of your own: a file, a folder,
                                          # or a Hugging Face repo or repo:file
-    vq_ckpt: str = ""                    # tokenizer weights, likewise
-    classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names
-                                         # such as otter,pizza
     caption: str = ""                    # draw this caption instead of classes
-    prompts: str = ""                    # or the captions of this file: one a line, or .json or
-                                         # .jsonl
-    t5: str = "google/flan-t5-xl"        # text encoder of the t2i presets: a local folder, or a
-                                         # Hugging Face repo
     samples: int = 8                     # images per class or caption in the grid
     rows: int = 9                        # rows of the grid at most, evenly chosen
-    cfg_scale: float = 1.0               # classifier-free guidance: 1 is none
-    temperature: float = 1.0             # below 1: likelier, less varied images
-    top_k: int = 0                       # draw from the k likeliest codes only; 0 is all
-    top_p: float = 1.0                   # draw from the likeliest codes of this total probability
     best_of: int = 1                     # draw so many for each image, and keep the likeliest
-    seed: int = 0                        # same seed, same pictures
-    device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
     out: str = "samples.png"             # the grid
     npz: str = ""                        # write --images pictures into this .npz instead of a grid
     images: int = 50000                  # how many, for --npz
     fid_reference: str = ""              # folder or .npz of real images: prints FID and IS (needs
                                          # torch-fidelity)
+
+    def policy(self):
+        return super().policy() | dict(best_of=self.best_of)
 
 
 def check(settings):
@@ -86,15 +73,7 @@ def choose_prompts(settings, task, device):
         if not settings.caption:
             texts = captions.read_captions(settings.prompts)
         return caption_encoder(settings.preset, settings.t5, device)(texts)
-    names = class_names(settings.preset)
-    classes = choose_classes(settings.classes, names)
-    return argrpo.Prompts([names[k] for k in classes], torch.tensor(classes))
-
-
-def policy_of(settings):
-    """What `draw` takes."""
-    return {name: getattr(settings, name) for name in ("cfg_scale", "temperature", "top_k",
-                                                       "top_p", "best_of")}
+    return class_prompts(settings.preset, settings.classes, template="{}")
 
 
 def write_npz(model, vq, prompts, settings):
@@ -104,7 +83,7 @@ def write_npz(model, vq, prompts, settings):
     interruption."""
     index = torch.arange(settings.images) % len(prompts.texts)
     folder = Path(settings.npz).with_suffix(".shards")
-    draw_shards(model, vq, prompts, index, folder, settings.seed, size=256, **policy_of(settings))
+    draw_shards(model, vq, prompts, index, folder, settings.seed, size=256, **settings.policy())
     pictures = read_shards(folder)
     np.savez(settings.npz, arr_0=pictures)
     shutil.rmtree(folder)
@@ -121,7 +100,7 @@ def write_grid(model, vq, prompts, settings):
     index = rows.repeat_interleave(settings.samples)
     batches = tqdm(list(torch.arange(len(index)).split(32)), desc="sampling", unit="batch")
     images = torch.cat([draw(model, vq, prompts, index[numbers], numbers.tolist(), settings.seed,
-                             **policy_of(settings))[0].cpu() for numbers in batches])
+                             **settings.policy())[0].cpu() for numbers in batches])
     images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))  # visible pixels
     save_image(images, settings.out, nrow=settings.samples)
     print(f"wrote {settings.out}: a row each of {', '.join(prompts.texts[k] for k in rows)}")
@@ -129,7 +108,8 @@ def write_grid(model, vq, prompts, settings):
 
 def main(argv=None):
     with options.one_line_errors():
-        settings = Settings(**options.read_options(Settings, argv, "sample.py", __doc__))
+        given = options.read_options(SampleSettings, argv, "sample.py", __doc__)
+        settings = SampleSettings(**given)
         task = check(settings)
         device = pick_device(settings.device)
         prompts = choose_prompts(settings, task, device)

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-import argrpo
 import reward
-import toy
 from harness import options
-from harness.evaluation import with_watched
-from harness.models import choose_classes, class_names, load_models, shipped_spread, toy_folder
+from harness.choices import choose_watched, class_prompts, load_models, toy_folder
 from harness.processes import pick_device
 from harness.run import run
 
@@ -49,7 +46,8 @@ DIVERSE["toy"] = RECIPE | dict(steps=450, prompts_per_step=16, group_size=16, lr
 
 
 @dataclass
-class Settings(options.Settings):
+class C2iSettings(options.RunSettings):
+    script, presets, diverse = "train_c2i", PRESETS, DIVERSE
     classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names
                                          # such as otter,pizza
 
@@ -57,24 +55,15 @@ class Settings(options.Settings):
 def main(argv=None):
     with options.one_line_errors():
         default_preset = "B-256" if torch.cuda.is_available() else "toy"
-        settings = options.parse_settings(Settings, PRESETS, DIVERSE, default_preset, argv,
-                                          "train_c2i", __doc__)
+        settings = options.parse_settings(C2iSettings, default_preset, argv, __doc__)
         device = pick_device(settings.device)
         reward_fn = reward.build_rewards(settings.reward, device)
-        names, template = class_names(settings.preset), "a photo of {}"
-        measure = spread = None
-        if settings.preset == "toy":
-            template, measure, spread = "{}", toy.verify_all, toy.spread
-        measure = with_watched(measure, settings.watch, device)
-        classes = choose_classes(settings.classes, names)
-        texts = [template.format(names[k]) for k in classes]
-        reward_fn.check_prompts(texts)
+        prompts = class_prompts(settings.preset, settings.classes)
+        reward_fn.check_prompts(prompts.texts)
+        watched = choose_watched(settings, "c2i", prompts.texts, device)
         model, vq = load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt,
                                 toy_folder(settings, "c2i"))
-
-    prompts = argrpo.Prompts(texts, torch.tensor(classes))
-    return run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, "train_c2i",
-               measure, spread, shipped_spread(settings, "c2i", prompts))
+    return run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, watched)
 
 
 if __name__ == "__main__":

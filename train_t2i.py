@@ -19,8 +19,7 @@ import captions
 import reward
 import toy
 from harness import options
-from harness.evaluation import with_watched
-from harness.models import caption_encoder, load_models, shipped_spread, toy_folder
+from harness.choices import caption_encoder, choose_watched, load_models, toy_folder
 from harness.processes import pick_device
 from harness.run import run
 
@@ -44,7 +43,8 @@ DIVERSE["toy"] = RECIPE | dict(steps=500, prompts_per_step=16, lr=1e-3, rehearsa
 
 
 @dataclass
-class Settings(options.Settings):
+class T2iSettings(options.RunSettings):
+    script, presets, diverse = "train_t2i", PRESETS, DIVERSE
     prompts: str = ""                    # file of captions: one a line, or .json or .jsonl;
                                          # default: composed ones
     composed: int = 2000                 # how many captions to compose from COCO's objects,
@@ -66,24 +66,18 @@ def choose_captions(settings):
 def main(argv=None):
     with options.one_line_errors():
         default_preset = "t2i-XL-256" if torch.cuda.is_available() else "toy"
-        settings = options.parse_settings(Settings, PRESETS, DIVERSE, default_preset, argv,
-                                          "train_t2i", __doc__)
+        settings = options.parse_settings(T2iSettings, default_preset, argv, __doc__)
         device = pick_device(settings.device)
-        measure = spread = None
-        if settings.preset == "toy":
-            measure, spread = toy.verify_by_kind, toy.spread
-        measure = with_watched(measure, settings.watch, device)
         texts, eval_texts = choose_captions(settings)
         reward_fn = reward.build_rewards(settings.reward, device)
         reward_fn.check_prompts([*texts, *eval_texts])
+        watched = choose_watched(settings, "t2i", eval_texts, device)
         model, vq = load_models(settings.preset, "t2i", settings.gpt_ckpt, settings.vq_ckpt,
                                 toy_folder(settings, "t2i"))
         encode = caption_encoder(settings.preset, settings.t5, device)
         prompts, eval_prompts = encode(texts), encode(eval_texts)
         del encode                       # T5 has done its work: its memory is needed for training
-
-    return run(model.to(device), vq.to(device), prompts, eval_prompts, reward_fn, settings,
-               "train_t2i", measure, spread, shipped_spread(settings, "t2i", eval_prompts))
+    return run(model.to(device), vq.to(device), prompts, eval_prompts, reward_fn, settings, watched)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 A convolutional encoder turns a picture into a grid of short vectors, each vector is replaced by
 the nearest of V learned codes, and a convolutional decoder paints the picture back from the codes:
 
-    images (B, 3, height, width) in [-1, 1]  --encode-->  tokens (B, h*w) in 0..V-1  --decode-->
+    images (B, 3, height, width) in [-1, 1]  --encode-->  tokens (B, h*w) in 0..V-1
+    tokens  --decode-->  images
 
 A token is the index of a code; h = height / f and w = width / f, where f = 2 ** (len(ch_mult) - 1)
 is 16 for the published VQ-16 and 8 for VQ-8.  The transformer in `argrpo.py` never sees a pixel: it
@@ -33,7 +34,7 @@ class VQConfig:
 
 
 # ---------------------------------------------------------------------------------------------
-# Building blocks.  Every block maps (B, C, rows, columns) to that of its own channels and size.
+# Building blocks, of feature maps (B, C, rows, columns)
 # ---------------------------------------------------------------------------------------------
 
 def group_norm(channels):
@@ -181,8 +182,8 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
         nn.init.normal_(self.embedding.weight)       # any direction is as likely as any other
         # The last 65536 tokens of training, as LlamaGen's checkpoints hold them; zeros where there
-        # were fewer.  Once it is full, a code that is not in it is dead: whoever trains a tokenizer
-        # can restart it (the toy looks at the newest 8192).
+        # were fewer.  Once it is full, a code that is not in it is probably dead: whoever trains a
+        # tokenizer can restart it (toy/pretraining.py looks at the newest 8192).
         self.register_buffer("codebook_used", torch.zeros(65536))
 
     def codes(self):
@@ -221,7 +222,7 @@ class VQModel(nn.Module):
     def features(self, images):
         """The unit vectors that get quantised: (B, 3, height, width) in [-1, 1] -> (B, h*w, E).
 
-        Raises ValueError if height or width is not a multiple of the downsampling factor."""
+        Raises ValueError for another shape, or a height or width that is no multiple of f."""
         f = self.downsample_factor
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
             raise ValueError(f"images must be (B, 3, height, width), both multiples of {f}, "
@@ -243,22 +244,21 @@ class VQModel(nn.Module):
         """tokens (B, h*w) int64 of a square grid -> images (B, 3, height, width), nominally in
         [-1, 1].
 
-        Raises ValueError if h*w is not a square number."""
+        Raises ValueError if h*w is not a square number, IndexError (on a CPU) for no token."""
         side = isqrt(tokens.shape[1])
         if side * side != tokens.shape[1]:
             raise ValueError("tokens must fill a square grid, but there are "
                              f"{tokens.shape[1]} of them per image")
-        return self.from_codes(self.quantize.codes()[tokens], side, side)
+        return self.from_codes(F.embedding(tokens, self.quantize.codes()), side, side)
 
     def straight_through(self, z, tokens=None, beta=0.25):
         """Straight-through estimator, for training: z (B, h*w, E) -> (codes (B, h*w, E), vq_loss).
 
-        The value is the nearest code, the gradient that of z, as if there were no argmax (Bengio et
-        al. 2013).
+        The value is the code of the token, the nearest unless tokens (B, h*w) are given, the
+        gradient that of z, as if there were no argmax (Bengio et al. 2013).
         vq_loss is the scalar codebook loss plus beta times the commitment loss (van den Oord et al.
         2017, eq. 3): codes move towards the features that chose them, features stay close to the
-        codes they chose.  tokens (B, h*w) overrule the features' choice.  A model in
-        training mode remembers the tokens."""
+        codes they chose.  A model in training mode remembers the tokens."""
         tokens = self.quantize.nearest(z) if tokens is None else tokens
         if self.training:
             self.quantize.remember(tokens)

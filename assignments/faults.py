@@ -25,8 +25,8 @@ import argrpo
 import toy
 from diversity import group_diversity
 from harness.checkpoints import write_json, write_metrics
-from harness.options import Settings
-from harness.speed import packed
+from harness.device import packed
+from harness.options import RunSettings
 from reward import to_uint8
 
 HEALTHY = "healthy"
@@ -40,7 +40,7 @@ class Rig:
     def __init__(self, seed, steps, start, settings):
         torch.manual_seed(seed)
         self.start, self.step = start, 0         # the fault begins at step `start`
-        self.intended = Settings(**SETTINGS | dict(seed=seed, steps=steps) | settings)
+        self.intended = RunSettings(**SETTINGS | dict(seed=seed, steps=steps) | settings)
         self.config = copy.copy(self.intended)   # what the run does in the place of the intended
         self.model, self.vq = toy.load("c2i")
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
@@ -288,7 +288,7 @@ def make_run(folder, fault=HEALTHY, seed=0, steps=20, start=None, pictures=False
     fault is a name of FAULTS, or "healthy".  It begins at step `start`, by default a step from 2 to
     steps // 3 that the seed chooses; `reward_hacking`, `lr_without_effect`, `self_reference` and
     `too_many_epochs` are there from step 0, and `weights_reset` happens at steps // 3 or later.
-    settings are further fields of harness.options.Settings, such as prompts_per_step.
+    settings are further fields of harness.options.RunSettings, such as prompts_per_step.
 
     Leaves in the folder, in the formats of harness/: config.json, with the settings that the
     author meant to have (a fault such as a wrong learning rate is not in it), metrics.jsonl, and

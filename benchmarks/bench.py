@@ -3,14 +3,15 @@
     python benchmarks/bench.py --device cpu --size toy --tokens 36   # seconds
     python benchmarks/bench.py --device cpu --out bench.json         # GPT-B, 16 images, 256 tokens
     python benchmarks/bench.py --device cuda --size GPT-XL --tokens 576 --prompts 8 --cfg-scale 2
-    python benchmarks/bench.py --suite gpu --out DIR                 # all of a GPU, see gpu.py
+    python benchmarks/gpu.py --out DIR                               # all of a GPU
 
-On random weights, in one run and in turns, so that whatever else slows the machine down slows all
-of them:
+On random weights.  The part "rollout" times in turns, so that whatever else slows the machine down
+slows all of them:
 
     generate    argrpo.py's sampler, which also returns the log-probabilities that GRPO needs, as
                 the loop runs it: with packed weights on a CPU, and on a GPU in bfloat16, on a
-                `frozen_copy` under autocast
+                `frozen_copy` under autocast, without cuDNN's attention
+    kernels     the same with torch's choice of attention kernels; on a GPU alone
     compiled    the same with its decoding step compiled, as --compile does; left out unless asked
                 for
     full_mask   a plain eager sampler as LlamaGen has it: a prefill for every row, every step
@@ -20,249 +21,287 @@ of them:
                 spread positions (the middles of equal parts of the image); their mean times N
                 estimates the whole
 
-They must draw the same tokens, greedily, before anything is timed.  Then a few steps of
-`argrpo.train` itself.  Round 0 of everything warms up and does not count.
+Greedily they all draw the same tokens (tests/test_bench.py).  The part "step" times a few
+steps of `argrpo.train` itself.  Round 0 of everything warms up: it is "first", seconds is the
+median of the others and seconds_min their minimum.  For a GPU there are the parts "parity"
+and "mismatch" as well; the column "ok" is a verdict.
 """
 
 import copy
+import json
+import os
+import platform
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import isqrt
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
 import argrpo  # noqa: E402
-import reward  # noqa: E402
 import toy  # noqa: E402
-from benchmarks import gpu, measuring, yardsticks  # noqa: E402
-from harness.checkpoints import write_json  # noqa: E402
-from harness.memory import checkpoint_layers  # noqa: E402
-from harness.options import one_line_errors, read_options  # noqa: E402
+from benchmarks.yardsticks import plain_sampler  # noqa: E402
+from harness import device as speed  # noqa: E402
+from harness import memory
+from harness.device import Stopwatch, clock  # noqa: E402
+from harness.options import RunSettings, one_line_errors, read_options  # noqa: E402
 from harness.processes import pick_device  # noqa: E402
-from harness.speed import frozen_copy, packed  # noqa: E402
+from reward import build_rewards  # noqa: E402
 from vqgan import VQConfig, VQModel  # noqa: E402
 
 
 @dataclass
 class Options:
     device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
-    dtype: str = ""                      # of the samplers' weights, float32 or bfloat16; default:
-                                         # bfloat16 on a GPU
     size: str = "GPT-B"                  # GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-3B, or toy
     tokens: int = 256                    # N, tokens per image: a square number
     prompts: int = 2                     # P, prompts per rollout
-    group: int = 8                       # G, images per prompt
+    group: int = 8                       # G, images per prompt, at least 2
     cfg_scale: float = 1.0               # classifier-free guidance: 1 is none, all else doubles the
                                          # rows
-    micro_batch: int = 4                 # images per pass of the update and of the tokenizer
-    reward: str = "brightness"           # reward of the step, as in the training scripts
+    micro_batch: int = 4                 # images per pass of the update and of the tokenizer; 0 is
+                                         # what training takes on this device
     repeats: int = 3                     # timed rounds; their median and minimum are reported
     compile: bool = False                # time the compiled decoding step, too, and use it in the
                                          # GRPO step
-    checkpointing: bool = False          # of the GRPO step: compute the layers again in the
-                                         # backward pass
-    uncached_positions: int = 8          # positions at which sampling without a cache is timed
-    skip_uncached: bool = False          # leave out sampling without a cache
-    skip_step: bool = False              # leave out the GRPO step
-    seed: int = 0                        # of weights and rollouts
-    out: str = ""                        # JSON file for the figures; the suite's folder
-    suite: str = ""                      # "gpu": all that is to be checked and measured on a GPU;
-                                         # of the other options it takes --device and --size toy
-    part: str = ""                       # of the suite: this part alone, in this process
-    minutes: float = 10.0                # that the suite may take
+    uncached_positions: int = 8          # positions at which sampling without a cache is timed; 0
+                                         # leaves it out
+    parts: str = "rollout,step"          # what is measured
+    out: str = ""                        # JSON file for the figures
 
     def __post_init__(self):
         if self.size not in [*argrpo.GPT_SIZES, "toy"]:
             raise ValueError(f"unknown --size {self.size!r}: "
                              f"there are {', '.join(argrpo.GPT_SIZES)} and toy")
-        if self.suite not in ("", "gpu"):
-            raise ValueError(f"unknown --suite {self.suite!r}: there is gpu")
-        if self.suite and not self.out:
-            raise ValueError("--suite gpu needs --out DIR, the folder of its table")
-        if self.part and self.part not in gpu.parts_of(self.size):
-            raise ValueError(f"unknown --part {self.part!r}: "
-                             f"there are {', '.join(gpu.parts_of(self.size))}")
-        if self.dtype not in ("", "float32", "bfloat16"):
-            raise ValueError(f"--dtype must be float32 or bfloat16, not {self.dtype!r}")
-        for name in ("tokens", "prompts", "group", "micro_batch", "repeats", "uncached_positions"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        for part in self.parts.split(","):
+            if part not in PARTS:
+                raise ValueError(f"unknown part {part!r}: there are {', '.join(PARTS)}")
+        least = dict(tokens=1, prompts=1, group=2, micro_batch=0, repeats=1, uncached_positions=0)
+        for name, smallest in least.items():
+            if (value := getattr(self, name)) < smallest:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, "
+                                 f"not {value}")
         if isqrt(self.tokens) ** 2 != self.tokens:
             raise ValueError("--tokens must be a square number such as 256 or 576, "
                              f"not {self.tokens}")
-        if self.group < 2 and not self.skip_step:
-            raise ValueError("a step compares the images of a group: --group must be at least 2, "
-                             f"not {self.group}")
-        self.uncached_positions = min(self.uncached_positions, self.tokens)
 
 
 # ---------------------------------------------------------------------------------------------
-# Measuring
+# Random models, clocks, bytes
 # ---------------------------------------------------------------------------------------------
 
-def check_samplers():
-    """All must draw the same tokens, greedily: on the CPU, from weights large enough to tell."""
-    model = measuring.random_model(replace(toy.CONFIGS["c2i"], block_size=36), std=0.2)
-    labels = torch.arange(3)
-    for cfg_scale in (1.0, 2.0):
-        expected, _ = argrpo.generate(model, labels, samples_per_prompt=2, cfg_scale=cfg_scale,
-                                      greedy=True)
-        for sampler in (yardsticks.full_mask_sampler, yardsticks.uncached_sampler):
-            tokens = sampler(model, labels, 2, cfg_scale, greedy=True)
-            wrong = (tokens != expected).sum().item()
-            if wrong:
-                raise RuntimeError(
-                    f"{sampler.__name__} and argrpo.generate must agree, but at guidance "
-                    f"{cfg_scale:g} {wrong} of {expected.numel()} greedy tokens differ: "
-                    "no figure would mean anything")
+def config_of(options, task="c2i"):
+    if options.size == "toy":
+        return replace(toy.CONFIGS[task], block_size=options.tokens)
+    return argrpo.GPTConfig(**argrpo.GPT_SIZES[options.size], block_size=options.tokens,
+                            model_type=task, cls_token_num=120 if task == "t2i" else 1)
 
 
-def bench_rollout(model, options, device):
-    """{sampler: figures}, the rollout, from float32 weights.
+def random_model(config, device="cpu"):
+    """Random weights whose logits have a standard deviation of about 1."""
+    with torch.device(device):
+        model = argrpo.Transformer(config)
+    for weight in model.parameters():
+        if weight.ndim > 1:              # the output layer, too, which a new Transformer has at 0
+            torch.nn.init.normal_(weight, std=config.dim ** -0.5)
+    return model
 
-    The yardsticks' weights are all in options.dtype."""
-    dtype = getattr(torch, options.dtype)
-    N, G, K = options.tokens, options.group, options.uncached_positions
-    plain, frozen = copy.deepcopy(model).to(dtype), frozen_copy(model, dtype)
+
+def peak_memory(device):
+    """Bytes: on a GPU the most that was allocated since the count was reset, on the CPU the most
+    that this process has held so far, NaN on a system that does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measured(device, run):
+    """What run() returns, its seconds, and the peak memory in GB: on a GPU, beyond what was
+    allocated before."""
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    start = clock(device)
+    result = run()
+    seconds = clock(device) - start
+    return result, seconds, (peak_memory(device) - before) / 1e9
+
+
+def summary(times):
+    return {"first": times[0], "seconds": median(times[1:]), "seconds_min": min(times[1:])}
+
+
+# ---------------------------------------------------------------------------------------------
+# The parts: each returns its tables, {title: {row: {column: value}}}
+# ---------------------------------------------------------------------------------------------
+
+def rollout(options, device):
+    N, G, K = options.tokens, options.group, min(options.tokens, options.uncached_positions)
+    model = random_model(config_of(options), device)
     labels = torch.arange(options.prompts, device=device) % model.config.num_classes
-    middles = [(2 * j + 1) * N // (2 * K) for j in range(K)]             # of K equal parts
 
-    def generate(model):
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
-            argrpo.generate(model, labels, samples_per_prompt=G, cfg_scale=options.cfg_scale)
+    def generate(drawer):
+        with argrpo.autocast(device):
+            argrpo.generate(drawer, labels, samples_per_prompt=G, cfg_scale=options.cfg_scale)
 
-    samplers = {"generate": lambda: generate(packed(frozen))}
+    plain = copy.deepcopy(model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    yardstick = partial(plain_sampler, plain, labels, G, options.cfg_scale)
+    samplers = {"generate": partial(generate, speed.Sampler()(model)), "full_mask": yardstick}
+    if device.type == "cuda":
+        torchs = speed.frozen_copy(model)
+        torchs.__class__ = argrpo.Transformer
+        samplers["kernels"] = partial(generate, torchs)
     if options.compile:
-        compiled = frozen_copy(model, dtype)
-        compiled.decode_step = torch.compile(compiled.decode_step, dynamic=True)
-        samplers["compiled"] = lambda: generate(compiled)
-    samplers["full_mask"] = lambda: yardsticks.full_mask_sampler(
-        plain, labels, G, options.cfg_scale)
-    if not options.skip_uncached:
-        samplers["uncached"] = lambda: yardsticks.uncached_sampler(
-            plain, labels, G, options.cfg_scale, positions=middles)
-
-    times, peak = {name: [] for name in samplers}, {}
+        samplers["compiled"] = partial(generate, speed.Sampler(compile=True)(model))
+    if K:
+        middles = [(2 * j + 1) * N // (2 * K) for j in range(K)]         # of K equal parts
+        samplers["uncached"] = partial(yardstick, cached=False, places=middles)
+    times, figures = {name: [] for name in samplers}, {}
     for _ in range(1 + options.repeats):
         for name, sampler in samplers.items():
-            _, seconds, peak[name] = measuring.measured(device, sampler)
-            if name == "uncached":
-                seconds *= N / K
-            times[name].append(seconds)
-    figures = {name: measuring.summary(t) for name, t in times.items()}
+            _, seconds, peak = measured(device, sampler)
+            times[name].append(seconds * N / K if name == "uncached" else seconds)
+            figures[name] = {"peak_gb": peak}
     for name, f in figures.items():
-        per_second = options.prompts * G / f["seconds"]
-        f["tokens_per_s"] = per_second * N
-        f["images_per_s"] = per_second
-        f["peak_gb"] = peak[name]
-    return figures
+        f |= summary(times[name])
+        f["tokens_per_s"] = options.prompts * G * N / f["seconds"]
+        f["ratio"] = f["seconds"] / figures["generate"]["seconds"]
+    return {"rollout": figures}
 
 
-def bench_step(options, config, device, reward_fn):
-    """{part: figures} of steps of `argrpo.train`, each with its share of the whole."""
+def step(options, device):
+    (figures, sizes), _, peak = measured(device, partial(few_steps, options, device))
+    sizes["peak_gb"] = peak                      # on the CPU, of the whole process
+    if device.type == "cuda":                    # a fifth is left for what is not counted
+        sizes["ok"] = peak <= sizes["estimate_gb"] / 0.8
+    return {"step": figures, "memory": {options.size: sizes}}
+
+
+def few_steps(options, device):
+    """{part: figures} of steps of `argrpo.train`, and the sizes of its passes.
+
+    "decode", making the images from the tokens, is measured once more and taken from "rollout"."""
+    model = random_model(config_of(options), device)
     vq = VQModel(toy.VQ_CONFIG if options.size == "toy" else VQConfig())
-    model = measuring.random_model(config, device)
-    if options.checkpointing:
-        checkpoint_layers(model)
-    settings = argrpo.GRPOConfig(
-        steps=1 + options.repeats, prompts_per_step=options.prompts, group_size=options.group,
-        micro_batch=options.micro_batch, lr=1e-5, kl_beta=0.1, cfg_scale=options.cfg_scale)
-    times = measuring.step_seconds(model, vq.to(device).requires_grad_(False), settings, reward_fn,
-                         options.compile)
-    figures = {part: measuring.summary(t) for part, t in times.items()}
+    vq.to(device).requires_grad_(False)
+    s = RunSettings(steps=1 + options.repeats, prompts_per_step=options.prompts, lr=1e-5,
+                    kl_beta=0.1, group_size=options.group, micro_batch=options.micro_batch or None,
+                    cfg_scale=options.cfg_scale, rollout_prompts=None, compile=options.compile)
+    memory.choose_sizes(model, vq, s)
+    sizes = {"prompts a pass": s.rollout_prompts, "micro-batch": s.micro_batch,
+             "estimate_gb": sum(memory.memory_estimate(model, vq, s).values()) / 1e9}
+    labels, stopwatch = torch.arange(options.prompts) % model.config.num_classes, Stopwatch(model)
+    prompts = argrpo.Prompts([f"class {k}" for k in labels.tolist()], labels)
+    steps = argrpo.train(
+        model, speed.frozen_copy(model), vq, prompts,
+        stopwatch.timed(build_rewards("brightness", device)), s, speed.optimizer_of_device(model, s),
+        sampler=speed.Sampler(s.compile))
+    times = {part: [] for part in ("rollout", "decode", "reward", "reference", "update", "step")}
+    for _ in range(s.steps):
+        stopwatch.start()
+        made = next(steps)
+        seconds = stopwatch.seconds()
+        start = clock(device)
+        argrpo.to_images(vq, made.tokens, s.micro_batch)
+        decode = clock(device) - start
+        for part in ("rollout", "reward", "reference", "update"):
+            times[part].append(seconds[f"seconds_{part}"])
+        times["rollout"][-1] -= decode
+        times["decode"].append(decode)
+        times["step"].append(seconds["seconds"])
+    figures = {part: summary(t) for part, t in times.items()}
     for f in figures.values():
         f["share"] = f["seconds"] / figures["step"]["seconds"]
-    return figures
+    return figures, sizes
 
 
-# ---------------------------------------------------------------------------------------------
-# Telling
-# ---------------------------------------------------------------------------------------------
-
-def print_table(title, figures):
-    """figures: {row: {column: number}}, all rows with the same columns."""
-    columns = next(iter(figures.values()))
-    print(f"\n{title:<12}" + "".join(f"{name:>14}" for name in columns))
-    for row, numbers in figures.items():
-        print(f"{row:<12}" + "".join(f"{value:>14.4g}" for value in numbers.values()), flush=True)
+def in_bfloat16(device, dtype=torch.bfloat16):
+    """As `argrpo.autocast` on a GPU, but on any device, and for float32 nothing."""
+    return torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
 
 
-def read_command_line(argv):
-    """The options, complete, their device, and the reward."""
-    with one_line_errors():
-        options = Options(**read_options(Options, argv, "bench.py", __doc__))
-        device = pick_device(options.device)
-        options.device = device.type
-        options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        if options.suite and device.type == "cpu" and options.size != "toy" and not options.part:
-            raise ValueError("--suite gpu: torch sees no GPU here, but --device cpu --size toy "
-                             "rehearses it")
-        reward_fn = reward.build_rewards(options.reward, device)
-        if options.out and not options.suite:    # now, not when all is measured
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    return options, device, reward_fn
+def verdict(apart, dtype, scale):
+    """Columns about differences of log-probabilities, and whether rounding explains their mean."""
+    as_on = torch.device("cuda" if dtype == torch.bfloat16 else "cpu")
+    mean, allowed = apart.mean().item(), speed.allowed_mismatch(as_on, scale)
+    return {"mean, nats": mean, "largest": apart.max().item(), "allowed mean": allowed,
+            "ok": mean <= allowed}
 
 
-def compare(rollout):
-    """How much faster generate is than the others: {sampler: ratios}."""
-    ratio = {}
-    for name, f in rollout.items():
-        if name != "generate":
-            ratio[name] = {key: f[key] / rollout["generate"][key]
-                           for key in ("seconds", "seconds_min")}
-            print(f"generate is {ratio[name]['seconds']:.2f}x {name} "
-                  f"({ratio[name]['seconds_min']:.2f}x by the fastest rounds)")
-    return ratio
+def parity(options, device, scale=2.0):
+    """The log-probabilities, on this device, of tokens that the CPU drew, through the cache."""
+    rows, how = {}, dict(samples_per_prompt=2, cfg_scale=scale)
+    for task in ("c2i", "t2i"):
+        model, cond, mask = random_model(config_of(options, task)), torch.arange(3), None
+        if task == "t2i":                        # random features of captions of 1, 2 and 3 words
+            T = model.config.cls_token_num
+            mask = torch.arange(T) >= T - 1 - cond[:, None]
+            cond = torch.randn(3, T, model.config.caption_dim) * mask[..., None]
+        tokens, right = argrpo.generate(model, cond, mask, **how)
+        there = None if mask is None else mask.to(device)
+        for dtype in (torch.float32, torch.bfloat16):
+            drawer = speed.frozen_copy(copy.deepcopy(model).to(device), dtype)
+            with in_bfloat16(device, dtype):
+                _, logp = argrpo.generate(drawer, cond.to(device), there, **how,
+                                          prefix=tokens.to(device))
+            rows[f"{task}, {dtype}"] = verdict((logp.cpu() - right).abs(), dtype, scale)
+    return {"rollout against the CPU's": rows}
+
+
+def mismatch(options, device):
+    """The metric `mismatch` as training computes it on a GPU."""
+    drawer = speed.frozen_copy(random_model(config_of(options), device), torch.bfloat16)
+    labels, rows = torch.arange(4, device=device), {}
+    for scale in (1.0, 2.0, 4.0, 7.5):
+        with torch.no_grad(), in_bfloat16(device):
+            tokens, drawn = argrpo.generate(drawer, labels, cfg_scale=scale)
+            logp, _ = argrpo.token_logp(drawer, tokens, labels, cfg_scale=scale)
+        rows[f"guidance {scale}"] = verdict((logp - drawn).abs(), torch.bfloat16, scale)
+    return {"sampler against learner": rows}
+
+
+PARTS = {"rollout": rollout, "step": step, "parity": parity, "mismatch": mismatch}
+
+
+def markdown(title, rows):
+    """A table of {row: {column: value}}, all rows with the same columns."""
+    cells = [[title, *next(iter(rows.values()))]]
+    cells.append(["---"] * len(cells[0]))
+    for name, row in rows.items():
+        values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+        cells.append([name, *values])
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def main(argv=None):
-    options, device, reward_fn = read_command_line(argv)
-    if options.suite:
-        return gpu.run_part(options) if options.part else gpu.run_suite(options)
-    torch.manual_seed(options.seed)
-    config = toy.CONFIGS["c2i"]
-    if options.size != "toy":
-        config = argrpo.GPTConfig(**argrpo.GPT_SIZES[options.size])
-    config = replace(config, block_size=options.tokens)
-    model = measuring.random_model(config, device)
-    images, parameters = options.prompts * options.group, sum(p.numel() for p in model.parameters())
-    rows = images if options.cfg_scale == 1 else 2 * images
-    machine = measuring.describe_machine(device)
-    print(f"{options.size}, {parameters / 1e6:.1f}M parameters in {options.dtype}, "
-          f"{options.tokens} tokens per image, {options.prompts} prompts x {options.group} samples "
-          f"= {images} images, {rows} rows with guidance {options.cfg_scale:g}")
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
-
-    check_samplers()
-    rollout = bench_rollout(model, options, device)
-    print_table("rollout", rollout)
-    result = {"options": asdict(options), "machine": machine, "parameters": parameters,
-              "rollout": rollout, "ratio": compare(rollout)}
-    if "uncached" in rollout:
-        print(f"uncached is an estimate: the mean of {options.uncached_positions} evenly spread "
-              f"positions, times {options.tokens}", flush=True)
-    must_read = measuring.rollout_bytes(frozen_copy(model, getattr(torch, options.dtype)), rows)
-    del model                                    # the step's memory is to be its own
-    if not options.skip_step:
-        result["step"], _, peak = measuring.measured(
-            device, lambda: bench_step(options, config, device, reward_fn))
-        result["step_peak_gb"] = peak
-        print_table("step", result["step"])
-        note = "" if device.type == "cuda" else ", of the whole benchmark"
-        print(f"peak memory {peak:.2f} GB{note}", flush=True)
-
-    copied = measuring.copy_bandwidth(device)                                    # bytes a second
-    read = must_read / rollout["generate"]["seconds"]
-    result["bandwidth"] = {"rollout_gb": must_read / 1e9, "copy_gb_per_s": copied / 1e9,
-                           "share": read / copied}
-    print(f"\ngenerate must read {must_read / 1e9:.1f} GB of weights and filled cache: "
-          f"{read / 1e9:.1f} GB/s, {read / copied:.1%} of the {copied / 1e9:.0f} GB/s that a copy "
-          "reads and writes")
+    with one_line_errors():
+        options = Options(**read_options(Options, argv, "bench.py", __doc__))
+        device = pick_device(options.device)
+        if options.out:                          # now, not when all is measured
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    result = {"options": asdict(options), "machine": {
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+        "device": name}}
+    print(*(f"{key} {value}" for part in result.values() for key, value in part.items()), sep=", ")
+    for part in options.parts.split(","):
+        torch.manual_seed(0)
+        tables = PARTS[part](options, device)
+        result |= tables
+        for title, rows in tables.items():
+            print(f"\n{markdown(title, rows)}", flush=True)
     if options.out:
-        write_json(Path(options.out), result)
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -7,14 +7,11 @@ pictures, D, and how many pictures of the policy it drew.  docs/diversity.md say
 """
 
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from matplotlib.figure import Figure
 
-from harness.pictures import figure  # noqa: E402
-
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 STYLES = {                                       # family: (colour, marker)
     "paper": ("#D55E00", "o"),
     "KL penalty, log-ratio bonus": ("#F0E442", "P"),
@@ -24,14 +21,15 @@ STYLES = {                                       # family: (colour, marker)
     "rehearsal, bonus by energy distance": ("#009E73", "D"),
     "--recipe diverse": ("#0072B2", "*"),
 }
+TASKS = {"c2i": ("classes", "right, %"), "t2i": ("captions", "right, % (seen and unseen)")}
 YARDSTICK = 180 * 128                            # pictures in 180 steps of the paper's recipe
 
 
 def main():
-    rows = json.loads((ROOT / "docs" / "frontier.json").read_text())
-    fig = figure(11, 6.4)
+    rows = json.loads((DOCS / "frontier.json").read_text())
+    fig = Figure(figsize=(11, 6.4), layout="constrained")
     axes = fig.subplots(2, 3)
-    for line, (task, title) in zip(axes, {"c2i": "classes", "t2i": "captions"}.items()):
+    for line, (task, (title, share)) in zip(axes, TASKS.items()):
         for family, (colour, marker) in STYLES.items():
             some = [row for row in rows if row["task"] == task and row["family"] == family]
             cost = [row["steps"] * row["images"] / YARDSTICK for row in some]
@@ -40,18 +38,15 @@ def main():
             for ax, x, y in ((line[0], right, kept), (line[1], cost, right), (line[2], cost, kept)):
                 ax.scatter(x, y, size, color=colour, marker=marker, label=family, alpha=0.8)
         line[0].axhline(0.95, color="#cccccc", linewidth=1)
-        share = "right, %"
-        if task == "c2i":
+        if task == "c2i":                        # for captions the goal is of the seen ones alone
             line[0].axvline(95, color="#cccccc", linewidth=1)
             line[0].set_title("the goal is the upper right")
-        else:                                    # the goal for captions is of the seen ones alone
-            share = "right, % (seen and unseen)"
         line[0].set(xlabel=share, ylabel=f"{title}: D")
         for ax, name in ((line[1], share), (line[2], "D")):
             ax.axvline(3, color="#cccccc", linewidth=1)
             ax.set(xlabel="pictures of the policy (yardstick: 1)", ylabel=name)
     axes[0, 0].legend(fontsize=7, loc="lower left")
-    fig.savefig(ROOT / "docs" / "frontier.png", dpi=100)
+    fig.savefig(DOCS / "frontier.png", dpi=100)
 
 
 if __name__ == "__main__":

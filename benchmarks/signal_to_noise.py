@@ -90,8 +90,7 @@ def main():
                                                samples_per_prompt=G, micro_batch=64)
         cond = index.repeat_interleave(G)
         rewards, _ = reward_fn(images, [toy.CLASSES[k] for k in cond.tolist()])
-        A = argrpo.group_advantages(rewards, G)
-        both = bonus(rewards, images, tokens, index, step)
+        both = bonus(rewards, images, tokens, index, step)[:, None]                 # (B, 1)
         if step < WARM_UP:
             continue
         right.append(rewards.mean().item())
@@ -99,20 +98,21 @@ def main():
             _, entropy = argrpo.token_logp(model, tokens, cond)
         kinds = {"entropy below 0.3": entropy < 0.3, "entropy above 1": entropy >= 1,
                  "entropy 0.3 to 1": (entropy >= 0.3) & (entropy < 1)}
-        terms = {"reward": A[:, None].expand_as(entropy), "bonus": (both - A)[:, None]}
+        A = argrpo.group_advantages(rewards, G)[:, None].expand_as(entropy)                 # (B, N)
+        terms = {"reward": A, "bonus": both - A}
         for kind, tokens_of_it in kinds.items():
-            terms[f"reward, {kind}"] = A[:, None] * tokens_of_it
+            terms[f"reward, {kind}"] = A * tokens_of_it
             shares[kind] = shares.get(kind, 0) + tokens_of_it.float().mean().item() / args.steps
         for name, advantages in terms.items():
-            term = of_advantages(model, tokens, cond, advantages.expand_as(entropy), scale)
+            term = of_advantages(model, tokens, cond, advantages, scale)
             found.setdefault(name, []).append(term)
         rehearsal(model, index, step)
         found.setdefault("rehearsal", []).append(gradient(model, scale))
 
     print(f"{sum(right) / len(right):.1%} right; of the tokens have "
           + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()) + "\n")
-    print("| term | signal | noise | signal / noise | cosine of its signal to the reward's |")
-    print("|---|---|---|---|---|")
+    print("| term | signal | noise | signal / noise | cosine of its signal to the reward's |\n"
+          "|---|---|---|---|---|")
     rewards = torch.stack(found["reward"])
     for name, rows in found.items():
         rows = torch.stack(rows)

@@ -1,10 +1,8 @@
-"""Plain samplers to measure argrpo.py's against.
+"""A plain sampler to measure argrpo.py's against, with a cache and without.
 
-Only the weights are argrpo.py's: when its code gets faster, these must not.  Letters as there:
+Only the weights are argrpo.py's: when its code gets faster, this must not.  Letters as there:
 B images, C channels, H heads, V codes, T condition positions.
 """
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +22,13 @@ def plain_rotate(x, cos, sin):
     return turned.flatten(-2).type_as(x)
 
 
-def plain_forward(model, h, rope, attend):
+def plain_forward(model, h, rope, cache, position, mask):
     """The transformer, one plain operation after another.
 
-    h (rows, positions, C) -> logits (rows, V) behind the last position.  attend(layer, q, k, v)
-    does the attention; rope (positions, C/H/2, 2) is float32."""
+    h (rows, positions, C) at position (positions,), where rope (positions, C/H/2, 2) is float32
+    -> logits (rows, V) behind the last one.  cache (layers, 2, rows, H, slots, C/H) takes the new
+    keys and values, and all of its slots are attended to through mask (positions, slots).  If it is
+    None, h is the whole prefix."""
     c = model.config
     cos, sin = rope[:, None].unbind(-1)
     for i, layer in enumerate(model.layers):
@@ -36,19 +36,16 @@ def plain_forward(model, h, rope, attend):
         qkv = attention.wqkv(plain_norm(h, layer.attention_norm.weight, c.norm_eps))
         q, k, v = qkv.unflatten(-1, (3, c.n_head, -1)).unbind(2)     # (rows, positions, H, C/H)
         q, k = plain_rotate(q, cos, sin), plain_rotate(k, cos, sin)
-        y = attend(i, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))             # (rows, H, positions, C/H)
+        if cache is not None:
+            keys, values = cache[i]
+            keys[:, :, position], values[:, :, position] = k, v
+            k, v = keys, values
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
         h = h + attention.wo(y.transpose(1, 2).flatten(2))
         x = plain_norm(h, layer.ffn_norm.weight, c.norm_eps)
         h = h + ffn.w2(F.silu(ffn.w1(x)) * ffn.w3(x))
     return model.output(plain_norm(h[:, -1], model.norm.weight, c.norm_eps)).float()
-
-
-def every_row(model, labels, samples, cfg_scale):
-    """Labels (P,), `samples` times each; with guidance the unconditional ones below them."""
-    labels = labels.repeat_interleave(samples)
-    if cfg_scale == 1:
-        return labels
-    return torch.cat([labels, model.null_cond(labels)])
 
 
 def choose(logits, cfg_scale, greedy):
@@ -61,55 +58,32 @@ def choose(logits, cfg_scale, greedy):
     return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
 
 
-def attend_to_all_slots(cache, position, mask, layer, q, k, v):
-    """Writes k and v (rows, H, positions, C/H) into the cache, and attends to all of it."""
-    keys, values = cache[layer]                                          # (rows, H, slots, C/H)
-    keys[:, :, position], values[:, :, position] = k, v
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-
-
-def attend_to_the_past(layer, q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
 @torch.no_grad()
-def full_mask_sampler(model, labels, samples=1, cfg_scale=1.0, greedy=False):
-    """Labels (P,) -> tokens (B, N), through a static cache that is always attended to as a
-    whole."""
-    c = model.config
-    cond = every_row(model, labels, samples, cfg_scale)                              # (rows,)
+def plain_sampler(model, labels, samples=1, cfg_scale=1.0, greedy=False, cached=True, places=None):
+    """Labels (P,) -> tokens (B, N), through a static cache that is always attended to as a whole,
+    or, not cached, with a pass over the whole prefix for every token.
+
+    Of given places 0 .. N - 1 alone it draws nothing of use, but takes as long for each."""
+    c, cond = model.config, labels.repeat_interleave(samples)
+    tokens = cond.new_zeros(len(cond), c.block_size)
     branches = 1 if cfg_scale == 1 else 2
-    h = model.cls_embedding(cond)
-    rope = argrpo.rope_table(c).to(cond.device)
-    slots = c.cls_token_num + c.block_size - 1
-    cache = h.new_zeros(c.n_layer, 2, len(cond), c.n_head, slots, c.dim // c.n_head)
-    causal = torch.ones(slots, slots, dtype=torch.bool, device=h.device).tril()
-    position = torch.arange(c.cls_token_num, device=h.device)
-    tokens = []
-    for _ in range(c.block_size):
-        attend = partial(attend_to_all_slots, cache, position, causal[position])
-        logits = plain_forward(model, h, rope[position], attend)
-        tokens.append(choose(logits, cfg_scale, greedy))
-        h = model.tok_embeddings(tokens[-1].repeat(branches))[:, None]               # (rows, 1, C)
-        position = position[-1:] + 1
-    return torch.stack(tokens, dim=1)
-
-
-@torch.no_grad()
-def uncached_sampler(model, labels, samples=1, cfg_scale=1.0, greedy=False, positions=None):
-    """The same without a cache.
-
-    Of given positions alone it draws nothing of use, but takes as long for each."""
-    c = model.config
-    cond = every_row(model, labels, samples, cfg_scale)                              # (rows,)
-    branches = 1 if cfg_scale == 1 else 2
-    rope = argrpo.rope_table(c).to(cond.device)
-    tokens = torch.zeros(len(cond) // branches, c.block_size, dtype=torch.long, device=cond.device)
-    if positions is None:
-        positions = range(c.block_size)
-    for i in positions:
-        past = model.tok_embeddings(tokens[:, :i].repeat(branches, 1))
-        h = torch.cat([model.cls_embedding(cond), past], dim=1)                  # (rows, T + i, C)
-        logits = plain_forward(model, h, rope[:h.shape[1]], attend_to_the_past)
+    if branches == 2:                            # the null branch's rows are below
+        cond = torch.cat([cond, model.null_cond(cond)])                              # (rows,)
+    prefix, rope = model.cls_embedding(cond), argrpo.rope_table(c).to(cond.device)
+    slots, cache, mask = c.cls_token_num + c.block_size - 1, None, None
+    causal = torch.ones(slots, slots, dtype=torch.bool, device=cond.device).tril()
+    if cached:
+        cache = prefix.new_zeros(c.n_layer, 2, len(cond), c.n_head, slots, c.dim // c.n_head)
+    for i in range(c.block_size) if places is None else places:
+        position = torch.arange(c.cls_token_num + i, device=cond.device)
+        if cached and i > 0:                     # all but the last are in the cache
+            position = position[-1:]
+            h = model.tok_embeddings(tokens[:, i - 1:i].repeat(branches, 1))         # (rows, 1, C)
+        else:
+            past = model.tok_embeddings(tokens[:, :i].repeat(branches, 1))
+            h = torch.cat([prefix, past], dim=1)                                 # (rows, T + i, C)
+        if cached:
+            mask = causal[position]
+        logits = plain_forward(model, h, rope[position], cache, position, mask)
         tokens[:, i] = choose(logits, cfg_scale, greedy)
     return tokens

@@ -9,7 +9,8 @@ import toy
 
 
 class Familiar:
-    """Minus the mean squared error with which the toy's tokenizer redraws a picture, in [-1, 0].
+    """Minus the root of the mean squared error with which the toy's tokenizer redraws a picture, in
+    [-1, 0].
 
     Put your own model in its place.  What it returns may lie on any device."""
 
@@ -20,4 +21,4 @@ class Familiar:
     @torch.no_grad()
     def __call__(self, images, prompts):
         redrawn = self.model.decode(self.model.encode(2 * images - 1))   # (B, 3, H, W) in [-1, 1]
-        return -((redrawn + 1) / 2 - images).square().mean(dim=(1, 2, 3))
+        return -((redrawn + 1) / 2 - images).square().mean(dim=(1, 2, 3)).sqrt()

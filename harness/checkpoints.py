@@ -54,7 +54,7 @@ def save_weights(path, model):
 
 def save_checkpoint(path, step, model, optimizer, remembered=None):
     """Everything that --resume needs: the next step's number, the weights, the optimizer's state,
-    and what the diverse recipe remembers, {name: {text: ...}}.
+    and what the diverse recipe remembers, {name: {prompt: ...}}.
 
     The checkpoint before this one stays beside it, as previous.pt."""
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -120,8 +120,8 @@ class Record:
     It begins with the checkpoint that settings.resume asks for.  Only the first of several
     processes writes."""
 
-    def __init__(self, settings, script, model, optimizer, remembered, writer=True):
-        self.settings, self.script, self.writer = settings, script, writer
+    def __init__(self, settings, model, optimizer, remembered, writer=True):
+        self.settings, self.writer = settings, writer
         self.model, self.optimizer, self.remembered = model, optimizer, remembered
         self.out = Path(settings.out)
         self.log = self.out / "metrics.jsonl"
@@ -171,4 +171,4 @@ class Record:
         elif self.saved == self.done:
             how_far = "saved up to there"
         print(f"stopped in step {self.done} of {self.settings.steps}, {how_far}; continue with: "
-              f"python {self.script}.py --resume {self.out}", file=sys.stderr, flush=True)
+              f"python {self.settings.script}.py --resume {self.out}", file=sys.stderr, flush=True)

@@ -1,7 +1,10 @@
-"""The curves of a run's page: which there are, what is healthy, and their drawing as SVG."""
+"""The curves of a run: which there are, what is healthy, and their drawing by matplotlib.
 
+matplotlib is loaded when one is drawn, and torch never.
+"""
+
+import io
 import math
-from html import escape
 
 # The metric, its title, and the sentence below.  A star stands for any end: a panel each.
 PANELS = (
@@ -52,9 +55,43 @@ PANELS = (
     ("seconds", "seconds a step", "Healthy: about level; other programs on the machine show."),
 )
 TRIVIAL = {"ratio_max": {1.0}, "clip_frac": {0.0}, "missing": {0.0}}    # these need no panel
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 380, 190, 52, 24, 10
+STYLE = {                                        # of a panel: small, and the same every time
+    "svg.fonttype": "none", "svg.hashsalt": "curves", "savefig.transparent": True,
+    "text.parse_math": False, "font.size": 8, "font.sans-serif": "DejaVu Sans",
+    "xtick.color": "#6b7280", "ytick.color": "#6b7280", "axes.grid": True,
+    "axes.grid.axis": "y", "grid.color": "#e5e7eb", "axes.edgecolor": "none",
+}
+NAMELESS = dict.fromkeys(("Creator", "Date", "Format", "Type"))      # no date, so equal to the byte
 
+
+def figure(*size):
+    """An empty matplotlib figure of that size in inches, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def points_of(metrics, name):
+    """[(step, value), ...] of a metric where it is known."""
+    known = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+    return [(step, value) for step, value in known if math.isfinite(value)]
+
+
+def smooth(points):
+    """A running mean of up to a twentieth of the points to either side."""
+    reach = len(points) // 20
+    means = []
+    for i, (step, _) in enumerate(points):
+        window = [value for _, value in points[max(0, i - reach):i + reach + 1]]
+        means.append((step, sum(window) / len(window)))
+    return means
+
+
+# ---------------------------------------------------------------------------------------------
+# The page's panels
+# ---------------------------------------------------------------------------------------------
 
 def names_in(pattern, runs):
     """The metrics that a pattern means, in the order in which they first come up."""
@@ -65,12 +102,6 @@ def names_in(pattern, runs):
     if pattern == "reward/*" and len(names) == 1:
         return []                                # it is the reward itself
     return names
-
-
-def points_of(metrics, name):
-    """[(step, value), ...] of a metric where it is known."""
-    known = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-    return [(step, value) for step, value in known if math.isfinite(value)]
 
 
 def panels(runs):
@@ -90,67 +121,45 @@ def panels(runs):
     return shown
 
 
-def smooth(points):
-    """A running mean of up to a twentieth of the points to either side."""
-    reach = len(points) // 20
-    means = []
-    for i, (step, _) in enumerate(points):
-        window = [value for _, value in points[max(0, i - reach):i + reach + 1]]
-        means.append((step, sum(window) / len(window)))
-    return means
-
-
-def ticks(low, high, count=4):
-    """About so many round numbers between low and high."""
-    raw = (high - low) / count
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw)
-    first = math.ceil(low / step)
-    return [k * step for k in range(first, math.floor(high / step) + 1)]
-
-
 def svg(lines, labelled):
     """A chart of lines [(label, [(step, value), ...]), ...]: each as it is, pale, and smoothed."""
-    steps = [step for _, points in lines for step, _ in points]
-    values = [value for _, points in lines for _, value in points]
-    low, high = min(values), max(values)
-    if high - low < 1e-9 * max(abs(high), 1e-9):                 # constant
-        margin = abs(high) / 2 or 1.0
-    else:
-        margin = 0.05 * (high - low)
-    low, high = low - margin, high + margin
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-
-    def x(step):
-        return LEFT + (WIDTH - LEFT - 8) * (step - first) / (last - first)
-
-    def y(value):
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
-
-    def path(points):
-        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
-    for value in ticks(low, high):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(value):.1f}" '
-                     f'y2="{y(value):.1f}"/><text x="{LEFT - 5}" y="{y(value) + 4:.1f}" '
-                     f'text-anchor="end">{value:.3g}</text>')
-    for step in ticks(first, last, 5):
-        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:g}'
-                     '</text>')
-    for i, (_, points) in enumerate(lines):
-        colour = COLOURS[i % len(COLOURS)]
-        parts.append(f'<polyline points="{path(points)}" stroke="{colour}" opacity="0.3"/>'
-                     f'<polyline points="{path(smooth(points))}" stroke="{colour}" '
-                     'stroke-width="2"/>')
-        if len(points) == 1:
-            parts.append(f'<circle cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3" '
-                         f'fill="{colour}"/>')
-    return "".join(parts) + "</svg>" + legend([label for label, _ in lines] if labelled else [])
+    import matplotlib
+    with matplotlib.rc_context(STYLE):
+        fig = figure(3.8, 1.9)
+        ax = fig.subplots()
+        for i, (label, points) in enumerate(lines):
+            marker = "o" if len(points) == 1 else ""
+            ax.plot(*zip(*points), f"C{i}", alpha=0.3, linewidth=0.8)
+            ax.plot(*zip(*smooth(points)), f"C{i}", marker=marker, label=label)
+        ax.tick_params(length=0)
+        ax.locator_params(axis="x", nbins=5, integer=True)
+        ax.locator_params(axis="y", nbins=5)
+        if labelled:
+            fig.legend(loc="outside lower left", frameon=False)
+        file = io.StringIO()
+        fig.savefig(file, format="svg", metadata=NAMELESS)
+    return file.getvalue()
 
 
-def legend(labels):
-    """The lines' names in their colours."""
-    spans = [f'<span style="color:{COLOURS[i % len(COLOURS)]}">&#9632; {escape(label)}</span>'
-             for i, label in enumerate(labels)]
-    return f'<div class="legend">{" ".join(spans)}</div>'
+# ---------------------------------------------------------------------------------------------
+# curves.png
+# ---------------------------------------------------------------------------------------------
+
+def draw_curves(path, metrics):
+    """Reward by component, KL, entropy, diversity and, where it was measured, D over the steps."""
+    rewards = [name for name in metrics[0] if name.startswith("reward/")]
+    if len(rewards) > 1:
+        rewards = ["reward", *rewards]
+    panels = {"reward": rewards, "kl": ["kl"], "entropy": ["entropy"], "diversity": ["diversity"]}
+    if any(m.get("diversity_kept") is not None for m in metrics):
+        panels["diversity_kept"] = ["diversity_kept"]
+    fig = figure(2.8 * len(panels), 2.8)
+    for ax, (title, names) in zip(fig.subplots(1, len(panels)), panels.items()):
+        for name in names:
+            known = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+            ax.plot(*zip(*known), linewidth=1, label=name.removeprefix("reward/"))
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(labelsize=7)
+    fig.axes[0].legend(fontsize=7)
+    fig.savefig(path, dpi=110)

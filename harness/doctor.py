@@ -3,7 +3,8 @@
     diagnose(metrics, settings) -> [Finding(kind, name, what, advice), ...]
 
 metrics are those of all steps so far, one dict a step, settings the run's settings as a dict.  A
-finding is a "fault", or a "note" that only explains.  RULES is the table of all there is to find.
+finding is a "fault", or a "note" that only explains.  Each is a function with the decorator
+@rule(kind, name, advice), which takes Readings and returns what there is to say, or None.
 """
 
 from collections import namedtuple
@@ -11,6 +12,7 @@ from math import hypot
 from statistics import fmean, median
 
 Finding = namedtuple("Finding", "kind name what advice")
+Rule = namedtuple("Rule", "kind name condition advice")
 FEWEST = 8                                       # steps that a diagnosis needs
 SURE = 3.0                                       # standard errors that make a change certain
 
@@ -35,10 +37,6 @@ class Readings:
 
     def last(self, name):
         return mean(self.values(name)[-self.window(name):])
-
-    def share(self, name, holds):
-        """The share of steps in which a metric satisfies a condition."""
-        return mean([float(holds(value)) for value in self.values(name)])
 
     def error(self, name):
         """The standard error of the difference of two windows.
@@ -72,39 +70,34 @@ def mean(values):
 
 
 # ---------------------------------------------------------------------------------------------
-# Conditions.  Each takes Readings, and returns what there is to say, or None.
+# The rules, in the order in which they are reported
 # ---------------------------------------------------------------------------------------------
+
+RULES = []
+
+
+def rule(kind, name, advice):
+    """Decorator that adds a condition to RULES."""
+    def add(condition):
+        RULES.append(Rule(kind, name, condition, advice))
+        return condition
+    return add
+
 
 def flat(r):
     """Whether groups without any spread are almost all there is, at the end."""
     return r.last("flat_groups") >= 0.95
 
 
-def clones(r):
-    if flat(r) and r.last("diversity") < 1e-6:
-        return "the images of a group are all the same picture"
+def learned(r):
+    """Whether groups had spread at first, and the reward has risen since."""
+    return r.change("reward") > SURE and r.first("flat_groups") < 0.5
 
 
-def constant_reward(r):
-    rewards = r.values("reward")[-r.window("reward"):]
-    if flat(r) and not clones(r) and not reward_falls(r) and max(rewards) - min(rewards) < 1e-6:
-        return (f"every image gets the same reward, {rewards[-1]:.4g}, and so nothing is learned: "
-                "the reward is constant, or all images have reached its ceiling")
-
-
-def no_spread(r):
-    solved = r.change("reward") > SURE and r.first("flat_groups") < 0.5
-    others = (clones, constant_reward, reward_falls)
-    if flat(r) and not solved and not any(rule(r) for rule in others):
-        return (f"{r.last('flat_groups'):.0%} of the groups have no spread: all images of a prompt "
-                "get the same reward, though prompts differ, and so nothing is learned")
-
-
-def missing(r):
-    if r.last("missing") > 0.2:
-        return f"the reward cannot judge {r.last('missing'):.0%} of the images"
-
-
+@rule("fault", "sampler and learner disagree",
+      "Look at this before all else. Does the sampler use the newest weights, the same "
+      "temperature and the same guidance as token_logp? A custom sampler has to be brought up "
+      "to date after every step. Nothing else that the run says can be trusted.")
 def mismatch(r):
     s, values = r.settings, r.values("mismatch_mean")
     if s.get("logprob_cfg", "guided") == "none" and s.get("cfg_scale", 1) != 1:
@@ -118,6 +111,44 @@ def mismatch(r):
                 "first steps): what is trained is not what is drawn")
 
 
+@rule("fault", "identical images",
+      "Every image of a group needs random numbers of its own; a very low temperature does "
+      "this, too.")
+def clones(r):
+    if flat(r) and r.last("diversity") < 1e-6:
+        return "the images of a group are all the same picture"
+
+
+@rule("fault", "constant reward",
+      "If it is the ceiling, the run is done, or needs harder prompts or a finer reward. Else "
+      "examine the reward: python -m rewards --check NAME.")
+def constant_reward(r):
+    rewards = r.values("reward")[-r.window("reward"):]
+    if flat(r) and not clones(r) and not reward_falls(r) and max(rewards) - min(rewards) < 1e-6:
+        return (f"every image gets the same reward, {rewards[-1]:.4g}, and so nothing is learned: "
+                "the reward is constant, or all images have reached its ceiling")
+
+
+@rule("fault", "no spread within groups",
+      "Does the reward look at the image? python -m rewards --check NAME. Else take harder or "
+      "easier prompts, a larger --group-size, or a finer reward.")
+def no_spread(r):
+    others = (learned, clones, constant_reward, reward_falls)
+    if flat(r) and not any(other(r) for other in others):
+        return (f"{r.last('flat_groups'):.0%} of the groups have no spread: all images of a prompt "
+                "get the same reward, though prompts differ, and so nothing is learned")
+
+
+@rule("fault", "missing rewards",
+      "Images without a reward teach nothing. Look at what the reward's model answers.")
+def missing(r):
+    if r.last("missing") > 0.2:
+        return f"the reward cannot judge {r.last('missing'):.0%} of the images"
+
+
+@rule("fault", "KL runs away",
+      "Raise --kl-beta or lower --lr, and look at the pictures. In code of your own, check the "
+      "sign of the KL term.")
 def kl_runaway(r):
     values = r.values("kl")
     third = mean(values[len(values) // 2:3 * len(values) // 4])
@@ -127,6 +158,8 @@ def kl_runaway(r):
                 "of what it had learned")
 
 
+@rule("fault", "back at the start",
+      "Something has loaded the first weights again: a checkpoint, or a reset of the model.")
 def went_back(r):
     values = r.values("kl")
     moved = [i for i, value in enumerate(values) if value > 1e-4]
@@ -136,6 +169,8 @@ def went_back(r):
                 "exactly there again")
 
 
+@rule("fault", "the reference moves",
+      "The reference must be a frozen copy of the model, not the model itself.")
 def reference_moves(r):
     trained = r.change("entropy"), r.change("reward")
     if r.last("kl") < 1e-7 and max(map(abs, trained)) > SURE and not flat(r):
@@ -143,6 +178,9 @@ def reference_moves(r):
                 "the reference moves along with the policy")
 
 
+@rule("fault", "no effect",
+      "Raise --lr, by a factor of ten to begin with. Does the optimizer have the model's "
+      "parameters? Weights in bfloat16 lose updates this small.")
 def no_effect(r):
     if r.last("kl") < 1e-6 and r.last("grad_norm") > 1e-4 and not reference_moves(r) \
             and not went_back(r):
@@ -150,20 +188,27 @@ def no_effect(r):
                 f"(KL {r.last('kl'):.1g}), though the gradient is not zero")
 
 
+@rule("fault", "entropy is gone",
+      "Stop earlier, lower --lr, raise --kl-beta, or take --recipe diverse.")
 def entropy_gone(r):
     if r.last("entropy") < 0.15 * r.first("entropy"):
         return (f"the entropy has fallen from {r.first('entropy'):.3g} to {r.last('entropy'):.3g} "
                 "nats a token: the policy always draws the same, and finds nothing new")
 
 
+@rule("fault", "gradient always clipped",
+      "Is the reward on a large scale, without --scale-advantages? Else lower --lr or raise "
+      "--max-grad-norm.")
 def always_clipped(r):
-    norm = r.settings.get("max_grad_norm", 1.0)
-    if r.share("grad_norm", lambda g: g > norm) > 0.6 and median(r.values("grad_norm")) > 2 * norm:
-        return (f"the gradient's norm is {median(r.values('grad_norm')):.3g} in the middle and "
-                f"almost always cut to {norm:g}: all steps have the same length, whatever the "
-                "rewards say")
+    norm, values = r.settings.get("max_grad_norm", 1.0), r.values("grad_norm")
+    clipped = mean([float(value > norm) for value in values])
+    if clipped > 0.6 and median(values) > 2 * norm:
+        return (f"the gradient's norm is {median(values):.3g} in the middle and almost always cut "
+                f"to {norm:g}: all steps have the same length, whatever the rewards say")
 
 
+@rule("fault", "updates too far",
+      "Lower --update-epochs or --lr.")
 def far_updates(r):
     clipped, ratio = mean(r.values("clip_frac")), mean(r.values("ratio_max"))
     if clipped > 0.08 and ratio > 4:
@@ -172,6 +217,9 @@ def far_updates(r):
                 "rollout that they use")
 
 
+@rule("fault", "reward hacking",
+      "Look at the pictures. Add what is missing to the reward, raise --kl-beta, or stop at the "
+      "step where the measure began to fall.")
 def hacking(r):
     if r.change("reward") < SURE / 2:
         return None
@@ -187,6 +235,9 @@ def hacking(r):
                     "for")
 
 
+@rule("fault", "training and evaluation disagree",
+      "Does every step have other prompts? Are the evaluation's of the same kind? Look at the "
+      "prompts that became worse.")
 def evaluation_falls(r):
     before, after = (r.summary.get(when, {}).get("reward") for when in ("before", "after"))
     if before is None or after is None or r.change("reward") < SURE:
@@ -197,91 +248,46 @@ def evaluation_falls(r):
                 f"{after:.3g}: what is learned does not hold for the evaluation's prompts")
 
 
+@rule("fault", "the reward falls",
+      "Lower --lr. In code of your own, check the sign of advantages and loss.")
 def reward_falls(r):
     fall = r.best("reward") - r.last("reward")
     if fall > 0.1 * abs(r.best("reward")) and fall > (SURE + 1) * r.error("reward"):
         return f"the reward has fallen from {r.best('reward'):.3g} to {r.last('reward'):.3g}"
 
 
+@rule("fault", "the reward does not rise",
+      "First the ratio: is mismatch small, and ratio 1 with one update per rollout? Then the "
+      "signal: do rewards belong to the images they stand beside, is there spread within "
+      "groups? Then more images per step, a larger --lr, a smaller --kl-beta.")
 def no_rise(r):
-    if len(r.metrics) >= 60 and not any(rule(r) for rule in (flat, no_effect, reward_falls)):
+    if len(r.metrics) >= 60 and not any(other(r) for other in (flat, no_effect, reward_falls)):
         if r.change("reward") < 1.0:
             return (f"the reward has not risen in {len(r.metrics)} steps "
                     f"({r.first('reward'):.3g} at first, {r.last('reward'):.3g} now), though the "
                     "policy has changed")
 
 
+@rule("note", "why is the loss 0?",
+      "The advantages of a group add up to zero, and with one update per rollout every ratio is "
+      "1: the loss is minus their mean, which is 0, plus kl_beta times the KL. Its gradient is "
+      "not 0, for each image pulls by its own advantage. Watch the reward, not the loss.")
 def loss_is_zero(r):
     losses = [abs(value) for value in r.values("loss")]
     if losses and median(losses) < 0.05 and median(r.values("grad_norm")) > 1e-3:
         return f"the loss is near 0 ({median(losses):.1g} in the middle), and that is right"
 
 
+@rule("note", "nothing left to learn",
+      "The run could have been shorter; harder prompts or a finer reward would teach more.")
 def solved(r):
-    if flat(r) and r.change("reward") > SURE and r.first("flat_groups") < 0.5:
+    if flat(r) and learned(r):
         return "almost all groups are flat by now, for almost all of their images are good"
 
 
 # ---------------------------------------------------------------------------------------------
-# The table
+# The diagnosis
 # ---------------------------------------------------------------------------------------------
-
-Rule = namedtuple("Rule", "name condition advice")
-FAULTS = (
-    Rule("sampler and learner disagree", mismatch,
-         "Look at this before all else. Does the sampler use the newest weights, the same "
-         "temperature and the same guidance as token_logp? A custom sampler has to be brought up "
-         "to date after every step. Nothing else that the run says can be trusted."),
-    Rule("identical images", clones,
-         "Every image of a group needs random numbers of its own; a very low temperature does "
-         "this, too."),
-    Rule("constant reward", constant_reward,
-         "If it is the ceiling, the run is done, or needs harder prompts or a finer reward. Else "
-         "examine the reward: python -m rewards --check NAME."),
-    Rule("no spread within groups", no_spread,
-         "Does the reward look at the image? python -m rewards --check NAME. Else take harder or "
-         "easier prompts, a larger --group-size, or a finer reward."),
-    Rule("missing rewards", missing,
-         "Images without a reward teach nothing. Look at what the reward's model answers."),
-    Rule("KL runs away", kl_runaway,
-         "Raise --kl-beta or lower --lr, and look at the pictures. In code of your own, check the "
-         "sign of the KL term."),
-    Rule("back at the start", went_back,
-         "Something has loaded the first weights again: a checkpoint, or a reset of the model."),
-    Rule("the reference moves", reference_moves,
-         "The reference must be a frozen copy of the model, not the model itself."),
-    Rule("no effect", no_effect,
-         "Raise --lr, by a factor of ten to begin with. Does the optimizer have the model's "
-         "parameters? Weights in bfloat16 lose updates this small."),
-    Rule("entropy is gone", entropy_gone,
-         "Stop earlier, lower --lr, raise --kl-beta, or take --recipe diverse."),
-    Rule("gradient always clipped", always_clipped,
-         "Is the reward on a large scale, without --scale-advantages? Else lower --lr or raise "
-         "--max-grad-norm."),
-    Rule("updates too far", far_updates,
-         "Lower --update-epochs or --lr."),
-    Rule("reward hacking", hacking,
-         "Look at the pictures. Add what is missing to the reward, raise --kl-beta, or stop at the "
-         "step where the measure began to fall."),
-    Rule("training and evaluation disagree", evaluation_falls,
-         "Does every step have other prompts? Are the evaluation's of the same kind? Look at the "
-         "prompts that became worse."),
-    Rule("the reward falls", reward_falls,
-         "Lower --lr. In code of your own, check the sign of advantages and loss."),
-    Rule("the reward does not rise", no_rise,
-         "First the ratio: is mismatch small, and ratio 1 with one update per rollout? Then the "
-         "signal: do rewards belong to the images they stand beside, is there spread within "
-         "groups? Then more images per step, a larger --lr, a smaller --kl-beta."),
-)
-NOTES = (
-    Rule("why is the loss 0?", loss_is_zero,
-         "The advantages of a group add up to zero, and with one update per rollout every ratio is "
-         "1: the loss is minus their mean, which is 0, plus kl_beta times the KL. Its gradient is "
-         "not 0, for each image pulls by its own advantage. Watch the reward, not the loss."),
-    Rule("nothing left to learn", solved,
-         "The run could have been shorter; harder prompts or a finer reward would teach more."),
-)
-
 
 def diagnose(metrics, settings, summary=None):
     """What is wrong with a run, and what needs explaining: a list of Findings, faults first.
@@ -290,13 +296,9 @@ def diagnose(metrics, settings, summary=None):
     summary: the run's summary.json, if it is over.  Fewer than FEWEST steps say nothing."""
     if len(metrics) < FEWEST:
         return []
-    readings, findings = Readings(metrics, settings, summary), []
-    for kind, rules in (("fault", FAULTS), ("note", NOTES)):
-        for rule in rules:
-            what = rule.condition(readings)
-            if what:
-                findings.append(Finding(kind, rule.name, what, rule.advice))
-    return findings
+    readings = Readings(metrics, settings, summary)
+    found = [(rule, rule.condition(readings)) for rule in RULES]
+    return [Finding(rule.kind, rule.name, what, rule.advice) for rule, what in found if what]
 
 
 def report(metrics, settings, summary=None):

@@ -5,30 +5,11 @@ from contextlib import contextmanager
 from math import ceil
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-import argrpo
 from harness import processes
-from harness.speed import is_large, on_gpu
+from harness.device import is_large, on_gpu
 
 CPU_CACHE = 2 ** 32          # bytes that keys and values may take on a CPU
-
-
-class CheckpointedBlock(argrpo.Block):
-    """A layer that keeps nothing but its input for the backward pass, which computes it again."""
-
-    def forward(self, *args):
-        if not torch.is_grad_enabled():          # there is no backward pass, as in a rollout
-            return super().forward(*args)
-        return checkpoint(super().forward, *args, use_reentrant=False)
-
-
-def checkpoint_layers(model):
-    """Saves memory in the backward pass of the model, for about a third more time.
-
-    A layer gets another class, not another method: so a copy of the model calls its own layers."""
-    for layer in model.layers:
-        layer.__class__ = CheckpointedBlock
 
 
 def memory_estimate(model, vq, settings):

@@ -20,11 +20,13 @@ import types
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import argrpo
-from harness.logs import check_loggers
 
+# What --resume may change: all else is the run's own.
 MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "compile", "device",
               "progress_every", "log", "selftest")
 
@@ -34,10 +36,14 @@ MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "
 # ---------------------------------------------------------------------------------------------
 
 @dataclass
-class Settings(argrpo.GRPOConfig):
-    """The options of a training script: the loop's, and these."""
-    given = {}                           # what the command line changed (no annotation: no option)
-    paper_images = 0                     # how many the paper's recipe draws; 0: that is this recipe
+class RunSettings(argrpo.GRPOConfig):
+    """The options of a training script: the loop's, and these.
+
+    A script extends it by its name and by its presets and those of the diverse recipe, {preset:
+    {field: value}}."""
+    script: ClassVar[str]
+    presets: ClassVar[dict]
+    diverse: ClassVar[dict]
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
@@ -72,9 +78,15 @@ class Settings(argrpo.GRPOConfig):
                                          # "wandb", or both with a comma
     selftest: bool = False               # try models and rewards for a minute, and do not train
 
+    LEAST = argrpo.GRPOConfig.LEAST | dict(rehearsal_groups=1, save_every=1, eval_images=4)
+
     def __post_init__(self):
+        self.given = {}                  # what the command line changed: beside the options
         super().__post_init__()
-        check(self)
+        require(self, "log", lambda text: set(text.split(",")) <= {"", "tensorboard", "wandb"},
+                "tensorboard, wandb, or both with a comma")
+        require(self, "bonus_features", lambda name: name in ("pixels", "codes", "imagenet"),
+                "'pixels', 'codes' or 'imagenet'")
         self.other_cfg_scales()
 
     def other_cfg_scales(self):
@@ -91,28 +103,42 @@ class Settings(argrpo.GRPOConfig):
         return [scale for scale in scales if scale != self.cfg_scale]
 
 
-def check(settings):
-    """Raises ValueError, with the value, for a setting that is out of range."""
-    def require(names, holds, wanted):
-        for name in names.split():
-            value = getattr(settings, name)
-            if value is not None and not holds(value):               # NaN holds in no range
-                raise ValueError(f"{name} must be {wanted}, not {value!r}")
+def require(settings, names, holds, wanted):
+    """Raises ValueError, with the value, if one of the named settings is not as it should be."""
+    for name in names.split():
+        value = getattr(settings, name)
+        if value is not None and not holds(value):                   # NaN holds in no range
+            raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
-    require("steps prompts_per_step micro_batch update_epochs warmup_steps rehearsal_groups "
-            "save_every", lambda n: n >= 1, "at least 1")
-    require("rollout_prompts", lambda n: n >= 0, "at least 1, or 0 for all at once")
-    require("group_size", lambda n: n >= 2, "at least 2, for a group is compared with itself")
-    require("eval_images", lambda n: n >= 4, "at least 4")
-    require("lr lr_end weight_decay clip_eps clip_eps_high kl_beta cfg_scale rehearsal "
-            "diversity_bonus", lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-    require("progress_every", lambda n: n >= 0, "at least 1, or 0 for none")
-    require("log", lambda text: set(text.split(",")) <= {"", "tensorboard", "wandb"},
-            "tensorboard, wandb, or both with a comma")
-    require("temperature max_grad_norm", lambda x: 0 < x < math.inf, "a finite number above 0")
-    require("logprob_cfg", lambda name: name in ("guided", "none"), "'guided' or 'none'")
-    require("bonus_features", lambda name: name in ("pixels", "codes", "imagenet"),
-            "'pixels', 'codes' or 'imagenet'")
+
+# ---------------------------------------------------------------------------------------------
+# Settings of the commands that draw: sample.py and evaluate.py
+# ---------------------------------------------------------------------------------------------
+
+@dataclass
+class DrawSettings:
+    """What draws, what it draws, and how: a command adds which weights, how many, and where to."""
+    preset: str = "toy"                  # toy, B-256, L-256, B-384, L-384, XL-384, XXL-384, 3B-384,
+                                         # t2i-XL-256 or t2i-XL-512
+    vq_ckpt: str = ""                    # tokenizer weights of your own: a file, a folder, or a
+                                         # Hugging Face repo or repo:file
+    classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names
+                                         # such as otter,pizza
+    prompts: str = ""                    # captions to draw, of a file: one a line, or .json or
+                                         # .jsonl
+    t5: str = "google/flan-t5-xl"        # text encoder of the t2i presets: a local folder, or a
+                                         # Hugging Face repo
+    cfg_scale: float = 1.0               # classifier-free guidance: 1 is none
+    temperature: float = 1.0             # below 1: likelier, less varied images
+    top_k: int = 0                       # draw from the k likeliest codes only; 0 is all
+    top_p: float = 1.0                   # draw from the likeliest codes of this total probability
+    seed: int = 0                        # same seed, same pictures
+    device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
+
+    def policy(self):
+        """The keywords of `argrpo.generate` that say which policy draws."""
+        return dict(cfg_scale=self.cfg_scale, temperature=self.temperature, top_k=self.top_k,
+                    top_p=self.top_p)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,88 +190,76 @@ def one_line_errors():
         sys.exit(2)
 
 
-def parse_settings(cls, presets, diverse, default_preset, argv, script, description):
+def parse_settings(cls, default_preset, argv, description):
     """The settings from the command line, over those of recipe and preset, over `cls`'s defaults.
 
-    presets and diverse are {preset: {field: value}}; diverse is the recipe of that name.
     With --resume the run's own config.json takes the preset's place.  Raises ValueError, naming
     the option and its value, when one is unknown or out of range."""
-    given = read_options(cls, argv, f"{script}.py", description, "presets: " + ", ".join(presets))
+    given = read_options(cls, argv, f"{cls.script}.py", description,
+                         "presets: " + ", ".join(cls.presets))
     if "resume" in given:
-        settings = resumed(cls, given, script)
+        settings = resumed(cls, given)
     else:
-        settings = preset_settings(cls, presets, diverse, default_preset, given, script)
-    check_processes(settings)
-    check_writable(Path(settings.out))
-    check_loggers(settings.log)
-    if not (settings.resume or settings.selftest) and (Path(settings.out) / "config.json").exists():
-        raise FileExistsError(f"{settings.out} already holds a run: continue it with --resume "
-                              f"{settings.out}, or give the new one a folder of its own with "
-                              "--out NAME")
+        settings = preset_settings(cls, default_preset, given)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.prompts_per_step % size:
+        raise ValueError(f"prompts_per_step {settings.prompts_per_step} cannot be shared equally "
+                         f"by {size} processes: choose a multiple of {size}")
+    out = Path(settings.out)
+    check_writable(out)
+    for name in settings.log.split(","):
+        if name and find_spec(name) is None:
+            raise ImportError(f"--log {name} needs a package: pip install {name}")
+    if not (settings.resume or settings.selftest) and (out / "config.json").exists():
+        raise FileExistsError(f"{out} already holds a run: continue it with --resume {out}, or "
+                              "give the new one a folder of its own with --out NAME")
     return settings
 
 
-def preset_settings(cls, presets, diverse, default_preset, given, script):
+def preset_settings(cls, default_preset, given):
     """What is given, over the recipe, over the preset."""
-    name = given.get("preset") or default_preset
-    if name not in presets:
-        raise ValueError(f"unknown preset {name!r}: there are {', '.join(presets)}")
-    recipe = given.get("recipe", "paper")
+    name, recipe = given.get("preset") or default_preset, given.get("recipe", "paper")
+    if name not in cls.presets:
+        raise ValueError(f"unknown preset {name!r}: there are {', '.join(cls.presets)}")
     if recipe not in ("paper", "diverse"):
         raise ValueError(f"unknown recipe {recipe!r}: there are paper and diverse")
-    values = {"out": f"runs/{script}-{name}"} | presets[name]
+    values = {"preset": name, "out": f"runs/{cls.script}-{name}"} | cls.presets[name]
     if recipe == "diverse":
-        values |= diverse[name]
+        values |= cls.diverse[name]
         values["out"] += "-diverse"
-    usual = cls(**(values | {"preset": name}))
+    usual = cls(**values)
     settings = dataclasses.replace(usual, **given)
-    if recipe == "diverse":
-        settings.paper_images = images_of(cls(**presets[name]))
-    settings.given = {field: value for field, value in given.items()
-                      if value != getattr(usual, field)}
+    settings.given = {name: value for name, value in given.items() if value != getattr(usual, name)}
+    return settings
+
+
+def resumed(cls, given):
+    """The settings of an earlier run, and of what is given that which may change."""
+    folder = given["resume"]
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: there is no {path}")
+    config = json.loads(path.read_text())
+    if config["script"] != cls.script:
+        raise ValueError(f"{folder} holds a run of {config['script']}.py: "
+                         "resume it with that script")
+    unknown = set(config["settings"]) - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{folder} was made by another version of this repository, "
+                         f"with the setting {sorted(unknown)[0]}: resume it with that version")
+    before = cls(**config["settings"])
+    for name, value in given.items():
+        if value != getattr(before, name) and name not in MAY_CHANGE:
+            raise ValueError(f"--resume continues a run as it was configured: {name} was "
+                             f"{getattr(before, name)!r} and cannot become {value!r}")
+    settings = dataclasses.replace(before, **({"out": folder} | given))
+    settings.given = config.get("given", {}) | given
     return settings
 
 
 def images_of(settings):
     """How many images a run draws to learn from."""
     return settings.steps * settings.prompts_per_step * settings.group_size
-
-
-def resumed(cls, given, script):
-    """The settings of an earlier run, and of what is given that which may change."""
-    config, given_before = read_config(given["resume"], script)
-    unknown = set(config) - {field.name for field in dataclasses.fields(cls)}
-    if unknown:
-        raise ValueError(f"{given['resume']} was made by another version of this repository, "
-                         f"with the setting {sorted(unknown)[0]}: resume it with that version")
-    before = cls(**config)
-    for name, value in given.items():
-        if value != getattr(before, name) and name not in MAY_CHANGE:
-            raise ValueError(f"--resume continues a run as it was configured: {name} was "
-                             f"{getattr(before, name)!r} and cannot become {value!r}")
-    settings = dataclasses.replace(before, **({"out": given["resume"]} | given))
-    settings.given = given_before | given
-    return settings
-
-
-def read_config(folder, script):
-    """The settings of an earlier run of the same script, and which of them were given."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to resume: there is no {path}")
-    config = json.loads(path.read_text())
-    if config["script"] != script:
-        raise ValueError(f"{folder} holds a run of {config['script']}.py: "
-                         "resume it with that script")
-    return config["settings"], config.get("given", {})
-
-
-def check_processes(settings):
-    """Raises ValueError if torchrun's processes cannot share a step's prompts equally."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if settings.prompts_per_step % size:
-        raise ValueError(f"prompts_per_step {settings.prompts_per_step} cannot be shared equally "
-                         f"by {size} processes: choose a multiple of {size}")
 
 
 def check_writable(folder):

@@ -1,4 +1,4 @@
-"""Where a run computes: which device, and, under torchrun, which of several processes.
+"""Where a run computes: which device, and, under torchrun, which of several processes; and Ctrl-C.
 
 Every process of a run takes an equal share of each step's prompts, with a copy of the model of
 its own.  After each backward pass the processes average their gradients, so that all copies take
@@ -11,6 +11,8 @@ says so: that is how the others, which wait for it there, learn that they must e
 import atexit
 import os
 import re
+import signal
+import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -125,3 +127,41 @@ def average_gradients(model):
 def wait_for_all():
     """Returns when all processes have come here."""
     gather(None)
+
+
+class Interrupted(Exception):
+    """A signal asked for the end, and the current work can be left."""
+
+
+class StopRequest:
+    """`with StopRequest() as stop`: Ctrl-C and SIGTERM only set stop.received.
+
+    So the current step can finish.  A second Ctrl-C ends the program at once."""
+    received = None
+
+    def __enter__(self):
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.previous = {number: signal.signal(number, self.note) for number in signals}
+        return self
+
+    def note(self, number, frame):
+        self.received = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(f"\n{self.received.name}: finishing what is under way, then saving",
+              file=sys.stderr, flush=True)
+
+    def check(self):
+        """Raises Interrupted if a signal has come."""
+        if self.received:
+            raise Interrupted
+
+    def everywhere(self):
+        """Whether any process was asked to stop: all of them must agree on the last step."""
+        number = max(gather(int(self.received or 0)))
+        if number:
+            self.received = signal.Signals(number)
+        return number > 0
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -7,259 +7,216 @@ model.pt (the result, in LlamaGen's format).
 """
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import argrpo
-import reward
 from diversity import DiversityBonus, Rehearsal, group_diversity
 from harness import doctor, memory, processes
+from harness.before_after import describe, diversity_kept, evaluate_all, known_mean
 from harness.checkpoints import Record, save_weights, write_json
-from harness.evaluation import describe, diversity_kept, evaluate_all, evaluate_spread, known_mean
-from harness.evidence import gallery_arrays, mind_arrays, write_evidence
-from harness.interrupts import Interrupted, StopRequest
-from harness.logs import Logs
-from harness.models import build_features
+from harness.choices import build_features
+from harness.curves import draw_curves
+from harness.device import (
+    Sampler,
+    Stopwatch,
+    allowed_mismatch,
+    checkpoint_layers,
+    frozen_copy,
+    optimizer_of_device,
+    packed,
+)
+from harness.gallery import (
+    Progress,
+    draw_before_after,
+    gallery_arrays,
+    mind_arrays,
+    write_animation,
+    write_arrays,
+)
 from harness.options import images_of, one_line_errors
-from harness.pictures import draw_before_after, draw_curves
-from harness.processes import OtherProcessFailed
-from harness.progress import Progress, write_animation
+from harness.processes import Interrupted, OtherProcessFailed, StopRequest, failing_together
 from harness.selftest import selftest
-from harness.speed import Sampler, allowed_mismatch, frozen_copy, make_optimizer, packed
-from harness.timing import Stopwatch
+from reward import BadReward
 
 
-def run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure=None, spread=None,
-        base_spread=None):
+def run(model, vq, prompts, eval_prompts, reward_fn, settings, watched):
     """Trains `model` on `prompts`, and shows in the folder settings.out what that did to pictures
     of `eval_prompts`.
 
-    reward_fn is a RewardSet.  What measure(images, texts) gives, and how much of
-    spread(images, texts) is kept, is reported but never trained on; base_spread is the pretrained
-    model's, if it is known already.  Returns the summary.  After Ctrl-C it exits with status 130
-    (143 after SIGTERM); after a bad reward, a number that is not finite or a full disk with
-    status 1: with everything saved, and a line that says how to go on.  With settings.selftest it
-    exits after `selftest`, with status 0 if all is well, else 1."""
+    reward_fn is a RewardSet, and watched is `before_after.Watched`.  Returns the summary.
+
+    After Ctrl-C it exits with status 130 (143 after SIGTERM); after a bad reward, a number that is
+    not finite or a full disk with status 1: with everything saved, and a line that says how to go
+    on.  With settings.selftest it exits after `selftest`, with status 0 if all is well, else 1."""
     with StopRequest() as stop, memory.out_of_memory_advice(settings):
         try:
             with one_line_errors():
-                this = Run(model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
-                           spread, stop, base_spread)
+                features = None
+                if settings.diversity_bonus:
+                    device = next(model.parameters()).device
+                    features = build_features(settings.bonus_features, vq, device)
+                memory.choose_sizes(model, vq, settings)
             if settings.selftest:
                 sys.exit(selftest(model, vq, prompts, reward_fn, settings))
-            return this.before_training_and_after()
+            return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings,
+                                             watched, features, stop)
         except Interrupted:
             sys.exit(128 + stop.received)
-        except (reward.BadReward, FloatingPointError, OSError, ImportError,
-                OtherProcessFailed) as error:
+        except (BadReward, FloatingPointError, OSError, ImportError, OtherProcessFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
 
-class Run:
-    """What `run` does, without its answers to errors."""
+def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, watched,
+                              features, stop):
+    """What `run` does, without its answers to errors.  features are those of the bonus."""
+    out, device = Path(settings.out), next(model.parameters()).device
+    rank, size = processes.rank_and_size()
+    sampler, started = Sampler(settings.compile), time.perf_counter()
 
-    def __init__(self, model, vq, prompts, eval_prompts, reward_fn, settings, script, measure,
-                 spread, stop, base_spread=None):
-        self.model, self.vq, self.prompts, self.eval_prompts = model, vq, prompts, eval_prompts
-        self.reward_fn, self.settings, self.script = reward_fn, settings, script
-        self.measure, self.spread, self.stop = measure, spread, stop
-        self.out, self.device = Path(settings.out), next(model.parameters()).device
-        self.rank, self.size = processes.rank_and_size()
-        self.sampler = Sampler(settings.compile)
-        self.spread_before, self.warned = base_spread or {}, False
-        self.features = None
-        if settings.diversity_bonus:
-            self.features = build_features(settings.bonus_features, vq, self.device)
-        memory.choose_sizes(model, vq, settings)
+    # 1. Before.  One process evaluates and writes; the others wait for it.
+    with failing_together():
+        if rank == 0:
+            print_sizes(model, vq, prompts, settings)
+            before, gallery_before, spread = evaluate_all(
+                sampler(model), vq, eval_prompts, reward_fn, settings, watched, stop)
+            watched = watched._replace(base_spread=watched.base_spread or spread)
+            print("before: " + describe(before), flush=True)
+            # Model and rewards have shown that they work: only now the folder becomes a run's.
+            out.mkdir(parents=True, exist_ok=True)
+            config = configuration(settings, device)
+            write_json(out / "config.json", config)
+            write_arrays(out / "report.npz", gallery_arrays(gallery_before, "before"))
+            progress = Progress(vq, eval_prompts, reward_fn, settings, watched.measure,
+                                out / "progress", started)
+            logs = Logs(settings, config)
+            logs.numbers(0, {f"evaluation/{name}": value for name, value in before.items()})
+    processes.wait_for_all()
+    evaluated = time.perf_counter()
 
-    def before_training_and_after(self):
-        """One process evaluates and writes; the others wait for it."""
-        settings, out = self.settings, self.out
-        started = time.perf_counter()
-        progress = logs = None
-        with processes.failing_together():
-            if self.rank == 0:
-                self.print_sizes()
-                before, gallery_before = self.evaluate()
-                print("before: " + describe(before), flush=True)
-                # Model and rewards have shown that they work: only now the folder becomes a run's.
-                out.mkdir(parents=True, exist_ok=True)
-                config = configuration(settings, self.script, self.device)
-                write_json(out / "config.json", config)
-                write_evidence(out / "report.npz", gallery_arrays(gallery_before, "before"))
-                progress = Progress(self.vq, self.eval_prompts, self.reward_fn, settings,
-                                    self.measure, out / "progress", started)
-                logs = Logs(settings, config)
-                logs.numbers(0, {f"evaluation/{name}": value for name, value in before.items()})
-        processes.wait_for_all()
-        evaluated = time.perf_counter()
-
-        metrics = self.train(progress, logs)
-        if self.stop.everywhere():
-            if self.rank == 0:
-                self.write_page()
-            raise Interrupted
-        trained = time.perf_counter()
-        if self.rank > 0:
-            return None
-
-        save_weights(out / "model.pt", self.model)
-        after, gallery_after = self.evaluate()
-        seconds = {"evaluation": evaluated - started + time.perf_counter() - trained,
-                   "training": sum(m["seconds"] for m in metrics), "progress": progress.spent}
-        summary = {"before": before, "after": after, "seconds": seconds}
-        write_json(out / "summary.json", summary)
-        self.draw(gallery_before, gallery_after, metrics)
-        logs.numbers(settings.steps, {f"evaluation/{name}": x for name, x in after.items()})
-        logs.picture(settings.steps, "before_after", out / "before_after.png")
-        logs.close()
-        print("before: " + describe(before) + "\nafter:  " + describe(after))
-        known = config["settings"] | {"device": str(self.device)}
-        print(*doctor.report(metrics, known, summary), sep="\n")
-        print(f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
-        return summary
-
-    def draw(self, before, after, metrics):
-        """Leaves the pictures of a finished run, and its page, from the galleries."""
-        out = self.out
-        draw_before_after(out / "before_after.png", before, after)
-        draw_curves(out / "curves.png", metrics)
-        arrays = gallery_arrays(before, "before") | gallery_arrays(after, "after")
-        arrays |= mind_arrays(self.reference, self.model, self.vq, self.eval_prompts, before, after,
-                              self.settings)
-        write_evidence(out / "report.npz", arrays)
-        self.write_page()
-
-    def write_page(self):
-        """progress.gif and report.html, from what is in the folder."""
-        from harness.report import write_page  # with jinja2, which a run needs late
-        write_animation(self.out / "progress", self.out / "progress.gif")
-        write_page([self.out], self.out / "report.html")
-
-    def print_sizes(self):
-        s, model = self.settings, self.model
-        parameters = sum(p.numel() for p in model.parameters())
-        others = f" and {self.size - 1} more" if self.size > 1 else ""
-        print(f"{parameters / 1e6:.1f}M parameters, {model.config.block_size} tokens per image, "
-              f"{s.prompts_per_step} prompts x {s.group_size} samples = "
-              f"{s.prompts_per_step * s.group_size} images per step, "
-              f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
-              f"{s.micro_batch} images in the update, {s.steps} steps, "
-              f"on {self.device}{others}, into {s.out}/", flush=True)
-        if s.paper_images:
-            remembered = len(set(self.prompts.texts)) * s.rehearsal_groups * s.group_size
-            print(f"recipe {s.recipe}: {images_of(s)} images in all, "
-                  f"{images_of(s) / s.paper_images:.1f} times as many as --recipe paper, and once "
-                  f"{remembered} of the pretrained model, or fewer")
-        memory.print_memory(memory.memory_estimate(model, self.vq, s))
-
-    def evaluate(self):
-        """(scores, gallery) of the model as it is; with D, once the base's spread is known."""
-        model = self.sampler(self.model)
-        scores, gallery = evaluate_all(model, self.vq, self.eval_prompts, self.reward_fn,
-                                       self.settings, self.measure, self.stop)
-        if self.spread is None:
-            return scores, gallery
-        spread = evaluate_spread(model, self.vq, self.eval_prompts, self.settings, self.spread)
-        if self.spread_before:
-            scores |= diversity_kept(self.spread_before, spread)
-        else:
-            self.spread_before = spread
-        return scores, gallery
-
-    @processes.failing_together()
-    def train(self, progress, logs):
-        """The loop of `argrpo.train`, logged and saved: the metrics of all steps done so far.
-
-        progress and logs are None in all processes but the first.  It
-        continues from the last checkpoint if settings.resume asks for it, and ends early when a
-        signal asks for that.  An error in a step is raised after the steps before it are saved."""
-        settings, model, vq = self.settings, self.model, self.vq
-        reference = self.reference = frozen_copy(model)
-        optimizer = make_optimizer(model, settings)
+    # 2. Training, from the last checkpoint on if the run is resumed.
+    with failing_together():
+        reference, optimizer = frozen_copy(model), optimizer_of_device(model, settings)
         if settings.checkpointing:
-            memory.checkpoint_layers(model)
-        seams = {"sampler": self.sampler, "shard": (self.rank, self.size),
-                 "sync": processes.average_gradients}
-        rehearsal = Rehearsal(packed(reference), vq, self.prompts, self.reward_fn, settings,
-                              settings.rehearsal, settings.rehearsal_groups, self.features)
-        bonus = DiversityBonus(rehearsal, settings.diversity_bonus, processes.gather)
-        if settings.rehearsal:
-            seams["extra_loss"] = rehearsal
-        if settings.diversity_bonus:
-            seams["advantage_fn"] = bonus
-        remembered = {"rehearsal": rehearsal.remembered, "features": rehearsal.described,
-                      "recent": bonus.recent}
-        record = Record(settings, self.script, model, optimizer, remembered, self.rank == 0)
-        stopwatch = Stopwatch(model)
-        steps = argrpo.train(model, reference, vq, self.prompts, stopwatch.timed(self.reward_fn),
-                             settings, optimizer, record.done, **seams)
-        try:
-            self.follow(steps, record, stopwatch, progress, logs)
-        finally:
-            steps.close()
-            record.close()
-        return record.metrics
-
-    def follow(self, steps, record, stopwatch, progress, logs):
-        """Makes and records one step after another, until the last or a signal."""
-        settings, first_step = self.settings, record.done
-        quiet = {"disable": True} if self.rank > 0 else {}       # else TQDM_DISABLE may say it
-        with tqdm(initial=first_step, total=settings.steps, desc="GRPO", unit="step",
-                  **quiet) as bar:
-            self.show(record, progress, logs)
-            while record.done < settings.steps and not self.stop.everywhere():
+            checkpoint_layers(model)
+        seams, remembered = diverse_recipe(reference, vq, prompts, reward_fn, settings, features)
+        record = Record(settings, model, optimizer, remembered, writer=rank == 0)
+        first_step, warning, stopwatch = record.done, "", Stopwatch(model)
+        steps = argrpo.train(model, reference, vq, prompts, stopwatch.timed(reward_fn), settings,
+                             optimizer, first_step, sampler=sampler, shard=(rank, size),
+                             sync=processes.average_gradients, **seams)
+        quiet = {"disable": True} if rank > 0 else {}            # else TQDM_DISABLE may say it
+        with closing(record), closing(steps), tqdm(
+                initial=first_step, total=settings.steps, desc="GRPO", unit="step", **quiet) as bar:
+            while True:
+                if rank == 0 and progress.is_due(record.done):
+                    path = progress.draw(sampler(model), record.done)
+                    logs.picture(record.done, "progress", path)
+                if record.done == settings.steps or stop.everywhere():
+                    break
                 stopwatch.start()
                 step = next(steps)
-                metrics = self.watch(step, stopwatch.seconds())
-                metrics["lr"] = record.optimizer.param_groups[0]["lr"]
+                metrics = measured(step, stopwatch.seconds(), settings, watched)
+                metrics["lr"] = optimizer.param_groups[0]["lr"]
                 if record.done == first_step:
-                    warn_of_mismatch(step.metrics, settings, self.device)
+                    warn_of_mismatch(step.metrics, settings, device)
                 record.add(metrics)
-                self.show(record, progress, logs)
-                warning = doctor.early_warning(record.metrics)
-                if warning and self.rank == 0 and not self.warned:
-                    self.warned = True
-                    bar.write(f"step {record.done}: {warning}", file=sys.stderr)
+                if rank == 0:
+                    logs.numbers(metrics["step"], metrics)
+                if rank == 0 and not warning:    # once a run
+                    warning = doctor.early_warning(record.metrics)
+                    if warning:
+                        bar.write(f"step {record.done}: {warning}", file=sys.stderr)
                 bar.set_postfix({name: f"{metrics[name]:.4f}"
                                  for name in ("reward", "kl", "entropy")})
                 bar.update()
+    if stop.everywhere():
+        if rank == 0:
+            write_page(out)
+        raise Interrupted
+    trained = time.perf_counter()
+    if rank > 0:
+        return None
 
-    def show(self, record, progress, logs):
-        """Draws the picture of progress after the steps done so far, if it is time, and logs it
-        with the last step's metrics."""
-        if progress is None:
-            return
-        if record.metrics:
-            logs.numbers(record.done - 1, record.metrics[-1])
-        if progress.is_due(record.done):
-            path = progress.draw(self.sampler(self.model), record.done)
-            logs.picture(record.done, "progress", path)
+    # 3. After.
+    save_weights(out / "model.pt", model)
+    after, gallery_after, _ = evaluate_all(
+        sampler(model), vq, eval_prompts, reward_fn, settings, watched, stop)
+    seconds = {"evaluation": evaluated - started + time.perf_counter() - trained,
+               "training": sum(m["seconds"] for m in record.metrics), "progress": progress.spent}
+    summary = {"before": before, "after": after, "seconds": seconds}
+    write_json(out / "summary.json", summary)
+    minds = mind_arrays(reference, model, vq, eval_prompts, gallery_before, gallery_after, settings)
+    draw(out, gallery_before, gallery_after, minds, record.metrics)
+    logs.numbers(settings.steps, {f"evaluation/{name}": value for name, value in after.items()})
+    logs.picture(settings.steps, "before_after", out / "before_after.png")
+    logs.close()
+    print("before: " + describe(before) + "\nafter:  " + describe(after))
+    known = config["settings"] | {"device": str(device)}
+    print(*doctor.report(record.metrics, known, summary), sep="\n")
+    print(f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
+    return summary
 
-    def watch(self, step, seconds):
-        """The step's metrics and seconds, averaged over all processes, and its images' diversity.
 
-        Every fifth step also has what is measured and not trained on, and, of a process alone, D as
-        it falls: rough, from the step's few images of a prompt."""
-        metrics = step.metrics | seconds
-        diversity = group_diversity(step.images, self.settings.group_size)           # (P,)
-        metrics["diversity"] = diversity.mean().item()
-        if self.measure is not None and metrics["step"] % 5 == 0:
-            measured = self.measure(step.images, step.texts)
-            metrics |= {name: known_mean(scores) for name, scores in measured.items()}
-        if self.spread is not None and self.size == 1 and metrics["step"] % 5 == 0:
-            spread = self.spread(step.images, step.texts)
-            metrics |= diversity_kept(self.spread_before, spread)
-        largest = ("step", "ratio_max", "mismatch")
-        return processes.average_over_processes(metrics, maximum=largest)
+def print_sizes(model, vq, prompts, settings):
+    s, size = settings, processes.rank_and_size()[1]
+    parameters = sum(p.numel() for p in model.parameters())
+    others = f" and {size - 1} more" if size > 1 else ""
+    print(f"{parameters / 1e6:.1f}M parameters, {model.config.block_size} tokens per image, "
+          f"{s.prompts_per_step} prompts x {s.group_size} samples = "
+          f"{s.prompts_per_step * s.group_size} images per step, "
+          f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
+          f"{s.micro_batch} images in the update, {s.steps} steps, "
+          f"on {next(model.parameters()).device}{others}, into {s.out}/", flush=True)
+    if s.recipe == "diverse" and not s.resume:
+        usual = images_of(type(s)(**s.presets[s.preset]))
+        remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
+        print(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
+              f"as many as --recipe paper, and once {remembered} of the pretrained model, or fewer")
+    memory.print_memory(memory.memory_estimate(model, vq, s))
+
+
+def diverse_recipe(reference, vq, prompts, reward_fn, settings, features):
+    """What the settings add to the paper's method: seams of `argrpo.train` (none with --recipe
+    paper), and what they remember, {name: {text: ...}}, for the checkpoints."""
+    rehearsal = Rehearsal(packed(reference), vq, prompts, reward_fn, settings,
+                          settings.rehearsal, settings.rehearsal_groups, features)
+    bonus = DiversityBonus(rehearsal, settings.diversity_bonus, processes.gather)
+    seams = {}
+    if settings.rehearsal:
+        seams["extra_loss"] = rehearsal
+    if settings.diversity_bonus:
+        seams["advantage_fn"] = bonus
+    return seams, {"rehearsal": rehearsal.remembered, "features": rehearsal.described,
+                   "recent": bonus.recent}
+
+
+def measured(step, seconds, settings, watched):
+    """The step's metrics and seconds, averaged over all processes, and its images' diversity.
+
+    Every fifth step also has what is measured and not trained on, and, of a process alone, D as
+    it falls: rough, from the step's few images of a prompt."""
+    metrics = step.metrics | seconds
+    metrics["diversity"] = group_diversity(step.images, settings.group_size).mean().item()
+    if metrics["step"] % 5 == 0:
+        scores = watched.measure(step.images, step.texts)
+        metrics |= {name: known_mean(score) for name, score in scores.items()}
+        if watched.spread is not None and processes.rank_and_size()[1] == 1:
+            spread = watched.spread(step.images, step.texts)
+            metrics |= diversity_kept(watched.base_spread, spread)
+    return processes.average_over_processes(metrics, ("step", "ratio_max", "mismatch"))
 
 
 def warn_of_mismatch(metrics, settings, device):
@@ -274,11 +231,27 @@ def warn_of_mismatch(metrics, settings, device):
             f"(largest {metrics['mismatch']:.4f})")
 
 
-def configuration(settings, script, device=""):
+def draw(out, before, after, minds, metrics):
+    """The pictures of a finished run, and its page: before and after are galleries."""
+    draw_before_after(out / "before_after.png", before, after)
+    draw_curves(out / "curves.png", metrics)
+    write_arrays(out / "report.npz", gallery_arrays(before, "before")
+                 | gallery_arrays(after, "after") | minds)
+    write_page(out)
+
+
+def write_page(out):
+    """progress.gif and report.html, from what is in the folder."""
+    from harness import page  # with jinja2, which a run needs late
+    write_animation(out / "progress", out / "progress.gif")
+    page.write_page([out], out / "report.html")
+
+
+def configuration(settings, device=""):
     """What config.json holds."""
     values = dataclasses.asdict(settings) | {"resume": ""}
     given = {name: value for name, value in settings.given.items() if name != "resume"}
-    return {"script": script, "settings": values, "given": given, "device": str(device),
+    return {"script": settings.script, "settings": values, "given": given, "device": str(device),
             "torch": torch.__version__, "argrpo": version()}
 
 
@@ -289,3 +262,44 @@ def version():
     answer = subprocess.run(["git", "describe", "--always", "--dirty"],
                             cwd=Path(__file__).parent, capture_output=True, text=True)
     return answer.stdout.strip() or "unknown"
+
+
+class Logs:
+    """What the setting `log` names, besides the run's own files.  Both packages are optional.
+
+    "tensorboard" writes event files into the run's folder: tensorboard --logdir RUN.  "wandb" is a
+    run of Weights & Biases.  Its project is argrpo, unless WANDB_PROJECT says another; with
+    WANDB_MODE=offline it lies in the run's folder until `wandb sync` sends it."""
+
+    def __init__(self, settings, config):
+        self.board = self.wandb = None
+        if "tensorboard" in settings.log:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(settings.out)
+        if "wandb" in settings.log:
+            import wandb
+            self.wandb = wandb
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "argrpo"), dir=settings.out,
+                       name=Path(settings.out).name, config=config)
+
+    def numbers(self, step, metrics):
+        """The metrics of a step that are known, under their names."""
+        known = {name: value for name, value in metrics.items() if value is not None}
+        if self.board:
+            for name, value in known.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(known, step=step)
+
+    def picture(self, step, name, path):
+        if self.board:
+            pixels = np.array(Image.open(path).convert("RGB"))
+            self.board.add_image(name, pixels, step, dataformats="HWC")
+        if self.wandb:
+            self.wandb.log({name: self.wandb.Image(str(path))}, step=step)
+
+    def close(self):
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()

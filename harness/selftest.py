@@ -16,7 +16,7 @@ import torch
 
 import argrpo
 from harness.checkpoints import load_checkpoint, save_checkpoint
-from harness.speed import Sampler, allowed_mismatch, frozen_copy
+from harness.device import Sampler, allowed_mismatch, frozen_copy
 from rewards import checker
 
 PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks share

@@ -29,7 +29,7 @@ from einops import rearrange  # noqa: E402
 
 import argrpo  # noqa: E402
 import toy  # noqa: E402
-from harness.evaluation import diversity_kept  # noqa: E402
+from harness.before_after import diversity_kept  # noqa: E402
 from reward import build_rewards, to_uint8  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------

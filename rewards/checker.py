@@ -5,15 +5,16 @@ A reward is examined on pictures that the toy draws before training, or, if it h
 ...], as many pictures for each prompt, the best first.  Each finding says in plain words whether
 the reward does what training relies on: one finite number per image, the same for the same image,
 whatever else is in the batch; and different ones within a group, for otherwise there is nothing to
-learn from.
+learn from, by more than training can tell from none.
 """
 
+import math
 import time
 
 import torch
 
 import toy
-from argrpo import Prompts, draw_images, rng_for
+from argrpo import Prompts, draw_images, group_advantages, rng_for
 
 PROMPTS, SAMPLES = 4, 8                          # of the toy's pictures: groups, and images of each
 
@@ -40,15 +41,32 @@ def verdict(what, good, if_good, if_bad):
     return what, good, if_good if good else if_bad
 
 
+def scale(total, group_size):
+    """Yields the finding whether training can use scores of this size, if a group has a spread.
+
+    A group's advantages have a standard deviation of 1, unless the 1e-4 counts beside std, or the
+    squares in std are too large for float32.  Of the groups, the one of median std is looked at."""
+    groups = total.nan_to_num(torch.nan).double().view(-1, group_size)   # infinite: the largest
+    advantages = group_advantages(total, group_size).view(-1, group_size)
+    spreads = []                                 # (std of the rewards, std of the advantages)
+    for r, a in zip(groups, advantages):
+        known = ~r.isnan()
+        if known.sum() > 1 and r[known].std() > 0:
+            spreads.append((r[known].std().item(), a[known].std().item()))
+    if spreads:
+        spread, kept = sorted(spreads)[len(spreads) // 2]
+        finding = f"advantages, (r - mean) / (std + 1e-4) in float32, have {kept:.0%} of their size"
+        factor = 10.0 ** -round(math.log10(spread))
+        yield verdict("scale", kept > 0.9, finding,
+                      f"{finding}: multiply the weight by {factor:.0e}")
+
+
 def findings(rewards, images, prompts, group_size):
     """Examines a RewardSet on groups of images: yields findings as `verdict` gives them."""
-    original, start = images.clone(), time.perf_counter()
+    start = time.perf_counter()
     total, _ = rewards(images, prompts)
     milliseconds = 1000 * (time.perf_counter() - start) / len(prompts)
     yield "shape", True, f"one number per image, {tuple(total.shape)} for {len(prompts)} images"
-    yield verdict("input", torch.equal(images, original),
-                  "leaves the images as they are",
-                  "changes the images in place: work on a copy")
 
     missing = total.isnan().float().mean().item()
     finding = f"{missing:.0%} of the images got no score"
@@ -80,6 +98,7 @@ def findings(rewards, images, prompts, group_size):
     if flat == 1:
         finding += ": images of one prompt all score the same, so there is nothing to learn from"
     yield "spread", flat < 1, finding
+    yield from scale(total, group_size)
 
     others = prompts[group_size:] + prompts[:group_size]
     reads_prompts = others != prompts and not same(rewards(images, others)[0], total)

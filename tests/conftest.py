@@ -6,6 +6,7 @@ that is wrong, and not what stands on it.
 """
 
 import copy
+import json
 import os
 from math import isqrt
 
@@ -226,6 +227,18 @@ class Loop:
         return ((u + self.config.cfg_scale * (c - u)) / self.config.temperature).log_softmax(-1)
 
 
+def read_metrics(out, seconds=False):
+    """The steps that a run logged in its folder, without the times they took."""
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in step.items() if seconds or "seconds" not in name}
+            for step in steps]
+
+
+def trained_weights(out):
+    """{name: tensor} of a run's model.pt."""
+    return torch.load(out / "model.pt", weights_only=True)["model"]
+
+
 def gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -244,14 +257,14 @@ class Spy:
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs leave their numbers and weights, but no pictures and no page, which take seconds."""
-    monkeypatch.setattr("harness.run.Run.draw", lambda self, *galleries: None)
-    monkeypatch.setattr("harness.run.Run.write_page", lambda self: None)
+    monkeypatch.setattr("harness.run.draw", lambda *given: None)
+    monkeypatch.setattr("harness.run.write_page", lambda out: None)
 
 
 @pytest.fixture
 def quick(no_pictures, monkeypatch):
     """Nor do they draw hundreds of pictures to measure D: it is 1."""
-    monkeypatch.setattr("harness.run.evaluate_spread", lambda *given: {"distance": 1.0})
+    monkeypatch.setattr("harness.before_after.evaluate_spread", lambda *given: {"distance": 1.0})
     monkeypatch.setattr("toy.shipped_spread", lambda *given: None)
 
 

@@ -7,32 +7,26 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_metrics, trained_weights
 
 import argrpo
 import toy
 import train_c2i
 import train_t2i
 from harness import options
+from harness.before_after import evaluate
 from harness.checkpoints import save_checkpoint
-from harness.evaluation import evaluate
 from pretrained import load_weights
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--steps", "4", "--prompts-per-step", "2", "--group-size", "4",
          "--eval-images", "24", "--save-every", "2", "--progress-every", "4"]
 HEAVY = ("torchvision", "open_clip", "transformers", "timm", "huggingface_hub", "matplotlib")
-
-
-def read_metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(metrics):
-    return [{name: value for name, value in m.items() if "seconds" not in name} for m in metrics]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +73,7 @@ def test_a_run_leaves_what_the_design_promises(finished):
 
 
 def test_a_run_logs_every_step(finished):
-    metrics = read_metrics(finished[0])
+    metrics = read_metrics(finished[0], seconds=True)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     seconds = [f"seconds_{part}" for part in ("rollout", "reward", "reference", "update")]
     names = {"reward", "reward/shapes", "reward/jpeg", "reward_std", "flat_groups", "kl", "entropy",
@@ -92,7 +86,7 @@ def test_a_run_logs_every_step(finished):
 @pytest.mark.parametrize("samples", [4, 8])
 def test_the_gallery_shows_every_prompts_own_pictures(samples):
     """Six at most; with fewer samples, a row never runs into the next prompt's."""
-    settings = train_c2i.Settings(eval_images=3 * samples)
+    settings = train_c2i.C2iSettings(eval_images=3 * samples)
     prompts = argrpo.Prompts(["prompt 0", "prompt 1", "prompt 2"], torch.arange(3))
 
     def reward_fn(pictures, texts):
@@ -121,8 +115,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
     for seed in "01":
         train_c2i.main(QUICK + ["--out", str(tmp_path / seed), "--reward", "shapes,jpeg:0.01",
                                 "--seed", seed])
-    first, same, other = (without_times(read_metrics(out))
-                          for out in (finished[0], tmp_path / "0", tmp_path / "1"))
+    runs = (finished[0], tmp_path / "0", tmp_path / "1")
+    first, same, other = map(read_metrics, runs)
     assert first == same and first != other
 
 
@@ -155,8 +149,8 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     assert [m["step"] for m in read_metrics(stopped)] == [0, 1, 2]
     monkeypatch.delenv("INTERRUPT_CALL")
     train_c2i.main(["--resume", str(stopped)])
-    assert without_times(read_metrics(stopped)) == without_times(read_metrics(whole))
-    a, b = (torch.load(out / "model.pt", weights_only=True)["model"] for out in (whole, stopped))
+    assert read_metrics(stopped) == read_metrics(whole)
+    a, b = trained_weights(whole), trained_weights(stopped)
     assert all(torch.equal(a[name], b[name]) for name in a)
     a, b = (json.loads((out / "summary.json").read_text())["after"] for out in (whole, stopped))
     assert a == b
@@ -164,13 +158,13 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
 
 def test_steps_that_were_logged_but_not_saved_run_again(another, no_pictures):
     """As after `kill -9` between two checkpoints: the log is ahead of last.pt."""
-    complete = without_times(read_metrics(another))
+    complete = read_metrics(another)
     model, _ = toy.load("c2i")
     optimizer = argrpo.make_optimizer(model, argrpo.GRPOConfig())
     save_checkpoint(another / "start.pt", 0, model, optimizer)
     os.replace(another / "start.pt", another / "last.pt")
     train_c2i.main(["--resume", str(another)])
-    assert without_times(read_metrics(another)) == complete
+    assert read_metrics(another) == complete
 
 
 def test_an_earlier_run_is_never_overwritten(finished, capsys):
@@ -268,13 +262,13 @@ def test_bad_options_end_with_one_line_and_leave_nothing(given, message, tmp_pat
 ])
 def test_settings_are_checked(bad, message):
     with pytest.raises(ValueError, match=message):
-        train_c2i.Settings(**bad)
+        train_c2i.C2iSettings(**bad)
 
 
 def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
     def settings(*given):
-        return options.parse_settings(train_c2i.Settings, train_c2i.PRESETS, train_c2i.DIVERSE,
-                                      "toy", ["--out", str(tmp_path), *given], "x", "")
+        return options.parse_settings(train_c2i.C2iSettings, "toy",
+                                      ["--out", str(tmp_path), *given], "")
     paper, diverse = settings(), settings("--recipe", "diverse")
     mine = settings("--recipe", "diverse", "--diversity-bonus", "0.1")
     names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step")
@@ -288,8 +282,8 @@ def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
 def test_what_the_command_line_changed_is_remembered(tmp_path):
     """What it repeats of the preset or the recipe is no change."""
     settings = options.parse_settings(
-        train_c2i.Settings, train_c2i.PRESETS, train_c2i.DIVERSE, "toy",
-        ["--out", str(tmp_path), "--recipe", "diverse", "--kl-beta", "0", "--seed", "3"], "x", "")
+        train_c2i.C2iSettings, "toy",
+        ["--out", str(tmp_path), "--recipe", "diverse", "--kl-beta", "0", "--seed", "3"], "")
     assert settings.given == {"out": str(tmp_path), "recipe": "diverse", "seed": 3}
 
 
@@ -338,7 +332,7 @@ def test_a_t2i_run_reports_every_kind_of_caption_at_every_guidance(tmp_path, qui
 
 
 def test_t2i_trains_on_no_composition_that_pretraining_never_saw():
-    texts, eval_texts = train_t2i.choose_captions(train_t2i.Settings(preset="toy"))
+    texts, eval_texts = train_t2i.choose_captions(train_t2i.T2iSettings(preset="toy"))
     assert not set(texts) & toy.UNSEEN and toy.UNSEEN <= set(eval_texts)
     assert sum(text in toy.CLASSES for text in texts) == len(texts) / 2
 
@@ -355,7 +349,7 @@ def test_t2i_on_captions_from_a_file(tmp_path, quick):
 
 
 def test_composed_captions_are_held_out_for_evaluation():
-    settings = train_t2i.Settings(preset="t2i-XL-256", composed=100)
+    settings = train_t2i.T2iSettings(preset="t2i-XL-256", composed=100)
     texts, eval_texts = train_t2i.choose_captions(settings)
     assert len(texts) == 100 and len(eval_texts) == 64 and not set(texts) & set(eval_texts)
 
@@ -379,8 +373,8 @@ def test_help_explains_every_option(capsys):
         train_c2i.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    comments = options.field_comments(train_c2i.Settings)
-    assert set(comments) == set(vars(train_c2i.Settings()))
+    comments = options.field_comments(train_c2i.C2iSettings)
+    assert set(comments) == {field.name for field in fields(train_c2i.C2iSettings)}
     for name, comment in comments.items():
         assert "--" + name.replace("_", "-") in text
         assert " ".join(comment.split()[:3]) in text

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_metrics
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "assignments"))
@@ -275,7 +276,7 @@ def test_a_fault_shows_where_it_should_and_not_before(tmp_path):
     made = faults.make_run(tmp_path, "missing_rewards", steps=4, start=2, prompts_per_step=1,
                            group_size=4)
     assert made["shows"]["missing"] and min(made["shows"]["missing"]) >= 2
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and "verified" in rows[0]
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["steps"] == 4
 
@@ -291,7 +292,7 @@ def test_the_pictures_of_a_run_are_rounded(tmp_path):
 @pytest.mark.parametrize("fault", [*faults.FAULTS, faults.HEALTHY])
 def test_every_fault_shows(fault, tmp_path):
     made = faults.make_run(tmp_path, fault, seed=1)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(tmp_path)
     assert made["fault"] == fault and len(rows) == 20
     if fault == faults.HEALTHY:
         for name in ("mismatch", "missing", "ratio_max", "grad_norm", "diversity", "entropy"):

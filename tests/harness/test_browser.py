@@ -27,8 +27,8 @@ def runs(tmp_path_factory):
     """A toy run of each task, and the page that compares them with another: {name: page}."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.progress.SHARE", 100)             # so that no picture is left out
-        patch.setattr("harness.evidence.SECONDS", 1000)
+        patch.setattr("harness.gallery.SHARE", 100)              # so that no picture is left out
+        patch.setattr("harness.gallery.SECONDS", 1000)
         train_c2i.main([*QUICK, "--out", str(folder / "c2i")])
         train_t2i.main([*QUICK, "--out", str(folder / "t2i")])
     other = Path(shutil.copytree(folder / "c2i", folder / "other"))
@@ -91,7 +91,7 @@ def test_every_section_is_there_and_fits_the_width(opened):
         (width, height), = sizes_of(driver, f"section#{section}")
         assert width > 800 and height > 80, section
     assert driver.execute_script("return document.documentElement.scrollWidth") <= 1280
-    assert all(width > 300 and height > 100 for width, height in sizes_of(driver, "svg"))
+    assert all(width > 300 and height > 100 for width, height in sizes_of(driver, ".panel img"))
     loaded = driver.execute_script("return [...document.images].every(i => i.naturalWidth > 0)")
     assert loaded, "a picture is broken"
 

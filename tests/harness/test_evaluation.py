@@ -1,4 +1,6 @@
-"""Evaluation: the same prompts and seeds, under the policy that is trained.  harness/evaluation.py.
+"""Evaluation: the same prompts and seeds, under the policy that is trained.
+
+harness/before_after.py.
 
 What also draws beside training, the pictures of progress, is held to the same policy.
 """
@@ -29,17 +31,25 @@ from conftest import (
 import argrpo
 from argrpo import GRPOConfig, Prompts
 from diversity import group_diversity
-from harness import evaluation
-from harness.evaluation import diversity_kept, evaluate, evaluate_all, evaluate_spread
-from harness.progress import Progress
-from train_c2i import Settings
+from harness.before_after import (
+    Watched,
+    diversity_kept,
+    evaluate,
+    evaluate_all,
+    evaluate_spread,
+    known_mean,
+    nothing,
+)
+from harness.gallery import Progress
+from train_c2i import C2iSettings
 
 BOTH = pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 POLICY = dict(cfg_scale=2.0, temperature=1.3, micro_batch=5)
 
 
 def tiny_settings(**changes):
-    return Settings(**(dict(eval_images=24, prompts_per_step=2, group_size=6) | POLICY | changes))
+    small = dict(eval_images=24, prompts_per_step=2, group_size=6)
+    return C2iSettings(**(small | POLICY | changes))
 
 
 def tiny_case(model_type="c2i"):
@@ -84,7 +94,7 @@ def test_it_draws_under_the_policy_that_is_trained(what, spy, tmp_path):
         evaluate_spread(model, vq, prompts, settings, lambda images, texts: {})
     else:
         now = time.perf_counter()
-        Progress(vq, prompts, brightness, settings, None, tmp_path, now).draw(model, 3)
+        Progress(vq, prompts, brightness, settings, nothing, tmp_path, now).draw(model, 3)
     assert drawn.calls
     for (_, cond, mask), how in drawn.calls:
         assert how["cfg_scale"] == 2.0, f"{what} must use the rollout's guidance"
@@ -148,7 +158,7 @@ def test_other_guidance_scales_are_evaluated_besides(spy):
     """See evaluate_all: the same prompts and seeds, so that only the guidance differs."""
     drawn, (model, vq, prompts) = spy(argrpo, "generate"), tiny_case()
     settings = tiny_settings(eval_cfg_scales="1,2,4", eval_images=8, prompts_per_step=4)
-    scores, _ = evaluate_all(model, vq, prompts, brightness, settings)
+    scores, *_ = evaluate_all(model, vq, prompts, brightness, settings, Watched())
     assert set(scores["guidance"]) == {"1", "4"}, "2 is the rollout's own"
     assert [how["cfg_scale"] for _, how in drawn.calls] == [2.0, 1.0, 4.0]
     assert len(set(seeds_of(drawn))) == 1
@@ -184,7 +194,7 @@ def test_evaluation_leaves_everything_as_it_was():
     model, vq, prompts = tiny_case("t2i")
     before, cond, state = weights(model), prompts.cond.clone(), torch.get_rng_state()
     settings = tiny_settings()
-    evaluate_all(model, vq, prompts, brightness, settings)
+    evaluate_all(model, vq, prompts, brightness, settings, Watched())
     assert torch.equal(weights(model), before) and torch.equal(prompts.cond, cond)
     assert all(p.grad is None and p.requires_grad for p in model.parameters()), "it is no training"
     assert torch.equal(torch.get_rng_state(), state), "its draws have generators of their own"
@@ -268,6 +278,6 @@ def test_a_setting_changes_what_it_should_of_evaluation(name, monkeypatch):
 
 
 def test_known_mean_is_none_where_nothing_is_known():
-    assert evaluation.known_mean(torch.tensor([1.0, math.nan, 2.0])) == 1.5
-    assert evaluation.known_mean(torch.tensor([math.nan])) is None
-    same(torch.tensor(evaluation.known_mean(torch.tensor([0.0]))), 0.0, "0 is known")
+    assert known_mean(torch.tensor([1.0, math.nan, 2.0])) == 1.5
+    assert known_mean(torch.tensor([math.nan])) is None
+    same(torch.tensor(known_mean(torch.tensor([0.0]))), 0.0, "0 is known")

@@ -2,7 +2,6 @@
 
 Kills, full disks, damaged files, bad numbers, dying processes."""
 
-import json
 import math
 import os
 import random
@@ -14,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import read_metrics, tiny_model, trained_weights
 
 import argrpo
 import toy
 import train_c2i
 from harness import processes
 from harness.checkpoints import load_checkpoint, save_checkpoint, write_atomically, write_count
-from harness.models import check_models
-from harness.speed import frozen_copy
+from harness.choices import check_models
+from harness.device import frozen_copy
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "8",
@@ -41,19 +40,11 @@ def finish(process, timeout=120):
     return process.returncode, output, errors
 
 
-def read_metrics(out):
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in m.items() if "seconds" not in name} for m in steps]
-
-
-def weights(out):
-    return torch.load(out / "model.pt", weights_only=True)["model"]
-
-
 def assert_same_run(a, b):
     """Metrics and final weights, bit for bit."""
     assert read_metrics(a) == read_metrics(b)
-    assert all(torch.equal(tensor, weights(b)[name]) for name, tensor in weights(a).items())
+    ours, theirs = trained_weights(a), trained_weights(b)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +317,7 @@ def test_two_processes_are_one_with_two_micro_batches(tmp_path):
     assert len(one) == len(two) == 4
     for a, b in zip(one, two):                           # one process alone also measures D
         assert {name: a[name] for name in b} == pytest.approx(b, rel=1e-3, abs=1e-4)
-    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    ours, theirs = (trained_weights(tmp_path / name) for name in ("one", "two"))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
     assert finish(start("--resume", tmp_path / "two", "--steps", 6, program=TORCHRUN))[0] == 0

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import pretrained
 from argrpo import Transformer
-from harness.models import choose_classes
+from harness.choices import choose_classes
 from pretrained import load_weights
 from vqgan import VQConfig, VQModel
 

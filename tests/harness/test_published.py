@@ -15,10 +15,10 @@ import toy
 import train_c2i
 import train_t2i
 from harness import memory, processes
-from harness.fid import as_uint8
+from harness.compare import reduced
 from harness.memory import fitting_micro_batch, memory_estimate, out_of_memory_advice
 from harness.options import resumed
-from harness.run import Run, configuration
+from harness.run import configuration
 from rewards import clip
 from vqgan import VQConfig, VQModel
 
@@ -43,21 +43,21 @@ def test_sizes_are_the_published_ones(preset, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
 
 
-def published_presets(script, task):
+def published_presets(script, settings, task):
     """The settings of a script's presets but the toy's, which must be all published models."""
     names = set(script.PRESETS) - {"toy"}
     assert names == {name for name, model in pretrained.MODELS.items() if model.task == task}
-    return [script.Settings(**script.PRESETS[name]) for name in names]
+    return [settings(**script.PRESETS[name]) for name in names]
 
 
 def test_every_t2i_model_has_a_preset_with_the_papers_settings():
-    for s in published_presets(train_t2i, "t2i"):
+    for s in published_presets(train_t2i, train_t2i.T2iSettings, "t2i"):
         assert (s.group_size, s.cfg_scale, s.kl_beta, s.lr, s.steps) == (8, 4.0, 1.0, 1e-5, 600)
         assert s.prompts_per_step * s.group_size == 64 and s.other_cfg_scales() == [1.0, 7.5]
 
 
 def test_every_c2i_model_has_a_preset_with_the_papers_settings():
-    for s in published_presets(train_c2i, "c2i"):
+    for s in published_presets(train_c2i, train_c2i.C2iSettings, "c2i"):
         assert (s.group_size, s.cfg_scale, s.kl_beta, s.lr, s.steps) == (8, 2.0, 0.1, 1e-5, 400)
 
 
@@ -91,7 +91,7 @@ def without_memory(preset, **changes):
     """Model, tokenizer and settings of a published c2i preset, on the meta device."""
     with torch.device("meta"):
         model, vq = argrpo.Transformer(pretrained.gpt_config(preset)), VQModel(VQConfig())
-    return model, vq, train_c2i.Settings(**train_c2i.PRESETS[preset] | changes)
+    return model, vq, train_c2i.C2iSettings(**train_c2i.PRESETS[preset] | changes)
 
 
 def test_the_prompts_of_a_rollouts_pass_by_hand():
@@ -133,21 +133,21 @@ def test_open_sizes_follow_from_the_free_memory_of_all_processes(monkeypatch):
 
 def test_a_resumed_run_keeps_the_chosen_prompts_of_a_pass(tmp_path, monkeypatch):
     """What is drawn depends on them, whatever memory is free now."""
-    settings = train_c2i.Settings(rollout_prompts=None, out=str(tmp_path))
+    settings = train_c2i.C2iSettings(rollout_prompts=None, out=str(tmp_path))
     for chosen in (2, 5):                                # the second time another would fit
         monkeypatch.setattr(memory, "fitting_rollout_prompts", lambda *given, n=chosen: n)
-        Run(*toy.load("c2i"), None, None, None, settings, "train_c2i", None, None, None)
-        config = configuration(settings, "train_c2i")
+        memory.choose_sizes(*toy.load("c2i"), settings)
+        config = configuration(settings)
         (tmp_path / "config.json").write_text(json.dumps(config))
-        settings = resumed(train_c2i.Settings, {"resume": str(tmp_path)}, "train_c2i")
+        settings = resumed(train_c2i.C2iSettings, {"resume": str(tmp_path)})
         assert settings.rollout_prompts == 2
     with pytest.raises(ValueError, match="rollout_prompts was 2 and cannot become 1"):
-        resumed(train_c2i.Settings, {"resume": str(tmp_path), "rollout_prompts": 1}, "train_c2i")
+        resumed(train_c2i.C2iSettings, {"resume": str(tmp_path), "rollout_prompts": 1})
 
 
 def test_running_out_of_gpu_memory_says_what_to_lower():
     with pytest.raises(SystemExit, match=r"lower --micro-batch \(now 3"):
-        with out_of_memory_advice(train_c2i.Settings(micro_batch=3)):
+        with out_of_memory_advice(train_c2i.C2iSettings(micro_batch=3)):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
 
@@ -174,9 +174,11 @@ def test_sample_draws_captions(tmp_path, capsys):
 
 
 def test_large_pictures_are_resized_to_256():
-    assert as_uint8(torch.rand(2, 3, 384, 384), 256).shape == (2, 256, 256, 3)
-    white = as_uint8(torch.ones(1, 3, 256, 256), 256)
-    assert white.min() == 255
+    assert reduced(torch.rand(2, 3, 384, 384), 256).shape == (2, 3, 256, 256)
+    edge = torch.arange(384).gt(190).float().expand(1, 3, 384, 384)
+    assert 0 <= reduced(edge, 256).min() and reduced(edge, 256).max() <= 1, "bicubic overshoots"
+    white = torch.ones(1, 3, 256, 256)
+    assert reduced(white, 256) is white
 
 
 @pytest.mark.parametrize("options, message", [

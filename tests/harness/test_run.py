@@ -5,7 +5,6 @@ One tiny run is watched from outside; each test looks at one thing of it.
 """
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -14,21 +13,32 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Blocks, Spy, brightness, same, tiny_model, weights
+from conftest import (
+    Blocks,
+    Spy,
+    brightness,
+    read_metrics,
+    same,
+    tiny_model,
+    trained_weights,
+    weights,
+)
 
 import argrpo
 import harness.run
 from argrpo import Prompts
 from diversity import DiversityBonus, Pixels, Rehearsal
-from harness import processes
+from harness import before_after, processes
+from harness.before_after import Watched
 from reward import RewardSet
-from train_c2i import Settings
+from train_c2i import C2iSettings
 
 REWARDS = RewardSet({"mine": (lambda images, texts: brightness(images, texts)[0], 1.0)})
 
 
 def tiny_settings(folder, **changes):
-    return Settings(out=str(folder / "run"), reward="mine", eval_images=8, micro_batch=5, **changes)
+    return C2iSettings(out=str(folder / "run"), reward="mine", eval_images=8, micro_batch=5,
+                       **changes)
 
 
 def run_stub(monkeypatch, folder, stub):
@@ -36,10 +46,10 @@ def run_stub(monkeypatch, folder, stub):
     monkeypatch.setattr(argrpo, "train", stub)
     prompts = Prompts(["a", "b"], torch.arange(2))
     harness.run.run(tiny_model(block_size=4, n_layer=1), Blocks(), prompts, prompts, REWARDS,
-                    tiny_settings(folder), "train_c2i")
+                    tiny_settings(folder), Watched())
 
 
-class Watched:
+class WatchedRun:
     """A tiny run with rehearsal and bonus, trained on some prompts and evaluated on others."""
 
     def __init__(self, folder, patch):
@@ -54,12 +64,12 @@ class Watched:
             save_every=1, lr=0.05, warmup_steps=1, rehearsal=0.5, rehearsal_groups=2,
             diversity_bonus=0.3, eval_cfg_scales="3")
         self.watch(patch, harness.run, "evaluate_all")
-        self.watch(patch, harness.run, "evaluate_spread")
+        self.watch(patch, before_after, "evaluate_spread")
         self.watch(patch, argrpo, "train")
-        patch.setattr(harness.run.Run, "draw", lambda *given: None)
+        patch.setattr(harness.run, "draw", lambda *given: None)
         self.summary = harness.run.run(
             self.model, Blocks(), self.prompts, self.eval_prompts, REWARDS, self.settings,
-            "train_c2i", self.measure, self.spread)
+            Watched(self.measure, self.spread))
 
     def watch(self, patch, module, name):
         function = getattr(module, name)
@@ -85,7 +95,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        return Watched(tmp_path_factory.mktemp("watched"), patch)
+        return WatchedRun(tmp_path_factory.mktemp("watched"), patch)
 
 
 def test_the_order_of_a_run(watched):
@@ -150,7 +160,9 @@ def test_the_loop_makes_the_optimizer_that_the_settings_describe(watched):
 
 def test_the_same_is_measured_before_and_after(watched):
     first, second = watched.called("evaluate_all")
-    assert first[3][1:] == second[3][1:] and first[4] == second[4], "the same settings and rewards"
+    given, later = first[3], second[3]           # vq, prompts, rewards, settings, what is watched
+    assert given[1:4] == later[1:4] and first[4] == second[4], "the same settings and rewards"
+    assert given[4][:2] == later[4][:2], "the same measures"
     before, after = watched.summary["before"], watched.summary["after"]
     for scores in (before, after):
         assert scores["reward"] == scores["reward/mine"]
@@ -162,12 +174,12 @@ def test_the_same_is_measured_before_and_after(watched):
 
 
 def test_every_step_is_logged_and_the_trained_weights_are_saved(watched):
-    out = harness.run.Path(watched.settings.out)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    out = Path(watched.settings.out)
+    lines = read_metrics(out)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(line["kl"] > 0 for line in lines[1:]), "the KL grows from 0"
     assert all(line["rehearsal"] > 0 and line["diversity"] >= 0 for line in lines)
-    saved = torch.load(out / "model.pt", weights_only=True)["model"]
+    saved = trained_weights(out)
     for name, tensor in watched.model.state_dict().items():
         assert torch.equal(saved[name], tensor), "model.pt holds the trained weights"
 

@@ -8,9 +8,16 @@ from conftest import tiny_condition, tiny_model, tiny_run, weights
 
 import argrpo
 from argrpo import GRPOConfig, generate, token_logp
-from harness import speed
-from harness.memory import checkpoint_layers
-from harness.speed import PackedLinear, Sampler, allowed_mismatch, frozen_copy, packed, refresh
+from harness import device as speed
+from harness.device import (
+    PackedLinear,
+    Sampler,
+    allowed_mismatch,
+    checkpoint_layers,
+    frozen_copy,
+    packed,
+    refresh,
+)
 
 BOTH = pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
@@ -53,7 +60,7 @@ def test_the_samplers_copy_follows_the_model(monkeypatch):
 
 
 def on_a_gpu(monkeypatch, answer=True):
-    """Lets harness/speed.py take the CPU for a GPU."""
+    """Lets harness/device.py take the CPU for a GPU."""
     monkeypatch.setattr(speed, "on_gpu", lambda model: answer)
 
 
@@ -190,7 +197,7 @@ def test_the_fused_optimizer_takes_the_same_steps(monkeypatch):
     config, labels, tokens = GRPOConfig(lr=1e-3), torch.arange(3), torch.randint(11, (3, 16))
     for gpu, model in enumerate(models):
         on_a_gpu(monkeypatch, bool(gpu))
-        optimizers.append(speed.make_optimizer(model, config))
+        optimizers.append(speed.optimizer_of_device(model, config))
     plain, fused = optimizers
     assert fused.param_groups[0]["fused"] and not plain.param_groups[0]["fused"]
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import same, tiny_vq
 
-from vqgan import VectorQuantizer, VQConfig, VQModel
+from vqgan import AttnBlock, Downsample, ResnetBlock, Upsample, VQConfig, VQModel, group_norm
 
 
 def test_the_nearest_code_is_the_one_in_the_same_direction():
@@ -142,3 +142,12 @@ def test_blocks_add_to_what_they_are_given():
     same(residual(x), x + 2, "the second convolution reads the second norm, of zeros here")
     attention.proj_out.bias.fill_(1.0)
     same(attention(x), x + 1, "what the attention's last layer gives is added")
+
+
+def test_a_token_that_is_none_is_refused():
+    """-1 would be the last code in plain indexing."""
+    vq = VQModel(VQConfig(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5,
+                          codebook_embed_dim=4))
+    for bad in (-1, 5):
+        with pytest.raises(IndexError):
+            vq.decode(torch.full((1, 4), bad))

@@ -270,7 +270,7 @@ def test_autocast_rounds_each_weight_once_in_a_rollout_and_once_in_a_pass(model_
                                  dict(cfg_scale=math.nan), dict(top_p=math.nan)])
 def test_settings_out_of_range(bad):
     """NaN and infinity would give pictures, and nobody would know of what."""
-    with pytest.raises(ValueError, match="generate needs"):
+    with pytest.raises(ValueError, match="a policy needs"):
         generate(tiny_model(), torch.arange(2), **bad)
 
 
@@ -283,17 +283,6 @@ def test_log_probs_of_no_policy(bad):
 def test_wrong_number_of_tokens():
     with pytest.raises(ValueError, match=r"\(B, 16\), not \(2, 15\)"):
         tiny_model()(torch.zeros(2, 15, dtype=torch.long), torch.arange(2))
-
-
-@pytest.mark.slow
-def test_the_compiled_step_is_the_same_policy():
-    model, (cond, mask) = tiny_model("t2i"), tiny_condition("t2i")
-    plain = generate(model, cond, mask, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
-    model.decode_step = torch.compile(model.decode_step, dynamic=True)
-    compiled = generate(model, cond, mask, cfg_scale=2.0,
-                        generator=torch.Generator().manual_seed(0))
-    assert torch.equal(plain[0], compiled[0])
-    same(plain[1], compiled[1], "compiled, the same policy", atol=1e-4)
 
 
 def test_rows_may_bring_their_random_numbers():

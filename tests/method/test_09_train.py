@@ -192,8 +192,11 @@ def test_seams_are_asked_in_every_epoch_and_told_the_step():
                                       ("ref_logp", piece[2], step.ref_logp),
                                       ("advantages", piece[3], step.advantages)):
                 same(ours, whole[rows], f"loss_fn's {name} are those of the micro-batch's rows")
-        for given, whole in zip(log[1:], (step.logp, step.ref_logp, step.advantages, step.entropy)):
+        for given, whole in zip(log[1:4], (step.logp, step.ref_logp, step.advantages)):
             same(given, whole, "the log's statistics are of all images of the step")
+        for number in (0, 4):                    # log-probs and entropy
+            last = torch.cat([piece[number] for piece in epochs[2:]])
+            same(log[number], last, "and of the policy in the last epoch")
         pieces.clear()
         for (model, index, number), _ in extra.calls:
             assert model is loop.model and torch.equal(index, step.index)

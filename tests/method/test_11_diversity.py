@@ -131,7 +131,7 @@ class Known:
     def __init__(self, prompts=("a", "b"), **config):
         self.prompts = argrpo.Prompts(list(prompts), torch.arange(len(prompts)))
         self.config = GRPOConfig(group_size=4, **config)
-        self.features, self.asked = self, []
+        self.features, self.asked, self.names = self, [], list(prompts)
         self.described = {text: on_a_line(0.0, 1.0) for text in prompts}
 
     def describe(self, images, tokens):
@@ -186,7 +186,7 @@ def test_earlier_groups_of_the_prompt_count_and_only_four_of_them():
     assert [len(group) for group in bonus.recent["a"]] == [3] * 4, "right images only"
 
 
-def test_a_text_that_stands_twice_shares_its_memory():
+def test_a_prompt_that_stands_twice_shares_its_memory():
     bonus = DiversityBonus(Known(prompts=("a", "a")), 2.0)
     bonus_of(bonus)
     assert list(bonus.recent) == ["a"] and len(bonus.recent["a"]) == 2

@@ -22,7 +22,7 @@ from conftest import (
 import argrpo
 from argrpo import GRPOConfig, Prompts
 from diversity import Rehearsal
-from harness.speed import frozen_copy
+from harness.device import frozen_copy
 
 BOTH = pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 
@@ -104,13 +104,18 @@ def test_what_is_drawn_depends_on_the_text_alone():
         assert torch.equal(first.remembered[text], second.remembered[text])
 
 
-def test_a_text_that_stands_twice_is_drawn_once(spy):
-    drawn = spy(argrpo, "generate")
-    _, rehearsal, _, prompts = tiny_rehearsal(groups=1)
+@pytest.mark.parametrize("label, names", [(1, ["prompt 1"]), (3, ["prompt 1", "prompt 1 (3)"])])
+def test_a_prompt_that_stands_twice_is_drawn_once_and_two_classes_of_one_text_are_two(label, names):
+    """ImageNet has two classes "missile": each has pictures of its own."""
+    _, known, config, prompts = tiny_rehearsal(groups=1)
     prompts.texts[3] = prompts.texts[1]
+    prompts.cond[3] = label
+    rehearsal = Rehearsal(known.reference, Blocks(), prompts, dark, config, 0.5, groups=9)
     rehearsal.remember(torch.tensor([1, 3]))
-    assert len(drawn.calls) == 1 and list(rehearsal.remembered) == ["prompt 1"]
+    assert list(rehearsal.remembered) == names
     assert rehearsal.choose(torch.tensor([3]), 0)[1].unique().tolist() == [3]
+    if label == 3:
+        assert not torch.equal(*rehearsal.remembered.values())
 
 
 def test_no_two_draws_of_rehearsal_share_a_random_stream(spy):

@@ -11,7 +11,7 @@ import torch
 import argrpo
 import pretrained
 import reward
-from harness.models import build_features
+from harness.choices import build_features
 from reward import build_rewards
 from rewards.__main__ import main
 

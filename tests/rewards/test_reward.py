@@ -379,3 +379,85 @@ def test_a_reward_with_trainable_parameters_keeps_no_graph():
     rewards = RewardSet({"net": (lambda images, prompts: scale * images.mean(dim=(1, 2, 3)), 1.0)})
     total, parts = rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
     assert not total.requires_grad and not parts["net"].requires_grad
+
+
+def test_what_is_not_the_rewards_fault_is_not_said_of_it():
+    """NaN pictures, other numbers of prompts, weights too large for float32."""
+    rewards = RewardSet({"level": (lambda images, prompts: torch.ones(len(prompts)), 1e39)})
+    with pytest.raises(reward.BadReward, match="smaller weights"):
+        rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
+    with pytest.raises(ValueError, match="2 images cannot have 1 prompts"):
+        rewards(torch.rand(2, 3, 4, 4), ["a"])
+    level = RewardSet({"level": (lambda images, prompts: torch.ones(len(prompts)), 1.0)})
+    assert level(torch.full((2, 3, 4, 4), torch.nan), ["a", "b"])[0].tolist() == [1, 1]
+
+
+def test_a_path_may_have_a_colon():
+    """As on Windows."""
+    assert list(items_of(r"C:\work\my_rewards.py:redness:0.5, jpeg")) == [
+        (r"C:\work\my_rewards.py", "redness", 0.5), (None, "jpeg", 1.0)]
+
+
+# --- files of the user's -----------------------------------------------------------------------
+
+def written(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+
+
+def test_a_reward_file_is_a_module_like_any_other(tmp_path):
+    """Postponed annotations with a dataclass, an import of a neighbour; and it is loaded once."""
+    written(tmp_path, neighbour="LEVEL = 3.0\n", mine="""\
+from __future__ import annotations
+from dataclasses import dataclass
+import neighbour
+
+@dataclass
+class Level:
+    device: str
+
+    def __call__(self, images, prompts):
+        return images.mean(dim=(1, 2, 3)) * 0 + neighbour.LEVEL
+
+COUNT = []
+
+def count(images, prompts):
+    COUNT.append(1)
+    return images.mean(dim=(1, 2, 3)) * 0 + len(COUNT)
+
+def again(images, prompts):
+    return count(images, prompts)
+""")
+    path = sys.path.copy()
+    rewards = build_rewards(",".join(f"{tmp_path}/mine.py:{name}"
+                                     for name in ("Level", "count", "again")), CPU)
+    assert sys.path == path, "the folder is importable only while the file loads"
+    _, parts = rewards(torch.rand(1, 3, 4, 4), ["a"])
+    assert {name: part.item() for name, part in parts.items()} == {
+        "Level": 3, "count": 1, "again": 2}, "one file, one module"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("def score(images, prompts)\n    return 1", r"SyntaxError: .*bad\.py, line 1"),
+    ("x = 1\ny = z\n", r"NameError: name 'z' is not defined .*bad\.py, line 2"),
+    ("import no_such_package\n", r"ModuleNotFoundError: .*no_such_package.*bad\.py, line 1"),
+    ("\nclass score:\n    def __init__(self):\n        pass\n",
+     r"'score' \(line 2\) cannot be made with a device as its only argument: TypeError"),
+    ("class score:\n    def __init__(self, device):\n        1 / 0\n",
+     r"ZeroDivisionError: division by zero .*bad\.py, line 3")])
+def test_a_broken_reward_file_is_one_line_with_its_place(text, message, tmp_path):
+    written(tmp_path, bad=text)
+    with pytest.raises(ValueError, match=message) as error:
+        build_rewards(f"{tmp_path}/bad.py:score", CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_functions_of_one_name_in_two_files_are_two_rewards(tmp_path):
+    for name, level in (("a", 1), ("b", 2)):
+        written(tmp_path, **{name: "import torch\n\ndef jpeg(images, prompts):\n"
+                                   f"    return torch.full((len(prompts),), {level}.0)\n"})
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    total, parts = build_rewards(f"{a}:jpeg,{b}:jpeg:10,jpeg:0", CPU)(torch.rand(1, 3, 4, 4), ["x"])
+    assert total.item() == 21 and list(parts) == [f"{a}:jpeg", f"{b}:jpeg", "jpeg"]
+    with pytest.raises(ValueError, match="named twice"):
+        build_rewards(f"{a}:jpeg,{a}:jpeg", CPU)

@@ -1,11 +1,14 @@
 """The command `python -m rewards`: scoring pictures, and examining a reward."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from rewards.__main__ import main
+from rewards.checker import scale
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,6 +78,41 @@ def test_check_says_in_plain_words_what_is_wrong(name, finding, tmp_path, capsys
     assert main(["--check", f"{file}:{name}", "--device", "cpu"]) != 0
     output = capsys.readouterr()
     assert finding in output.out + output.err
+
+
+@pytest.mark.parametrize("spec, finding", [
+    ("shapes:1e-7", "multiply the weight by 1e+07"),
+    ("shapes:1e-5", "multiply the weight by 1e+05"),
+    ("shapes:1e30", "have 0% of their size: multiply the weight by 1e-30"),
+])
+def test_check_names_a_scale_that_training_cannot_use(spec, finding, capsys):
+    assert main(["--check", spec, "--device", "cpu"]) == 1
+    [bad] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BAD")]
+    assert bad.startswith("BAD  scale") and finding in bad
+
+
+@pytest.mark.parametrize("spread, good", [
+    (1e-4, False), (8e-4, False), (1.2e-3, True), (1.0, True), (1e15, True), (1e25, False),
+])
+def test_the_scale_that_training_can_use(spread, good):
+    """At 1e-4, the std + 1e-4 is twice the std: half of an advantage is left."""
+    whole = torch.tensor([0.0, 1.0, 1.0, 2.0]) * 1.5 ** 0.5              # std 1, as of the other
+    missing = torch.tensor([0.0, 1.0, 2.0, math.nan])
+    for group in (whole, missing):
+        [(what, fine, text)] = scale(torch.cat([torch.zeros(4), spread * group]), 4)
+        assert (what, fine) == ("scale", good), text
+        assert ("multiply the weight" in text) == (not good)
+        if spread == 1e-4:
+            assert "50% of their size" in text and text.endswith("by 1e+04")
+
+
+def test_an_infinite_sum_of_rewards_is_too_large():
+    [(_, fine, text)] = scale(torch.tensor([0.0, 1.0, math.inf, 2.0]), 4)
+    assert not fine and "multiply the weight by 1e-38" in text
+
+
+def test_without_any_spread_there_is_no_scale():
+    assert list(scale(torch.tensor([1.0, 1.0, 2.0, 2.0, math.nan, 3.0]), 2)) == []
 
 
 @pytest.mark.parametrize("name, finding", [

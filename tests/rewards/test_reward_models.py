@@ -2,7 +2,6 @@
 
 Their formulas, and their code on small random models.  Nothing is downloaded."""
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import read_metrics
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -20,7 +20,6 @@ import rewards.clip
 import rewards.vlm
 import toy
 import train_c2i
-from harness.scoring import feature_function
 from reward import RewardSet, build_rewards
 from rewards.clip import Tower, binned, clip_tower, hpsv2_tower, open_clip_tower, preprocess
 from rewards.quality import aesthetic_head, random_crops
@@ -180,15 +179,11 @@ def test_a_tower_forgets_the_batch_after_an_error_too(random_towers):
 
 def test_features_of_clip_are_those_of_its_larger_model(random_towers):
     tower, images = open_clip_tower("ViT-L-14-quickgelu", CPU), torch.rand(3, 3, 40, 40)
-    features = feature_function("clip", CPU)(images)
+    [(clip, _)] = build_rewards("clip", CPU).rewards.values()
+    features = clip.features(images)
     assert features.shape == (3, 768) and tower.last == {}               # nothing is kept of them
     torch.testing.assert_close(features, tower.image_features(images))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
-
-
-def test_a_reward_without_features_says_which_have_them():
-    with pytest.raises(ValueError, match="^reward 'jpeg' has no features; imagenet and clip have$"):
-        feature_function("jpeg", CPU)
 
 
 def test_bins_at_their_edges():
@@ -371,7 +366,7 @@ def test_training_on_paper_lite(random_towers, tmp_path):
     train_c2i.main(["--preset", "toy", "--steps", "2", "--prompts-per-step", "2",
                     "--group-size", "4", "--eval-images", "8", "--reward", "paper_lite",
                     "--out", str(out)])
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(out)
     assert len(metrics) == 2
     assert {"reward/clip", "reward/hpsv2_bin", "reward/clip_iqa"} <= set(metrics[0])
     assert metrics[0]["grad_norm"] > 0 and metrics[0]["missing"] == 0

@@ -6,16 +6,40 @@ from collections import namedtuple
 import torch
 
 import argrpo
-import reward
 from diversity import group_diversity
+
+
+def nothing(images, texts):
+    return {}
+
+
+# What a run reports of its pictures and never trains on: measure(images, texts) -> {name: (B,)},
+# spread(images, texts) -> {name: number}, how varied they are, and what that says of the pretrained
+# model.  The last two are None where they are not known.
+Watched = namedtuple("Watched", "measure spread base_spread", defaults=(nothing, None, None))
 
 # Pictures of one prompt, for a gallery: images (n, 3, H, W) in [0, 1], rewards and scores {name:
 # numbers} of each, tokens (n, N), and the prompt's number.
 Shown = namedtuple("Shown", "text images rewards scores tokens prompt")
 
 
+def draw_like_rollout(model, vq, prompts, index, settings, samples, *stream, cfg_scale=None):
+    """Pictures of the prompts at index (P,), `samples` of each, by the policy that is trained.
+
+    stream names the random numbers.  cfg_scale replaces the rollout's guidance.  Returns the texts
+    (B strings), and tokens, log-probabilities and images as `argrpo.draw_images`."""
+    device = next(model.parameters()).device
+    if cfg_scale is None:
+        cfg_scale = settings.cfg_scale
+    texts = [prompts.texts[k] for k in index.repeat_interleave(samples).tolist()]
+    return texts, *argrpo.draw_images(
+        model, vq, prompts, index, argrpo.rng_for(device, settings.seed, *stream),
+        samples_per_prompt=samples, micro_batch=settings.micro_batch, cfg_scale=cfg_scale,
+        temperature=settings.temperature)
+
+
 @torch.no_grad()
-def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=None, stop=None):
+def evaluate(model, vq, prompts, reward_fn, settings, measure=nothing, cfg_scale=None, stop=None):
     """Scores about settings.eval_images images, equally many of each prompt and at least four.
 
     The seeds and random streams are such that training never uses.  As many images are drawn at a
@@ -25,9 +49,6 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
     what measure(images, texts) -> {name: (B,)} says}.  Each is the mean over all images but those
     with NaN, where it does not apply, and None where it applies to none.  gallery is a list of
     Shown, six images at most of each prompt, for the pictures."""
-    device = next(model.parameters()).device
-    if cfg_scale is None:
-        cfg_scale = settings.cfg_scale
     count = min(len(prompts.texts), settings.eval_images // 4)                       # of prompts
     samples = settings.eval_images // count                                          # of each
     batch = (settings.rollout_prompts or settings.prompts_per_step) * settings.group_size
@@ -36,16 +57,13 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
     for some in index.split(max(1, batch // samples)):                               # (P,)
         if stop is not None:
             stop.check()
-        rng = argrpo.rng_for(device, settings.seed, "evaluation", len(gallery))
-        tokens, logp, images = argrpo.draw_images(
-            model, vq, prompts, some, rng, samples_per_prompt=samples,
-            micro_batch=settings.micro_batch, cfg_scale=cfg_scale, temperature=settings.temperature)
-        texts = texts_of(prompts, some, samples)
+        texts, tokens, logp, images = draw_like_rollout(
+            model, vq, prompts, some, settings, samples, "evaluation", len(gallery),
+            cfg_scale=cfg_scale)
         rewards, parts = reward_fn(images, texts)
         scores = {"reward": rewards}
         scores |= {f"reward/{name}": part for name, part in parts.items()}
-        if measure is not None:
-            scores |= measure(images, texts)
+        scores |= measure(images, texts)
         scores["entropy"] = -logp.mean(dim=1)    # -log pi(x) of x ~ pi: its mean is the entropy
         scores["diversity"] = group_diversity(images, samples).repeat_interleave(samples)
         for name, score in scores.items():
@@ -58,66 +76,47 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=None, cfg_scale=No
     return {name: known_mean(torch.cat(column)) for name, column in columns.items()}, gallery
 
 
-def with_watched(measure, spec, device):
-    """A measure(images, texts) that also gives "watch/<name>" of each reward of the text spec.
-
-    Like all that `run` measures, they are reported and never trained on."""
-    if not spec:
-        return measure
-    watched = reward.build_rewards(spec, device)
-
-    def both(images, texts):
-        _, parts = watched(images, texts)
-        scores = {} if measure is None else measure(images, texts)
-        return scores | {f"watch/{name}": part for name, part in parts.items()}
-    return both
-
-
-def texts_of(prompts, index, samples):
-    """The texts of the prompts at index, `samples` times each."""
-    return [prompts.texts[k] for k in index.repeat_interleave(samples).tolist()]
-
-
 def known_mean(scores):
     """The mean of what is not NaN, or None if nothing is."""
     mean = scores.nanmean().item()
     return None if math.isnan(mean) else mean
 
 
-def evaluate_all(model, vq, prompts, reward_fn, settings, measure=None, stop=None):
-    """`evaluate` with the rollout's guidance, and in scores["guidance"] what other scales give."""
-    scores, gallery = evaluate(model, vq, prompts, reward_fn, settings, measure, stop=stop)
-    others = {}
+def evaluate_all(model, vq, prompts, reward_fn, settings, watched, stop=None):
+    """`evaluate` with the rollout's guidance, and in scores["guidance"] what other scales give.
+
+    Returns (scores, gallery, spread).  Where watched.spread can tell, spread is how varied the
+    model's pictures are, else None; and the scores have D, if the base's spread is known."""
+    given, spread = (model, vq, prompts, reward_fn, settings, watched.measure), None
+    scores, gallery = evaluate(*given, stop=stop)
     for scale in settings.other_cfg_scales():
-        others[f"{scale:g}"], _ = evaluate(model, vq, prompts, reward_fn, settings, measure, scale,
-                                           stop)
-    if others:
-        scores["guidance"] = others
-    return scores, gallery
+        other, _ = evaluate(*given, scale, stop)
+        scores.setdefault("guidance", {})[f"{scale:g}"] = other
+    if watched.spread is not None:
+        spread = evaluate_spread(model, vq, prompts, settings, watched.spread)
+        if watched.base_spread:
+            scores |= diversity_kept(watched.base_spread, spread)
+    return scores, gallery, spread
 
 
-def spread_prompts(prompts, settings):
-    """Which prompts `evaluate_spread` draws, at most 27, evenly chosen: their index."""
-    count = min(27, len(prompts.texts), settings.eval_images // 4)
-    return torch.linspace(0, len(prompts.texts) - 1, count).long()
+def spread_index(count, settings):
+    """Which of so many prompts `evaluate_spread` draws, at most 27, evenly chosen."""
+    return torch.linspace(0, count - 1, min(27, count, settings.eval_images // 4)).long()
 
 
 @torch.no_grad()
 def evaluate_spread(model, vq, prompts, settings, spread):
-    """What spread(images, texts) says of fixed-seed images of the `spread_prompts`.
+    """What spread(images, texts) says of fixed-seed images of the prompts of `spread_index`.
 
     There are 32 of each for the default eval_images, and accordingly more or less."""
-    device, batches = next(model.parameters()).device, []
     samples = max(8, 32 * settings.eval_images // 540)
-    index = spread_prompts(prompts, settings)
-    for k, some in enumerate(index.split(4)):
-        rng = argrpo.rng_for(device, settings.seed, "spread", k)
-        _, _, images = argrpo.draw_images(
-            model, vq, prompts, some, rng, samples_per_prompt=samples,
-            micro_batch=settings.micro_batch, cfg_scale=settings.cfg_scale,
-            temperature=settings.temperature)
-        batches.append(images)
-    return spread(torch.cat(batches), texts_of(prompts, index, samples))
+    texts, images = [], []
+    for k, some in enumerate(spread_index(len(prompts.texts), settings).split(4)):
+        of_some, _, _, drawn = draw_like_rollout(model, vq, prompts, some, settings, samples,
+                                                 "spread", k)
+        texts += of_some
+        images.append(drawn)
+    return spread(torch.cat(images), texts)
 
 
 def diversity_kept(before, after):

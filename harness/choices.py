@@ -1,16 +1,18 @@
-"""From names to what they stand for: models, classes, the encoder of captions."""
+"""From names to what they stand for: models, classes, captions, features, what to watch."""
 
 import difflib
 import re
 from pathlib import Path
 
+import torch
+
 import argrpo
 import pretrained
+import reward
 import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
-from harness.evaluation import spread_prompts
-from harness.scoring import feature_function
+from harness.before_after import Watched, spread_index
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -26,6 +28,18 @@ def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
                          f"{', '.join(pretrained.MODELS)}")
     check_models(model, vq)
     return model, vq
+
+
+def checkpoint(spec, seed):
+    """What the table calls a checkpoint, what to load, "" for the preset's own, and its seed.
+
+    It is called "base", by a run's folder, or by what is behind the last /."""
+    place, at, own = spec.partition("@")
+    if at and not own.isdigit():
+        raise ValueError(f"--gpt-ckpt {spec}: behind the @ must be a seed such as 1, not {own!r}")
+    path = Path(place.split(":")[0])
+    name = path.parent.name if path.name == "model.pt" else path.name.removesuffix(".pt")
+    return name + at + own, "" if place == "base" else place, int(own) if at else seed
 
 
 def check_models(model, vq):
@@ -60,15 +74,36 @@ def caption_encoder(preset, t5, device):
     return T5Captions(t5, device)
 
 
-def shipped_spread(settings, task, prompts):
-    """The spread of the shipped toy's right pictures of the prompts, as `toy.shipped_spread`.
+def choose_watched(settings, task, texts, device):
+    """What a run of the task reports about pictures of the texts: see `Watched`.
+
+    That is, of the toy, its verifier and its spread, and "watch/<name>" of each reward that the
+    setting `watch` names."""
+    verify = spread = watched = None
+    if settings.preset == "toy":
+        verify = toy.verify_all if task == "c2i" else toy.verify_by_kind
+        spread = toy.spread
+    if settings.watch:
+        watched = reward.build_rewards(settings.watch, device)
+
+    def measure(images, rows):
+        scores = {} if verify is None else verify(images, rows)
+        if watched is not None:
+            _, parts = watched(images, rows)
+            scores |= {f"watch/{name}": part for name, part in parts.items()}
+        return scores
+    return Watched(measure, spread, shipped_spread(settings, task, texts))
+
+
+def shipped_spread(settings, task, texts):
+    """The spread of the shipped toy's right pictures of the texts, as `toy.shipped_spread`.
 
     None if the run starts from other weights, or draws with guidance or another temperature."""
     other = settings.gpt_ckpt or settings.vq_ckpt or settings.from_scratch
     if settings.preset != "toy" or other or (settings.cfg_scale, settings.temperature) != (1, 1):
         return None
-    index = spread_prompts(prompts, settings)
-    return toy.shipped_spread(task, [prompts.texts[k] for k in index.tolist()])
+    index = spread_index(len(texts), settings)
+    return toy.shipped_spread(task, [texts[k] for k in index.tolist()])
 
 
 class Features:
@@ -90,13 +125,23 @@ def build_features(name, vq, device):
 
     Raises ImportError, naming the packages, if the classifier's are missing."""
     if name == "imagenet":
-        return Features(feature_function(name, device))
+        [(classifier, _)] = reward.build_rewards(name, device).rewards.values()
+        return Features(classifier.features)
     return Codes(vq) if name == "codes" else Pixels()
 
 
 def class_names(preset):
     """The names of the classes that a preset's model draws, by their numbers."""
     return toy.CLASSES if preset == "toy" else pretrained.imagenet_classes()
+
+
+def class_prompts(preset, classes, template="a photo of {}"):
+    """The Prompts of classes, as `choose_classes` reads them.  The toy's texts are its names."""
+    if preset == "toy":
+        template = "{}"
+    names = class_names(preset)
+    index = choose_classes(classes, names)
+    return argrpo.Prompts([template.format(names[k]) for k in index], torch.tensor(index))
 
 
 def choose_classes(text, names):

@@ -64,20 +64,25 @@ def names_apart(runs):
 # Pictures as text
 # ---------------------------------------------------------------------------------------------
 
-def data_uri(pixels):
-    """Pixels (H, W, 3), uint8, as the address of a picture inside the page."""
-    kind = "png" if min(pixels.shape[:2]) <= SMALL else "jpeg"
-    return encoded(pixels, kind)
+def file_uri(content, kind):
+    """A file's bytes as an address inside the page."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def encoded(pixels, kind):
+def is_small(pixels):
+    """Whether pictures (..., H, W, 3) are to be shown pixel by pixel."""
+    return min(pixels.shape[-3:-1]) <= SMALL
+
+
+def data_uri(pixels, sharp=None):
+    """Pixels (H, W, 3), uint8, as the address of a picture.  It loses nothing if it is to be sharp,
+    which small ones are unless that says otherwise."""
+    if sharp is None:
+        sharp = is_small(pixels)
+    kind = "png" if sharp else "jpeg"
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind, quality=88)
     return file_uri(file.getvalue(), kind)
-
-
-def file_uri(content, kind):
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def frames(folder):
@@ -89,26 +94,6 @@ def frames(folder):
 # ---------------------------------------------------------------------------------------------
 # The sections
 # ---------------------------------------------------------------------------------------------
-
-def sentence(run):
-    """What was run, in one sentence."""
-    s, done = run.settings, len(run.metrics)
-    way = "the paper's recipe" if s["recipe"] == "paper" else f"the recipe {s['recipe']}"
-    state = "finished"
-    if not run.summary:
-        state = "not finished: it is still going, or was stopped"
-    images = s["prompts_per_step"] * s["group_size"]
-    return (f"{run.config['script']}.py trained the preset {s['preset'] or '(none)'} with {way} to "
-            f"raise the reward {s['reward']}: {done} of {s['steps']} steps, each with {images} "
-            f"images, {s['group_size']} for each of {s['prompts_per_step']} prompts; {state}.")
-
-
-def given_settings(run):
-    """The settings that the command line changed: those that differ from the preset's."""
-    hidden = ("out", "preset", "resume", "log", "selftest")
-    return [(name, value) for name, value in run.config.get("given", {}).items()
-            if name not in hidden]
-
 
 def results(run):
     """[(name, before, after), ...]: of the evaluations, or else of the first and last steps."""
@@ -122,6 +107,17 @@ def results(run):
         values = [m[name] for m in run.metrics if m.get(name) is not None]
         if values:
             rows.append((name, sum(values[:few]) / few, sum(values[-few:]) / few))
+    return rows
+
+
+def all_results(runs):
+    """[(name, [before of the first run, after of each]), ...]."""
+    tables = [{name: (before, after) for name, before, after in results(run)} for run in runs]
+    names = dict.fromkeys(name for table in tables for name in table)
+    rows = []
+    for name in names:
+        before = next((t[name][0] for t in tables if name in t), None)
+        rows.append((name, [before] + [t.get(name, (None, None))[1] for t in tables]))
     return rows
 
 
@@ -170,19 +166,6 @@ def pairs(arrays):
     return shown
 
 
-def is_wide(arrays):
-    """Whether the pictures are too large to be shown pixel by pixel."""
-    return "before" in arrays and min(arrays["before"].shape[2:4]) > SMALL
-
-
-def only_before(arrays):
-    """Pictures of a run that has no others yet: [(text, address), ...]."""
-    if "before" not in arrays or "after" in arrays:
-        return []
-    return [(str(text), data_uri(images[0])) for text, images in
-            list(zip(arrays["texts"], arrays["before"]))[:ROWS]]
-
-
 def minds(arrays):
     """Where the policy changed its mind, for the page's script, or None."""
     if "mind_kl" not in arrays:
@@ -198,10 +181,9 @@ def minds(arrays):
             "chance": rounded(np.exp(a["top_logp"][:, q])), "patch": a["patch_of"][:, q].tolist()})
     sheet, columns = sprite(a["patches"])
     height, width = a["patches"].shape[1:3]
-    kind = "png" if width <= SMALL // 2 else "jpeg"
     patch = a["pictures"].shape[1] / a["tokens"].shape[1] ** 0.5     # pixels, without the margin
-    return {"pictures": pictures, "sprite": encoded(sheet, kind), "columns": columns,
-            "width": width, "height": height, "inner": patch / width}
+    return {"pictures": pictures, "sprite": data_uri(sheet, sharp=width <= SMALL // 2),
+            "columns": columns, "width": width, "height": height, "inner": patch / width}
 
 
 def rounded(values):
@@ -222,9 +204,9 @@ def sprite(patches):
 def differing(runs):
     """[(setting, value in each run), ...] for the settings that are not the same in all runs."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    rows = [(name, [run.settings.get(name) for run in runs]) for name in names
+    rows = [(name, [str(run.settings.get(name)) for run in runs]) for name in names
             if name not in ("out", "resume", "log")]
-    return [(name, values) for name, values in rows if any(v != values[0] for v in values)]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 def side_by_side(runs):
@@ -243,17 +225,6 @@ def side_by_side(runs):
             for i in range(min(2, run.arrays["after"].shape[1])):
                 pictures.append((run.name, data_uri(run.arrays["after"][own.index(text), i])))
         rows.append((text, pictures))
-    return rows
-
-
-def compared_results(runs):
-    """[(name, [before of the first run, after of each]), ...]."""
-    tables = [{name: (before, after) for name, before, after in results(run)} for run in runs]
-    names = dict.fromkeys(name for table in tables for name in table)
-    rows = []
-    for name in names:
-        before = next((t[name][0] for t in tables if name in t), None)
-        rows.append((name, [before] + [t.get(name, (None, None))[1] for t in tables]))
     return rows
 
 
@@ -277,19 +248,18 @@ def page(runs):
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters |= {"number": number, "short": lambda value: f"{value:.2f}"}
-    one = runs[0] if len(runs) == 1 else None
+    environment.filters |= {"number": number, "short": "{:.2f}".format, "uri": data_uri}
     content = dict(
-        runs=runs, one=one, sentences=[sentence(run) for run in runs],
-        panels=curves.panels([(run.name, run.metrics) for run in runs]),
+        runs=runs, results=all_results(runs), is_small=is_small, most=ROWS,
+        panels=[(title, file_uri(svg.encode(), "svg+xml"), sentence) for title, svg, sentence
+                in curves.panels([(run.name, run.metrics) for run in runs])],
         diagnoses=[doctor.diagnose(run.metrics, run.settings, run.summary) for run in runs])
-    if one:
-        content |= dict(given=given_settings(one), results=results(one), frames=frames(one.folder),
-                        pairs=pairs(one.arrays), before=only_before(one.arrays),
-                        minds=minds(one.arrays), wide=is_wide(one.arrays))
+    if len(runs) == 1:
+        one, = runs
+        content |= dict(one=one, frames=frames(one.folder), pairs=pairs(one.arrays),
+                        minds=minds(one.arrays))
     else:
-        content |= dict(differing=differing(runs), compared=compared_results(runs),
-                        pictures=side_by_side(runs))
+        content |= dict(differing=differing(runs), pictures=side_by_side(runs))
     return environment.get_template("report.html.j2").render(content)
 
 

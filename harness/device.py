@@ -1,4 +1,4 @@
-"""What makes rollouts and updates fast, and changes no more than rounding.
+"""What makes a run fast and fit into the memory, and changes no more than rounding.
 
 A rollout reads all weights of the model once for each token.  So its speed is that of reading them:
 in bfloat16 on a GPU, and in the order that oneDNN reads them in on a CPU.
@@ -7,11 +7,13 @@ Nothing here that is for a GPU has been measured on one.
 
 import copy
 import platform
+import time
 from math import hypot
 
 import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import argrpo
 
@@ -19,6 +21,10 @@ import argrpo
 # and it makes a new plan for every number of keys: decoding has one more at each step.
 DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+
+# ---------------------------------------------------------------------------------------------
+# Copies that draw the rollouts
+# ---------------------------------------------------------------------------------------------
 
 def on_gpu(model):
     return next(model.parameters()).is_cuda
@@ -49,10 +55,14 @@ def frozen_copy(model, dtype=None):
 
 
 @torch.no_grad()
-def refresh(frozen, model):
-    """Gives the copy the model's present weights."""
-    for ours, theirs in zip(frozen.parameters(), model.parameters(), strict=True):
-        ours.copy_(theirs)
+def refresh(copied, model):
+    """Gives the copy the model's present weights, as far as they do not share them."""
+    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
+        if ours is not theirs:
+            ours.copy_(theirs)
+    for module in copied.modules():
+        if isinstance(module, PackedLinear):
+            module.pack()
 
 
 class Sampler:
@@ -67,26 +77,15 @@ class Sampler:
         self.model = self.copy = None
 
     def __call__(self, model):
-        if model is not self.model:
-            self.model, self.copy = model, self.copy_of(model)
-        elif self.copy is not model:
-            self.bring_up_to_date()
+        if model is self.model:
+            refresh(self.copy, model)
+        elif self.compile or on_gpu(model):
+            self.model, self.copy = model, frozen_copy(model)
+            if self.compile:
+                self.copy.decode_step = torch.compile(self.copy.decode_step, dynamic=True)
+        else:
+            self.model, self.copy = model, packed(model)
         return self.copy
-
-    def copy_of(self, model):
-        if not (self.compile or on_gpu(model)):
-            return packed(model)
-        copied = frozen_copy(model)
-        if self.compile:
-            copied.decode_step = torch.compile(copied.decode_step, dynamic=True)
-        return copied
-
-    def bring_up_to_date(self):
-        layers = [module for module in self.copy.modules() if isinstance(module, PackedLinear)]
-        for layer in layers:                     # a packed twin shares all other weights
-            layer.pack()
-        if not layers:
-            refresh(self.copy, self.model)
 
 
 def allowed_mismatch(device, cfg_scale):
@@ -96,6 +95,10 @@ def allowed_mismatch(device, cfg_scale):
     sqrt(s^2 + (s - 1)^2) times that of one.  docs/speed.md has what was measured."""
     return (0.05 if device.type == "cuda" else 1e-3) * hypot(cfg_scale, cfg_scale - 1)
 
+
+# ---------------------------------------------------------------------------------------------
+# The order in which a CPU reads weights
+# ---------------------------------------------------------------------------------------------
 
 LARGE = 2 ** 18              # weights of a layer; fewer fit into a processor's cache in any order
 ROWS = 32                    # for how many rows oneDNN packs: those of a typical decoding step
@@ -144,7 +147,28 @@ def packed(model):
     return twin
 
 
-def make_optimizer(model, settings):
+# ---------------------------------------------------------------------------------------------
+# The update: layers that are computed again, the optimizer
+# ---------------------------------------------------------------------------------------------
+
+class CheckpointedBlock(argrpo.Block):
+    """A layer that keeps nothing but its input for the backward pass, which computes it again."""
+
+    def forward(self, *args):
+        if not torch.is_grad_enabled():          # there is no backward pass, as in a rollout
+            return super().forward(*args)
+        return checkpoint(super().forward, *args, use_reentrant=False)
+
+
+def checkpoint_layers(model):
+    """Saves memory in the backward pass of the model, for about a third more time.
+
+    A layer gets another class, not another method: so a copy of the model calls its own layers."""
+    for layer in model.layers:
+        layer.__class__ = CheckpointedBlock
+
+
+def optimizer_of_device(model, settings):
     """The loop's AdamW, on a GPU with its fused kernel: one pass over the weights.
 
     A checkpoint holds which kernel wrote it.  Here the device decides, whatever a checkpoint says:
@@ -159,3 +183,60 @@ def make_optimizer(model, settings):
         group["fused"] = fused
     optimizer.register_load_state_dict_pre_hook(keep_kernel)
     return optimizer
+
+
+# ---------------------------------------------------------------------------------------------
+# How long it takes
+# ---------------------------------------------------------------------------------------------
+
+def clock(device):
+    """Seconds, after the GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """Seconds of every step.
+
+    Pass stopwatch.timed(reward_fn) to `argrpo.train`, and wrap the making of each step:
+
+        stopwatch.start()
+        step = next(steps)
+        step.metrics | stopwatch.seconds()
+
+    The rollout lasts until the reward is asked, and includes making the images.  The update begins
+    with the model's first pass that has a gradient.  Between reward and update stands the
+    reference."""
+
+    def __init__(self, model):
+        self.device = next(model.parameters()).device
+        self.times = {}                          # when each part of the step began
+        model.layers[0].register_forward_pre_hook(self.note_pass)
+
+    def begin(self, part):
+        self.times[part] = clock(self.device)
+
+    def note_pass(self, layer, given):
+        if torch.is_grad_enabled() and "update" not in self.times:
+            self.begin("update")
+
+    def timed(self, reward_fn):
+        """The reward function, which also tells the stopwatch when it is asked and answers."""
+        def ask(images, texts):
+            self.begin("reward")
+            answer = reward_fn(images, texts)
+            self.begin("reference")
+            return answer
+        return ask
+
+    def start(self):
+        self.times = {}
+        self.begin("rollout")
+
+    def seconds(self):
+        """{"seconds": of the step that now ends, "seconds_rollout": ..., and of its other parts}"""
+        self.begin("end")
+        order, t = ("rollout", "reward", "reference", "update", "end"), self.times
+        parts = {f"seconds_{a}": t[b] - t[a] for a, b in zip(order, order[1:])}
+        return {"seconds": t["end"] - t["rollout"]} | parts
