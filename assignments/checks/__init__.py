@@ -63,6 +63,9 @@ class Draw:
         self.seen.append(torch.randn(*shape, generator=self.torch))
         return self.seen[-1].clone()
 
+    def uniform(self, *shape):
+        return torch.rand(*shape, generator=self.torch, dtype=torch.float64)
+
     def generator(self):
         return torch.Generator().manual_seed(self.random.getrandbits(60))
 
@@ -142,3 +145,16 @@ def transformer(m, d, **changes):
             parameter.data = 0.5 * d.normal(*parameter.shape)
     d.seen.clear()
     return model
+
+
+CAPTIONS = dict(model_type="t2i", cls_token_num=3, caption_dim=5)      # a config of captions
+
+
+def conditions(d, model, P):
+    """The condition and mask of P prompts."""
+    c = model.config
+    if c.model_type == "c2i":
+        return d.codes(c.num_classes, P), None
+    words = 1 + d.codes(c.cls_token_num, P)
+    mask = torch.arange(c.cls_token_num) >= c.cls_token_num - words[:, None]
+    return d.normal(P, c.cls_token_num, c.caption_dim), mask

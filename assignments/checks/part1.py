@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from checks import check, transformer, with_gradients
+from checks import CAPTIONS, check, conditions, transformer, with_gradients
 
 
 def table(m, d, **changes):
@@ -77,7 +77,7 @@ def _(m, d):
 
 
 def attention(m, d):
-    """A random Attention, x (B, positions, C) and a table of real rotations."""
+    """A random Attention, x (R, L, C) and a table of real rotations."""
     H, positions, B = d.size(1, 3), d.size(2, 6), d.size(1, 3)
     layer = m.Attention(SimpleNamespace(dim=8 * H, n_head=H))
     for parameter in layer.parameters():
@@ -233,51 +233,39 @@ def frequencies(drawn, V):
 
 @check("1.7", "one code for each row: (B,) int64")
 def _(m, d):
-    drawn = m.sample_inverse_cdf(choices(d).log_softmax(-1), d.generator())
+    logp = choices(d).log_softmax(-1)
+    drawn = m.sample_inverse_cdf(logp, d.uniform(len(logp)))
     return list(drawn.shape), str(drawn.dtype)
 
 
 @check("1.7", "each code comes up with its probability", tolerance=0.02)
 def _(m, d):
     logp = d.normal(d.size(2, 9)).log_softmax(-1)
-    return frequencies(m.sample_inverse_cdf(logp.expand(DRAWS, -1), d.generator()), len(logp))
+    return frequencies(m.sample_inverse_cdf(logp.expand(DRAWS, -1), d.uniform(DRAWS)), len(logp))
 
 
 @check("1.7", "the rows have distributions of their own, and are drawn independently",
        tolerance=0.02)
 def _(m, d):
     logp = d.normal(2, 3).log_softmax(-1)
-    drawn = m.sample_inverse_cdf(logp.repeat(DRAWS, 1), d.generator())
+    drawn = m.sample_inverse_cdf(logp.repeat(DRAWS, 1), d.uniform(2 * DRAWS))
     return frequencies(drawn.view(-1, 2), 3)
 
 
-@check("1.7", "codes of probability 0, -inf, are never drawn")
+@check("1.7", "codes of probability 0, -inf, are never drawn: not by 0, nor by the number below 1")
 def _(m, d):
-    logits = d.normal(d.size(3, 9))
-    logits[[0, -1]] = -torch.inf
-    drawn = m.sample_inverse_cdf(logits.log_softmax(-1).expand(DRAWS, -1), d.generator())
-    return (drawn == 0).any(), (drawn == len(logits) - 1).any()
+    logits = d.normal(50, d.size(3, 9))
+    ends = torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64)
+    logits[:, [0, -1]] = -torch.inf
+    drawn = m.sample_inverse_cdf(logits.log_softmax(-1).repeat(2, 1), ends.repeat_interleave(50))
+    return (drawn == 0).any(), (drawn == logits.shape[1] - 1).any()
 
 
-@check("1.7", "the generator decides: the same seed draws the same, another seed another")
+@check("1.7", "the numbers decide: the same ones draw the same codes, others draw others")
 def _(m, d):
-    logp, seed = d.normal(60, d.size(4, 9)).log_softmax(-1), d.random.getrandbits(60)
-    drawn = [m.sample_inverse_cdf(logp, torch.Generator().manual_seed(s))
-             for s in (seed, seed, seed + 1)]
+    logp, uniform = d.normal(60, d.size(4, 9)).log_softmax(-1), d.uniform(60)
+    drawn = [m.sample_inverse_cdf(logp, u) for u in (uniform, uniform, 1 - uniform)]
     return torch.equal(drawn[0], drawn[1]), torch.equal(drawn[0], drawn[2])
-
-
-def conditions(d, model):
-    """The condition and mask of P prompts."""
-    c, P = model.config, d.size(1, 3)
-    if c.model_type == "c2i":
-        return d.codes(c.num_classes, P), None
-    words = 1 + d.codes(c.cls_token_num, P)
-    mask = torch.arange(c.cls_token_num) >= c.cls_token_num - words[:, None]
-    return d.normal(P, c.cls_token_num, c.caption_dim), mask
-
-
-CAPTIONS = dict(model_type="t2i", cls_token_num=3, caption_dim=5)
 
 
 @check("1.8", "greedy takes the likeliest code at every step, and its log-probability")
@@ -289,7 +277,7 @@ def _(m, d):
 @check("1.8", "guidance, temperature, top-k and top-p, in this order; captions with masks")
 def _(m, d):
     model = transformer(m, d, **CAPTIONS)
-    cond, mask = conditions(d, model)
+    cond, mask = conditions(d, model, d.size(1, 3))
     how = dict(cfg_scale=d.number(1.5, 3), temperature=d.number(0.4, 0.7))
     return m.generate(model, cond, mask, greedy=True, top_k=4, top_p=d.number(0.5, 0.9), **how)
 
@@ -316,6 +304,15 @@ def _(m, d):
     model, P = transformer(m, d), d.size(1, 3)
     prefix = d.codes(5, 2 * P, 2)
     return m.generate(model, d.codes(3, P), samples_per_prompt=2, prefix=prefix, greedy=True)
+
+
+@check("1.8", "uniform, a number for each token that is drawn, takes the generator's place")
+def _(m, d):
+    model, P = transformer(m, d, vocab_size=50), d.size(2, 3)
+    prefix, uniform = d.codes(5, 2 * P, 2), d.uniform(2 * P, 2)
+    drawn = [m.generate(model, torch.arange(P), samples_per_prompt=2, prefix=prefix, uniform=u)[0]
+             for u in (uniform, uniform, 1 - uniform)]
+    return torch.equal(drawn[0], drawn[1]), torch.equal(drawn[0], drawn[2])
 
 
 @check("1.8", "the generator decides what is drawn, and nothing has a gradient")

@@ -1,26 +1,22 @@
 """Part 2, the maths: log-probabilities and entropy, advantages, k3, the clipped loss."""
 
 from math import inf, nan
-from types import SimpleNamespace
 
 import torch
 
-from checks import check, raises, with_gradients
+from checks import CAPTIONS, check, conditions, raises, transformer, with_gradients
 
 # --- 2.1: log-probabilities and entropy -------------------------------------------------------
 
 
-def scored(m, d, cfg_scale=1.0, temperature=1.0, entropy_grad=True):
-    """chunk_logp of drawn hidden states and tokens, with its gradients by the hidden states."""
-    B, n, C, V = d.size(1, 3), d.size(1, 4), d.size(2, 5), d.size(3, 8)
-    weight = 0.4 * d.normal(V, C)
-    model = SimpleNamespace(output=lambda hidden: hidden @ weight.T)
-    hidden, tokens = d.normal(B if cfg_scale == 1 else 2 * B, n, C), d.codes(V, B, n)
-    return with_gradients(lambda h: m.chunk_logp(model, h, tokens, cfg_scale, temperature,
-                                                 entropy_grad), hidden)
+def scored(m, d, cfg_scale=1.0, temperature=1.0, **changes):
+    """token_logp of drawn images, each with a condition of its own: logp and entropy."""
+    model, B = transformer(m, d, **changes), d.size(1, 3)
+    tokens, (cond, mask) = d.codes(5, B, 4), conditions(d, model, B)
+    return m.token_logp(model, tokens, cond, mask, cfg_scale=cfg_scale, temperature=temperature)
 
 
-@check("2.1", "log-probability and entropy of each choice, in nats, with gradients")
+@check("2.1", "log-probability of each given code, and entropy of each choice, in nats: (B, N)")
 def _(m, d):
     return scored(m, d)
 
@@ -35,17 +31,33 @@ def _(m, d):
     return scored(m, d, cfg_scale=2.0, temperature=d.number(0.3, 0.8))
 
 
-@check("2.1", "without entropy_grad the entropy has no gradient, and logp keeps its own")
+@check("2.1", "captions keep their masks, in both branches")
 def _(m, d):
-    return scored(m, d, entropy_grad=False)
+    return scored(m, d, cfg_scale=d.number(1.5, 3), **CAPTIONS)
 
 
-@check("2.1", "very small and very large logits give no NaN")
+@check("2.1", "logp and entropy have gradients, which reach both branches")
 def _(m, d):
-    hidden = 300 * d.normal(1, d.size(1, 3), 4)
-    model = SimpleNamespace(output=lambda hidden: hidden)
-    logp, entropy = m.chunk_logp(model, hidden, d.codes(4, *hidden.shape[:2]), 1.0, 1.0, True)
+    model, B = transformer(m, d), d.size(1, 3)
+    weights = model.cls_embedding.embedding_table.weight, model.output.weight
+    how = dict(cfg_scale=d.number(1.5, 3))
+    return [torch.autograd.grad(x.square().mean(), weights, retain_graph=True)
+            for x in m.token_logp(model, d.codes(5, B, 4), d.codes(3, B), **how)]
+
+
+@check("2.1", "very large logits give no NaN")
+def _(m, d):
+    model, B = transformer(m, d), d.size(1, 3)
+    model.output.weight.data *= 1000
+    logp, entropy = m.token_logp(model, d.codes(5, B, 4), d.codes(3, B))
     return logp, entropy.isfinite().all()
+
+
+@check("2.1", "a temperature of 0 and a scale of NaN are refused with a ValueError")
+def _(m, d):
+    model, tokens, cond = transformer(m, d), d.codes(5, 1, 4), d.codes(3, 1)
+    return [raises(m.token_logp, model, tokens, cond, **how)
+            for how in (dict(temperature=0.0), dict(cfg_scale=nan))]
 
 
 # --- 2.2 and 2.3: statistics and advantages ---------------------------------------------------

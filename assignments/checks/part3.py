@@ -1,6 +1,6 @@
-"""Part 3, the loop: sections of `train`, on a tiny model whose images are drawn beforehand.
+"""Part 3, the loop: policy_logp, and sections of `train` on a tiny model.
 
-The images of a step, with the sampler's log-probabilities, come from here, not from `generate`: so
+The sections' images, with the sampler's log-probabilities, come from here, not from `generate`: so
 that the loop is examined alone."""
 
 from contextlib import ExitStack
@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from checks import check, raises, transformer
+from checks import CAPTIONS, check, conditions, raises, transformer
 
 
 def world(m, d, steps=1, seams=None, broken=False, **settings):
@@ -48,50 +48,74 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-# --- 3.1: advantages --------------------------------------------------------------------------
+# --- 3.1: log-probabilities as the settings want them -----------------------------------------
 
 
-@check("3.1", "every image is compared with its own group of config.group_size")
+def scored(m, d, captions=False, **settings):
+    """policy_logp of drawn images of drawn prompts, its model, and how many rows each pass had."""
+    model, passes = transformer(m, d, **(CAPTIONS if captions else {})), []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    prompts, B = m.Prompts(["a", "b", "c"], *conditions(d, model, 3)), d.size(3, 6)
+    made = m.policy_logp(model, prompts, d.codes(3, B), d.codes(5, B, 4),
+                         m.GRPOConfig(**dict(micro_batch=2, cfg_scale=1.5) | settings))
+    return made, model, passes
+
+
+@check("3.1", "log-probability and entropy of all images, each with its own prompt: (B, N)")
+def _(m, d):
+    return list(scored(m, d)[0])
+
+
+@check("3.1", "captions come with their masks")
+def _(m, d):
+    return list(scored(m, d, captions=True)[0])
+
+
+@check("3.1", "guidance is as at rollout, or none if logprob_cfg says so")
+def _(m, d):
+    return [list(scored(m, d, cfg_scale=3.0, logprob_cfg=how)[0]) for how in ("guided", "none")]
+
+
+@check("3.1", "the temperature is config.temperature")
+def _(m, d):
+    return list(scored(m, d, temperature=d.number(0.4, 0.8))[0])
+
+
+@check("3.1", "no more than config.micro_batch images pass at a time; None is all of them")
+def _(m, d):
+    few, everything = (scored(m, d, micro_batch=b, logprob_cfg="none") for b in (2, None))
+    return [list(made) for made, _, _ in (few, everything)], max(few[2]) <= 2
+
+
+@check("3.1", "the gradient reaches the weights, unless the caller forbids it")
+def _(m, d):
+    (logp, entropy), model, _ = scored(m, d)
+    (logp + 0.5 * entropy).square().mean().backward()
+    with torch.no_grad():
+        (frozen, _), _, _ = scored(m, d)
+    return model.output.weight.grad, frozen.requires_grad
+
+
+# --- 3.2: advantages --------------------------------------------------------------------------
+
+
+@check("3.2", "every image is compared with its own group of config.group_size")
 def _(m, d):
     return world(m, d)[1][0].advantages
 
 
-@check("3.1", "config.scale_advantages decides whether they are divided by the spread")
+@check("3.2", "config.scale_advantages decides whether they are divided by the spread")
 def _(m, d):
     return world(m, d, scale_advantages=False)[1][0].advantages
 
 
-@check("3.1", "advantage_fn replaces them: it gets rewards, images, tokens, index and step")
+@check("3.2", "advantage_fn replaces them: it gets rewards, images, tokens, index and step")
 def _(m, d):
     def advantage_fn(rewards, images, tokens, index, step):
         first = tokens[:, 0] / 10 + images.sum((1, 2, 3))
         return rewards + first + index.sum() / 10 + step
     made = world(m, d, steps=2, seams=dict(advantage_fn=advantage_fn))[1]
     return [step.advantages for step in made]
-
-
-# --- 3.2: the reference -----------------------------------------------------------------------
-
-
-@check("3.2", "ref_logp are the log-probabilities of the reference, not of the policy: (B, N)")
-def _(m, d):
-    return world(m, d)[1][0].ref_logp
-
-
-@check("3.2", "every image is scored with its own prompt, in micro-batches as in one")
-def _(m, d):
-    return [world(m, d, micro_batch=b)[1][0].ref_logp for b in (1, 3, None)]
-
-
-@check("3.2", "guidance and temperature are those of the policy's log-probabilities")
-def _(m, d):
-    return [world(m, d, logprob_cfg="none")[1][0].ref_logp,
-            world(m, d, cfg_scale=3.0, temperature=0.7)[1][0].ref_logp]
-
-
-@check("3.2", "they are constants: they keep no graph")
-def _(m, d):
-    return world(m, d)[1][0].ref_logp.requires_grad
 
 
 # --- 3.3: the update --------------------------------------------------------------------------

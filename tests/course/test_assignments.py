@@ -415,7 +415,7 @@ def test_the_handouts_own_tests_fail_blank_and_pass_solved(handout):
     assert "passed" in output and "failed" not in output, output
     hint = subprocess.run([sys.executable, "hints.py", "2.1", "2"], cwd=handout, text=True,
                           capture_output=True)
-    assert "chunk_logp, hint 2 of 2" in hint.stdout
+    assert "token_logp, hint 2 of 2" in hint.stdout
     (handout / "argrpo.py").write_text(make.blanked())
 
 
