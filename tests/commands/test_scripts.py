@@ -141,6 +141,7 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     (tmp_path / "mine.py").write_text(INTERRUPTED)
     given = QUICK + ["--steps", "5", "--reward", f"{tmp_path}/mine.py:light"]
     train_c2i.main(given + ["--out", str(whole)])
+    (tmp_path / "mine.py").write_text(INTERRUPTED)       # so that it is read, and counts, anew
     monkeypatch.setenv("INTERRUPT_CALL", "6")    # three calls were the evaluation's
     with pytest.raises(SystemExit) as stop:
         train_c2i.main(given + ["--out", str(stopped)])

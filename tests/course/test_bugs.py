@@ -1,4 +1,4 @@
-"""The catalogue of bugs fits the code: each can be put in, and would be tried on tests that exist."""
+"""The catalogue of bugs fits the code: each can be put in, and is tried on tests that exist."""
 
 import ast
 
