@@ -17,46 +17,28 @@ pretrained LlamaGen and makes it better at whatever a reward function measures. 
        where pi_old is pi_theta before this step's first update, a constant without gradient, and
        KL, estimated by `kl_k3`, keeps pi_theta close to pi_ref.  Take one AdamW step.  Repeat.
 
-With one update per rollout, which is the default, pi_theta and pi_old are equal: rho is exactly 1,
-the clip does nothing, and the gradient of the first term is that of -A_i log pi_theta.  rho and the
-clip matter where the same images are used for several updates (`update_epochs` > 1).
+With one update per rollout, the default, pi_theta and pi_old are equal: rho is exactly 1, the clip
+does nothing, and the gradient of the first term is that of -A_i log pi_theta.  rho and the clip
+matter where the same images are used for several updates (`update_epochs` > 1).
 
-Notation, here and at the end of the lines: P prompts, G samples of each, B = P * G images, b images
-in a micro-batch, N tokens per image, V codes that a token can be, T condition positions in front of
-the image, C channels, H heads.  "positions" is T + N - 1: the condition, and all tokens but the
-last.  rho is `ratio`, eps_c is `clip_eps`, beta is `kl_beta`.  Classifier-free guidance mixes
-predictions with and without the prompt (the null branch); it needs 2 B rows for B images.
-
-Where this file departs from the paper's official code, and why:
-
- 1. The policy that is trained is the policy that is sampled.  The official code samples images
-    with guidance but takes the log-probabilities without it, so it reinforces choices of another
-    distribution.  Here both are guided, by `guide`, so the gradient reaches the null branch, too.
-    `GRPOConfig(logprob_cfg="none")` gives the official behaviour.
- 2. A group whose rewards are all equal gets advantages of exactly zero, not amplified rounding.
-    An image that a reward fails to judge is left out of its group; officially its reward is 0.
- 3. Weights are float32, with bfloat16 autocast on a GPU.  The official t2i policy is held in
-    bfloat16, where a learning rate of 1e-5 is below the rounding step of most weights.
- 4. Captions are padded on the left, as LlamaGen was trained: the last condition position, which
-    predicts the first token, is then a word.  The official code pads on the right.
- 5. Sampling through a cache has its own path (`prefill`, `decode_step`), not a flag in `forward`.
- 6. AdamW's betas are LlamaGen's, (0.9, 0.95); officially they are torch's, (0.9, 0.999).  A short
-    warm-up keeps the first steps small, when AdamW's averages are not yet reliable.
-
-The code is in reading order, from the transformer up to the loop.
+Classifier-free guidance mixes predictions with and without the prompt: those without it are the
+null branch.  Letters, here and at the end of the lines: P prompts, G samples of each, B = P * G
+images, b images in a micro-batch, N tokens per image, V codes that a token can be, T condition
+positions in front of the image, C channels, H heads.  A pass of the transformer has R rows, one for
+each image or prompt, or two with guidance, and L positions: T + N - 1 with all tokens but the last,
+T with the condition alone, 1 when one more token is drawn.  rho is `ratio`, eps_c `clip_eps`, beta
+`kl_beta`.  The end of this file lists where it departs from the official code, and why.
 """
 
 import hashlib
 from collections import namedtuple
 from dataclasses import dataclass
-from functools import partial
-from math import ceil, isfinite, isqrt
+from math import ceil, inf, isfinite, isqrt
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch.utils.checkpoint import checkpoint
 
 # ===== 1. The transformer =========================================================================
 
@@ -73,19 +55,17 @@ class GPTConfig:
     caption_dim: int = 2048        # t2i, width of the text encoder's features
     multiple_of: int = 256         # the feed-forward width is rounded up to a multiple of this
     rope_base: float = 10000
-    cond_rope: str = "zero"        # rotary table at the condition: "zero", as published, or "still"
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        if self.model_type not in ("c2i", "t2i") or self.cond_rope not in ("zero", "still"):
-            raise ValueError("model_type must be 'c2i' or 't2i', and cond_rope 'zero' or 'still', "
-                             f"not {self.model_type!r} and {self.cond_rope!r}")
-        if self.dim % (4 * self.n_head):         # two rotary axes, channels in pairs
-            raise ValueError(f"dim / n_head must be a multiple of 4: {self.dim} / {self.n_head}")
-        if isqrt(self.block_size) ** 2 != self.block_size:
-            raise ValueError(f"block_size must be a square number, not {self.block_size}")
-        if self.model_type == "c2i" and self.cls_token_num != 1:
-            raise ValueError(f"cls_token_num must be 1 for c2i, not {self.cls_token_num}")
+        side, one = isqrt(self.block_size), self.model_type == "t2i" or self.cls_token_num == 1
+        rules = {"model_type must be 'c2i' or 't2i'": self.model_type in ("c2i", "t2i"),
+                 "dim / n_head must be a multiple of 4": self.dim % (4 * self.n_head) == 0,
+                 "block_size must be a square number": side * side == self.block_size,
+                 "cls_token_num must be 1 for c2i": one}
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(f"{rule}: {self}")
 
 
 GPT_SIZES = {
@@ -121,7 +101,6 @@ def rope_table(config):
     rotation: it sets queries and keys there to zero.  So a query meets each condition key that it
     sees with logit 0, and gives all of them the same weight, e^0 over the softmax's sum.
     The condition's *values* are not touched: they carry the prompt into the image.
-    cond_rope "still" puts cosine 1 there instead, so that words can be told apart (labs/).
     """
     side, head = isqrt(config.block_size), config.dim // config.n_head
     speed = 1.0 / config.rope_base ** (torch.arange(0, head // 2, 2).float() / (head // 2))
@@ -130,14 +109,13 @@ def rope_table(config):
     column = repeat(angle, "column pair -> (row column) pair", row=side)
     angle = torch.cat([row, column], dim=-1)                         # (N, C/H/2)
     table = torch.stack([angle.cos(), angle.sin()], dim=-1)          # (N, C/H/2, 2)
-    cond = torch.tensor([float(config.cond_rope == "still"), 0.0])   # cosine and sine
-    return torch.cat([cond.expand(config.cls_token_num, *table.shape[1:]), table])
+    return torch.cat([torch.zeros(config.cls_token_num, *table.shape[1:]), table])
 
 
 def apply_rope(x, rope):
-    """Turns neighbouring channels of x (B, H, positions, C/H) by rope (positions, C/H/2, 2)."""
-    cos, sin = rope.unbind(-1)                                       # (positions, C/H/2)
-    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)             # (B, H, positions, C/H/2)
+    """Turns neighbouring channels of x (R, H, L, C/H) by the angles of rope (L, C/H/2, 2)."""
+    cos, sin = rope.unbind(-1)                                       # (L, C/H/2)
+    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)             # (R, H, L, C/H/2)
     return torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], -1).flatten(-2).type_as(x)
 
 
@@ -149,25 +127,25 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
     def qkv(self, x, rope):
-        """Queries, keys and values: x (B, positions, C) -> three (B, H, positions, C/H)."""
+        """Queries, keys and values: x (R, L, C) -> three (R, H, L, C/H)."""
         q, k, v = rearrange(self.wqkv(x), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.n_head)
         return apply_rope(q, rope), apply_rope(k, rope), v
 
     def forward(self, x, rope, mask=None):
-        """All positions at once: x (B, positions, C) -> the same shape, and (keys, values).
+        """All positions at once: x (R, L, C) -> (R, L, C), and keys and values (R, H, L, C/H).
 
-        mask (B, 1, positions, positions) bool: where mask[..., i, j] is True, position i sees j.
+        mask (R, 1, L, L) bool: where mask[..., i, j] is True, position i sees j.
         Without a mask each position sees itself and those before it."""
         q, k, v = self.qkv(x, rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(rearrange(y, "b h n c -> b n (h c)")), (k, v)
 
     def decode_step(self, x, rope, cache, position, mask=None):
-        """One new position: x (B, 1, C) -> (B, 1, C).  Adds its key and value to the cache.
+        """One new position: x (R, 1, C) -> (R, 1, C).  Adds its key and value to the cache.
 
-        It attends to the filled part of the cache, where mask (B, 1, 1, position + 1) is True."""
+        It attends to the filled part of the cache, where mask (R, 1, 1, position + 1) is True."""
         q, k, v = self.qkv(x, rope)
-        keys, values = cache                                         # (B, H, positions, C/H) each
+        keys, values = cache                                         # (R, H, T + N - 1, C/H) each
         keys[:, :, position:position + 1], values[:, :, position:position + 1] = k, v
         keys, values = keys[:, :, :position + 1], values[:, :, :position + 1]
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
@@ -212,26 +190,27 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
 
     def forward(self, labels):
-        return self.embedding_table(labels)[:, None]                 # (B,) -> (B, 1, C)
+        return self.embedding_table(labels)[:, None]                 # (R,) -> (R, 1, C)
 
 
 class CaptionEmbedder(nn.Module):
     """A caption is T condition tokens: text-encoder features, projected by a small MLP.
-    For guidance, "no caption" is a learned block of features that takes the same way."""
+    "No caption", for guidance, is a block of random features that takes the same way.  LlamaGen
+    draws it once and never trains it: a buffer, in checkpoints but not among the parameters."""
     def __init__(self, config):
         super().__init__()
         features = torch.randn(config.cls_token_num, config.caption_dim)
-        self.uncond_embedding = nn.Parameter(features / config.caption_dim ** 0.5)
+        self.register_buffer("uncond_embedding", features / config.caption_dim ** 0.5)
         self.cap_proj = nn.ModuleDict(dict(
             fc1=nn.Linear(config.caption_dim, config.dim, bias=False),
             fc2=nn.Linear(config.dim, config.dim, bias=False)))
 
     def forward(self, features):
         if features.shape[1:] != self.uncond_embedding.shape:
-            wanted = ", ".join(map(str, self.uncond_embedding.shape))
-            raise ValueError(f"captions must be (B, {wanted}), not {tuple(features.shape)}")
+            T, width = self.uncond_embedding.shape
+            raise ValueError(f"captions must be (B, {T}, {width}), not {tuple(features.shape)}")
         h = self.cap_proj["fc1"](features.type_as(self.uncond_embedding))
-        h = self.cap_proj["fc2"](F.gelu(h, approximate="tanh"))      # (B, T, C)
+        h = self.cap_proj["fc2"](F.gelu(h, approximate="tanh"))      # (R, T, C)
         return h.type_as(self.uncond_embedding)      # float32, under autocast, too
 
 
@@ -248,93 +227,97 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(config), persistent=False)
         for module in self.modules():            # so that activations neither grow nor shrink
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                fan_in = getattr(module, "in_features", 1)           # an embedding reads one row
-                nn.init.normal_(module.weight, std=fan_in ** -0.5)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
         nn.init.zeros_(self.output.weight)       # an untrained model finds all codes equally likely
 
     def null_cond(self, cond):
-        """The null branch's condition, in the shape of cond: (B,), or (B, T, caption_dim)."""
+        """The null branch's condition, in the shape of cond: (R,), or (R, T, caption_dim)."""
         if self.config.model_type == "c2i":
             return torch.full_like(cond, self.config.num_classes)
         return self.cls_embedding.uncond_embedding.to(cond.dtype).expand_as(cond)
 
-    def attention_mask(self, cond_mask, positions):
-        """Who sees whom when captions are padded: (B, 1, positions, positions) bool, or None.
-
+    def attention_mask(self, cond_mask, L):
+        """Who sees whom where captions are padded: cond_mask (R, T) -> (R, 1, L, L) bool, or None.
         Each position sees the words and image tokens before it, but no padding.  Each also sees
         itself, even if it is padding, so that no softmax is over nothing."""
         if cond_mask is None:
             return None
-        word = F.pad(cond_mask, (0, positions - cond_mask.shape[1]), value=True)     # or image
-        square = torch.ones(positions, positions, dtype=torch.bool, device=cond_mask.device)
-        itself = torch.eye(positions, dtype=torch.bool, device=cond_mask.device)
+        word = F.pad(cond_mask, (0, L - cond_mask.shape[1]), value=True)     # or image: (R, L)
+        square = torch.ones(L, L, dtype=torch.bool, device=cond_mask.device)
+        itself = torch.eye(L, dtype=torch.bool, device=cond_mask.device)
         return ((square.tril() & word[:, None, :]) | itself)[:, None]
 
     def forward(self, tokens, cond, cond_mask=None):
         """Teacher forcing: every position's prediction at once, given the true tokens before it.
 
-        tokens (B, N) int64; cond (B,) int64 labels for c2i, (B, T, caption_dim) for t2i with
-        cond_mask (B, T) bool, True at the words, captions padded on the left.
-        Returns logits (B, N, V) float32; logits[:, i] predicts tokens[:, i].
+        tokens (R, N) int64; cond (R,) int64 labels for c2i, (R, T, caption_dim) for t2i with
+        cond_mask (R, T) bool, True at the words, captions padded on the left.
+        Returns logits (R, N, V) float32; logits[:, i] predicts tokens[:, i].
         Raises ValueError if tokens are not N per row."""
-        return self.output(self.hidden(tokens, cond, cond_mask)).float()
-
-    def hidden(self, tokens, cond, cond_mask=None):
-        """All of `forward` but its last layer: (B, N, C), which `output` turns into logits."""
         N = self.config.block_size
         if tokens.shape[1:] != (N,):
             raise ValueError(f"tokens must be (B, {N}), not {tuple(tokens.shape)}")
         h = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens[:, :-1])], dim=1)
         rope, mask = self.rope[:h.shape[1]], self.attention_mask(cond_mask, h.shape[1])
         for layer in self.layers:
-            h, _ = layer(h, rope, mask)                              # (B, T + N - 1, C)
+            h, _ = layer(h, rope, mask)                              # (R, T + N - 1, C)
         # The output at position T - 1 + i predicts token i; the last condition position, token 0.
-        return self.norm(h[:, self.config.cls_token_num - 1:])
+        return self.output(self.norm(h[:, self.config.cls_token_num - 1:])).float()
 
     def prefill(self, cond, cond_mask=None, copies=1):
         """Reads each condition once, and makes room for `copies` images that share it.
-
-        cond (B, ...) and cond_mask as in `forward`.  Returns the first code's logits, (B * copies,
+        cond (R, ...) and cond_mask as in `forward`.  Returns the first code's logits, (R * copies,
         V), and a cache for `decode_step`: per layer a pair of keys and values, each
-        (B * copies, H, T + N - 1, C/H), of which the first T positions are filled."""
-        h = self.cls_embedding(cond)                                 # (B, T, C)
+        (R * copies, H, T + N - 1, C/H), of which the first T positions are filled."""
+        h = self.cls_embedding(cond)                                 # (R, T, C)
         rope, mask = self.rope[:h.shape[1]], self.attention_mask(cond_mask, h.shape[1])
-        room = (0, 0, 0, self.config.block_size - 1)                 # N - 1 more at the end
+        room = (0, 0, 0, self.config.block_size - 1)     # none of C/H, and N - 1 more of L
         cache = []
         for layer in self.layers:
             h, keys_values = layer(h, rope, mask)
             cache.append([F.pad(x.repeat_interleave(copies, dim=0), room) for x in keys_values])
-        logits = self.output(self.norm(h[:, -1])).float()            # (B, V)
+        logits = self.output(self.norm(h[:, -1])).float()            # (R, V)
         return logits.repeat_interleave(copies, dim=0), cache
 
     def decode_step(self, token, i, cache, cond_mask=None):
-        """Feeds the i-th token of each image, (B,) int64; returns the next one's logits (B, V).
-        cond_mask (B, T) bool as in `forward`, one row for each image."""
+        """Feeds the i-th token of each row, (R,) int64; returns the next one's logits, (R, V).
+        cond_mask (R, T) bool as in `forward`."""
         position, mask = self.config.cls_token_num + i, None
         if cond_mask is not None:
             mask = F.pad(cond_mask, (0, i + 1), value=True)[:, None, None]
-        h = self.tok_embeddings(token)[:, None]                      # (B, 1, C)
+        h = self.tok_embeddings(token)[:, None]                      # (R, 1, C)
         rope = self.rope[position:position + 1]
         for layer, keys_values in zip(self.layers, cache):
             h = layer.decode_step(h, rope, keys_values, position, mask)
-        return self.output(self.norm(h[:, -1])).float()              # (B, V)
+        return self.output(self.norm(h[:, -1])).float()              # (R, V)
 
 
 # ===== 2. The policy: what is drawn from, and what is trained =====================================
 
+def check_policy(cfg_scale, temperature, top_k=0, top_p=1.0, samples=1):
+    """Raises ValueError for numbers that make no distribution, NaN among them, or no sample."""
+    fine = isfinite(cfg_scale) and 0 < temperature < inf and top_k >= 0 and 0 < top_p <= 1
+    if not fine or samples < 1:
+        raise ValueError("generate needs finite cfg_scale, temperature > 0, top_k >= 0, 0 < top_p "
+                         f"<= 1, samples > 0: not {cfg_scale, temperature, top_k, top_p, samples}")
+
+
 def both_branches(model, cond, cond_mask, cfg_scale):
-    """The conditions that guidance needs: those of all images, then those of the null branch.
+    """The conditions that guidance needs: the rows' own, then as many of the null branch.
 
     The null branch keeps the captions' masks, as LlamaGen's does.  At scale 1 it is left out."""
     if cfg_scale == 1:
         return cond, cond_mask
     cond_mask = None if cond_mask is None else cond_mask.repeat(2, 1)
-    return torch.cat([cond, model.null_cond(cond)]), cond_mask       # (2 B, ...), (2 B, T)
+    return torch.cat([cond, model.null_cond(cond)]), cond_mask
 
 
 def guide(logits, cfg_scale):
-    """Classifier-free guidance (arXiv 2207.12598): both branches (2 B, ..., V) -> (B, ..., V)."""
+    """Classifier-free guidance (arXiv 2207.12598): logits of both branches (2 B, ..., V), one below
+    the other -> (B, ..., V).  At scale 1 there is one branch."""
     if cfg_scale == 1:
         return logits
     prompted, null = logits.chunk(2)
@@ -355,86 +338,67 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
-def sample_inverse_cdf(logp, generator=None):
-    """One code per row, drawn from log-probabilities: (B, V) -> (B,).
-
+def sample_inverse_cdf(logp, uniform):
+    """One code per row, drawn from log-probabilities: logp (B, V), uniform (B,) in [0, 1) -> (B,).
     Inverse-CDF sampling: the first code at which the cumulative probability reaches a uniform
-    random number.  It needs one random number per row, where torch.multinomial draws V.
-    generator may be a list of B generators, so that each row has a random stream of its own."""
-    cdf = logp.double().exp().cumsum(-1)                             # (B, V)
-    streams = generator if isinstance(generator, list) else [generator]
-    count, how = len(cdf) // len(streams), dict(device=cdf.device, dtype=cdf.dtype)
-    uniform = torch.cat([torch.rand(count, 1, generator=g, **how) for g in streams])     # (B, 1)
+    random number.  It needs one random number per row, where torch.multinomial draws V."""
+    cdf = logp.double().exp().cumsum(-1)         # in float32 rare codes would drown in rounding
     # 1 - uniform is never 0, so a code of probability 0 is not drawn.  The clamp is for NaNs.
-    return torch.searchsorted(cdf, (1 - uniform) * cdf[:, -1:])[:, 0].clamp(max=cdf.shape[-1] - 1)
+    chosen = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:])[:, 0]
+    return chosen.clamp(max=cdf.shape[-1] - 1)
 
 
 @torch.no_grad()
 def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0, temperature=1.0,
-             top_k=0, top_p=1.0, greedy=False, generator=None, prefix=None):
+             top_k=0, top_p=1.0, greedy=False, generator=None, uniform=None, prefix=None):
     """Samples images, token by token, through a key-value cache: the rollout.
     cond and cond_mask are as in `Transformer.forward`, for P prompts.  Returns tokens (P*G, N)
     int64 and logp (P*G, N) float32, the log-probability with which each token was drawn, after
     guidance, temperature, top-k and top-p.  The G = samples_per_prompt samples of a prompt are
     neighbours and share its prefill.  greedy takes the likeliest code, and gives that code's logp.
     prefix (P*G, t) int64 are the first t tokens of each image, given instead of drawn, but with
-    their log-probabilities.  Raises ValueError for settings out of range."""
+    their log-probabilities.  uniform (P*G, N - t) float64 in [0, 1) are the random numbers, if not
+    the generator's.  Raises ValueError for settings out of range."""
     P, G, N = len(cond), samples_per_prompt, model.config.block_size
-    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0 or G < 1:
-        raise ValueError("generate needs temperature > 0, 0 < top_p <= 1, top_k >= 0 and "
-                         f"samples_per_prompt >= 1, not {temperature}, {top_p}, {top_k} and {G}")
+    check_policy(cfg_scale, temperature, top_k, top_p, G)
     given = 0 if prefix is None else prefix.shape[1]
     if given and len(prefix) != P * G:
         raise ValueError(f"prefix must have {P * G} rows, one for each image, not {len(prefix)}")
+    if uniform is None and not greedy:
+        uniform = torch.rand(N - given, P * G, generator=generator, dtype=torch.float64,
+                             device=cond.device).T
     cond, cond_mask = both_branches(model, cond, cond_mask, cfg_scale)
-    branches = len(cond) // P                                        # 2 with guidance, else 1
     # Rows: G of the first prompt, G of the second, ...; then the null branch's, in the same order.
-    logits, cache = model.prefill(cond, cond_mask, copies=G)         # (branches * P * G, V)
+    logits, cache = model.prefill(cond, cond_mask, copies=G)         # (R, V), R = P * G or 2 P * G
     cond_mask = None if cond_mask is None else cond_mask.repeat_interleave(G, dim=0)
-    choose = (partial(torch.argmax, dim=-1) if greedy
-              else partial(sample_inverse_cdf, generator=generator))
     tokens, logps = [], []
     for i in range(N):
         if i > 0:
-            logits = model.decode_step(tokens[-1].repeat(branches), i - 1, cache, cond_mask)
+            logits = model.decode_step(tokens[-1].repeat(len(cond) // P), i - 1, cache, cond_mask)
         logits = filter_logits(guide(logits, cfg_scale) / temperature, top_k, top_p)
         logp = logits.log_softmax(-1)                                # (P * G, V)
-        token = prefix[:, i] if i < given else choose(logp)
+        if i < given:
+            token = prefix[:, i]
+        elif greedy:
+            token = logp.argmax(-1)
+        else:
+            token = sample_inverse_cdf(logp, uniform[:, i - given])
         tokens.append(token)
         logps.append(logp.gather(-1, token[:, None])[:, 0])
     return torch.stack(tokens, dim=1), torch.stack(logps, dim=1)
 
 
-CHUNK = 2 ** 23              # logits in a chunk: 32 MB in float32
-
-
-def chunk_logp(model, hidden, tokens, cfg_scale, temperature, entropy_grad):
-    """Hidden states (B or 2 B, n, C) and n tokens of each image (B, n) -> logp, entropy (B, n)."""
-    logits = guide(model.output(hidden).float(), cfg_scale) / temperature
-    logp = logits.log_softmax(-1)                                    # (B, n, V)
-    entropy = -(logp.exp() * logp).sum(-1)                           # (B, n)
-    entropy = entropy if entropy_grad else entropy.detach()
-    return logp.gather(-1, tokens[..., None])[..., 0], entropy
-
-
-def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0,
-               entropy_grad=True):
+def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
     """Log-probability of every given code and entropy of every choice, in nats: (B, N) each.
 
-    This is the distribution that `generate` draws from without top-k and top-p.  logp is
-    differentiable, and so is the entropy unless entropy_grad is False, which saves memory.
-    The logits (B, N, V) would need more memory than the model.  So they are computed for n tokens
-    of each image at a time, a chunk.  `checkpoint` does not keep a chunk's logits for the backward
-    pass, which computes them a second time."""
+    This is the distribution that `generate` draws from without top-k and top-p.  Both are
+    differentiable.  Errors as in `generate` and `forward`."""
+    check_policy(cfg_scale, temperature)
     both, both_masks = both_branches(model, cond, cond_mask, cfg_scale)
-    branches = len(both) // len(cond)
-    hidden = model.hidden(tokens.repeat(branches, 1), both, both_masks)      # (branches B, N, C)
-    n = max(1, CHUNK // (len(hidden) * model.config.vocab_size))     # tokens of an image in a chunk
-    chunks = []                                                      # (logp, entropy), (B, n) each
-    for h, x in zip(hidden.split(n, dim=1), tokens.split(n, dim=1)):
-        chunks.append(checkpoint(chunk_logp, model, h, x, cfg_scale, temperature, entropy_grad,
-                                 use_reentrant=False))
-    return tuple(torch.cat(parts, dim=1) for parts in zip(*chunks))
+    logits = model(tokens.repeat(len(both) // len(cond), 1), both, both_masks)       # (R, N, V)
+    logp = (guide(logits, cfg_scale) / temperature).log_softmax(-1)  # (B, N, V)
+    entropy = -(logp.exp() * logp).sum(-1)                           # (B, N)
+    return logp.gather(-1, tokens[..., None])[..., 0], entropy
 
 
 # ===== 3. GRPO, as maths ==========================================================================
@@ -459,10 +423,11 @@ def group_statistics(rewards, group_size):
 
 def group_advantages(rewards, group_size, eps=1e-4, scale=True):
     """How much better each sample did than its group: rewards (P*G,) -> advantages (P*G,).
-
-    A = (r - mean) / (std + eps) with the unbiased std (DeepSeekMath, arXiv 2402.03300, section
-    4.1); scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783).  A sample whose reward
-    is missing (NaN) gets 0.  Errors as in `group_statistics`."""
+    A = (r - mean) / std (DeepSeekMath, arXiv 2402.03300, section 4.1).  The unbiased std, and
+    eps = 1e-4 beside it, are the official code's choice, and TRL's: so the rewards' scale cancels
+    only while std is far above eps (at 1e-6 A is a hundredth) and, in float32, below 1e19.
+    scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783).  A sample whose reward is
+    missing (NaN) gets 0.  Errors as in `group_statistics`."""
     mean, std, flat = group_statistics(rewards, group_size)
     r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
     advantages = (r - mean) / (std + eps) if scale else r - mean
@@ -471,8 +436,11 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
 
 
 def kl_k3(logp, ref_logp):
-    """Estimate of KL(pi || pi_ref) from the sampled token alone, elementwise: never negative, and
-    unbiased for samples of pi (Schulman 2020, "Approximating KL divergence", estimator k3)."""
+    """KL penalty from the sampled token alone, elementwise and never negative: k3 (Schulman 2020,
+    "Approximating KL divergence").
+    For samples of pi its *value* is an unbiased estimate of KL(pi || pi_ref).  The mean of its
+    *gradient* at them, E_pi[(1 - pi_ref / pi) grad log pi], is that of KL(pi_ref || pi), the other
+    direction.  So that is what the paper, TRL and this loop minimise, with one update_epoch."""
     d = ref_logp - logp
     return d.exp() - d - 1
 
@@ -483,14 +451,14 @@ def kl_exact(logits, ref_logits):
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, entropy=None, *, clip_eps=0.2,
-              clip_eps_high=None, kl_beta=0.0):
+def grpo_loss(logp, old_logp, ref_logp, advantages, *, clip_eps=0.2, clip_eps_high=None,
+              kl_beta=0.0):
     """The loss of step 6: logp, old_logp, ref_logp (B, N), advantages (B,) -> (scalar, stats).
 
     advantages may also be (B, N), one for each token.  ref_logp may be None when kl_beta is 0.
-    entropy (B, N) is there for other losses, which `train` calls in the same way.  clip_eps_high
-    widens the upper side alone (DAPO, arXiv 2503.14476).  Every image has exactly N tokens, so the
-    mean over all tokens and the mean of the images' means are the same number."""
+    clip_eps_high widens the upper side alone (DAPO, arXiv 2503.14476).  Every image has exactly N
+    tokens, so the mean over all tokens and the mean of the images' means are the same number.
+    stats are floats by name."""
     if ref_logp is None and kl_beta > 0:
         raise ValueError(f"a KL penalty (kl_beta {kl_beta}) needs the reference's log-probs")
     high = clip_eps if clip_eps_high is None else clip_eps_high
@@ -505,7 +473,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, entropy=None, *, clip_eps=0.
         kl = kl_k3(logp, ref_logp).mean()
         loss = loss + kl_beta * kl
         stats |= dict(kl=kl, loss=loss)
-    return loss, {name: value.item() for name, value in stats.items()}
+    numbers = torch.stack(list(stats.values())).tolist()             # one wait for the GPU, not six
+    return loss, dict(zip(stats, numbers))
 
 
 # ===== 4. What the loop needs: settings, prompts, random streams, images ========================
@@ -533,6 +502,17 @@ class GRPOConfig:
     logprob_cfg: str = "guided"          # guidance of log-probs: "guided" as at rollout, or "none"
     seed: int = 0                        # of prompts and rollouts
 
+    LEAST = dict(steps=1, prompts_per_step=1, group_size=2, micro_batch=1, update_epochs=1,
+                 warmup_steps=1, max_grad_norm=1e-9, temperature=1e-3, seed=-inf)  # others: 0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = self.LEAST.get(name, 0)
+            if isinstance(value, (int, float)) and not least <= value < inf:     # nor NaN
+                raise ValueError(f"{name} must be a finite number of at least {least}, not {value}")
+        if self.logprob_cfg not in ("guided", "none"):
+            raise ValueError(f"logprob_cfg must be 'guided' or 'none', not {self.logprob_cfg!r}")
+
 
 @dataclass
 class Prompts:
@@ -542,10 +522,9 @@ class Prompts:
     cond_mask: torch.Tensor | None = None      # (M, T) bool for t2i
 
     def pick(self, index, device):
-        """Texts, conditions and mask of the prompts at index (P,), which may name one twice."""
-        texts = [self.texts[i] for i in index.tolist()]
+        """Conditions and mask of the prompts at index (R,), which may name one twice."""
         cond_mask = None if self.cond_mask is None else self.cond_mask[index].to(device)
-        return texts, self.cond[index].to(device), cond_mask
+        return self.cond[index].to(device), cond_mask
 
 
 def rng_for(device, *key):
@@ -557,7 +536,9 @@ def rng_for(device, *key):
 
 
 def pick_prompts(n, step, per_step, seed):
-    """Which of n prompts a step uses, (per_step,): endless rounds through all, shuffled anew."""
+    """Which of n prompts a step uses, (per_step,): endless rounds through all, shuffled anew.
+
+    Of 3 prompts, 2 a step, in rounds such as 2 0 1, 1 2 0, ..: step 0 has 2 0, step 1 has 1 1."""
     first, last = step * per_step, (step + 1) * per_step - 1         # places in that sequence
     rounds = range(first // n, last // n + 1)
     order = [torch.randperm(n, generator=rng_for("cpu", seed, "prompts", k)) for k in rounds]
@@ -565,17 +546,14 @@ def pick_prompts(n, step, per_step, seed):
 
 
 def autocast(device):
-    """bfloat16 for the transformer's matrix products on a GPU, float32 elsewhere.
-
-    By default autocast keeps a rounded copy of each weight for later products.  The chunks of
-    `token_logp` would share one, and add up its gradient in bfloat16: so that cache is off."""
-    return torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False)
+    """bfloat16 for the transformer's matrix products on a GPU, float32 elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 @torch.no_grad()
 def to_images(vq, tokens, micro_batch=None):
     """tokens (B, N) -> images (B, 3, height, width) in [0, 1], as rewards want them."""
-    parts = [(vq.decode(some) + 1) / 2 for some in tokens.split(micro_batch or len(tokens))]
+    parts = [(vq.decode(rows) + 1) / 2 for rows in tokens.split(micro_batch or len(tokens))]
     return torch.cat(parts).clamp(0, 1)
 
 
@@ -584,10 +562,23 @@ def draw_images(model, vq, prompts, index, generator, *, micro_batch=None, **how
     """Samples images of the prompts at index (P,): tokens (B, N), logp (B, N), images in [0, 1].
     how is what else `generate` takes: samples_per_prompt, cfg_scale, temperature, ..."""
     device = next(model.parameters()).device
-    _, cond, cond_mask = prompts.pick(index, device)
+    cond, cond_mask = prompts.pick(index, device)
     with autocast(device):
         tokens, logp = generate(model, cond, cond_mask, generator=generator, **how)
     return tokens, logp, to_images(vq, tokens, micro_batch)
+
+
+def policy_logp(model, prompts, index, tokens, config):
+    """`token_logp` as the settings want it, of images (B, N) of the prompts at index (B,), one
+    micro-batch after the other: logp and entropy, (B, N) each."""
+    device, scored = tokens.device, []
+    cfg_scale = config.cfg_scale if config.logprob_cfg == "guided" else 1.0
+    for rows in torch.arange(len(tokens)).split(config.micro_batch or len(tokens)):      # (b,)
+        cond, cond_mask = prompts.pick(index[rows], device)
+        with autocast(device):
+            scored.append(token_logp(model, tokens[rows], cond, cond_mask, cfg_scale=cfg_scale,
+                                     temperature=config.temperature))
+    return [torch.cat(column) for column in zip(*scored)]
 
 
 def make_optimizer(model, config):
@@ -603,6 +594,9 @@ def learning_rate(config, step):
 
 # ===== 5. The loop ================================================================================
 
+# What `train` yields: the log {name: number}, and of what it is: index (P,), texts (B strings),
+# tokens (B, N), images (B, 3, height, width) in [0, 1], rewards (B,), their parts {name: (B,)},
+# advantages (B,) or (B, N), and (B, N) each: logp of pi_old, ref_logp, entropy of pi_old.
 Step = namedtuple("Step", "metrics index texts tokens images rewards parts advantages "
                           "logp ref_logp entropy")
 
@@ -610,110 +604,117 @@ Step = namedtuple("Step", "metrics index texts tokens images rewards parts advan
 def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_step=0, *,
           sampler=None, advantage_fn=None, loss_fn=grpo_loss, extra_loss=None, shard=(0, 1),
           sync=None):
-    """AR-GRPO: improves `model` in place, and yields a Step after every step.
-    A Step holds metrics {name: number}, index (P,), texts (B strings), tokens (B, N), images
-    (B, 3, height, width), rewards (B,), parts {name: (B,)} and advantages (B,) or (B, N), and three
-    tensors (B, N) in nats: logp and entropy of pi_old, and ref_logp of the reference.
+    """AR-GRPO: improves `model` in place.  A generator: each `next` makes a step and gives a Step.
 
-    reward_fn(images (B, 3, height, width) in [0, 1], texts) returns (total (B,), {name: (B,)}); a
-    reward of NaN is missing.  Only the model, the optimizer and the step's number change: whoever
-    saves those three can continue with first_step = step + 1.  Raises FloatingPointError, before
-    the update touches the weights, if the gradient is not finite.
+    reward_fn(images (B, 3, height, width) in [0, 1], texts) returns (total (B,), {name: (B,)}), as
+    a RewardSet of reward.py does; a total of NaN is missing.  Only the model, the optimizer and the
+    step's number change: whoever saves those three can continue with first_step = step + 1.
+    Raises FloatingPointError, before the update that would take it, if a gradient is not finite.
 
     Each keyword replaces a part of the method, or adds one:
-    sampler(model) returns a model to sample from, such as a faster copy;
-    advantage_fn(rewards, images, tokens, index, step) -> (B,) or (B, N) replaces
-    `group_advantages`; loss_fn(logp, old_logp, ref_logp, advantages, entropy) -> (loss, stats), a
-    mean over images, replaces `grpo_loss`; extra_loss(model, index, step) -> {name: number} calls
-    backward itself; shard = (rank, size) takes this process's equal share of a step's prompts, and
-    sync(model) averages the gradients of all processes before they are clipped."""
-    device, (rank, size) = next(model.parameters()).device, shard
-    P, G = config.prompts_per_step // size, config.group_size        # P of this process
-    B = P * G
-    micro_batches = torch.arange(B).split(config.micro_batch or B)   # rows of each, (b,)
-    sampling = dict(cfg_scale=config.cfg_scale, temperature=config.temperature)
-    scoring = dict(sampling, entropy_grad=loss_fn is not grpo_loss)  # other losses may want it
-    scoring["cfg_scale"] = {"guided": config.cfg_scale, "none": 1.0}[config.logprob_cfg]
+    sampler(model) -> the model to sample from, such as a faster copy;
+    advantage_fn(rewards, images, tokens, index, step) -> (B,) or (B, N), for `group_advantages`;
+    loss_fn(logp, old_logp, ref_logp, advantages, entropy) -> (loss, stats), for `grpo_loss`, the
+    loss a mean over images; extra_loss(model, index, step) -> {name: number} calls backward itself;
+    shard = (rank, size), this process of so many, which share the prompts; sync(model) averages the
+    gradients of all processes before they are clipped."""
+    device, (rank, size), G = model.output.weight.device, shard, config.group_size
+    if config.prompts_per_step % size:
+        raise ValueError(f"{config.prompts_per_step} prompts cannot be shared by {size} processes")
     if loss_fn is grpo_loss:
-        loss_fn = partial(grpo_loss, clip_eps=config.clip_eps, clip_eps_high=config.clip_eps_high,
-                          kl_beta=config.kl_beta)
+        def loss_fn(logp, old_logp, ref_logp, advantages, entropy):
+            return grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps=config.clip_eps,
+                             clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta)
     optimizer.zero_grad()
 
     for step in range(first_step, config.steps):
         # 1. Prompts.
         index = pick_prompts(len(prompts.texts), step, config.prompts_per_step, config.seed)
-        index = index[rank * P:(rank + 1) * P]                       # (P,)
-        image_prompt = index.repeat_interleave(G)                    # (B,), of each image
-        texts = [prompts.texts[i] for i in image_prompt.tolist()]
+        index = index.chunk(size)[rank]                              # (P,), of this process
+        prompt_of = index.repeat_interleave(G)                       # (B,), each image's
+        texts = [prompts.texts[i] for i in prompt_of.tolist()]
 
         # 2. Rollout: G images per prompt from the current policy, in one pass or several.
         drawer = model if sampler is None else sampler(model)
-        passes, drawn = index.split(config.rollout_prompts or P), []
-        for k, some in enumerate(passes, start=rank * len(passes)):
+        passes, drawn = index.split(config.rollout_prompts or len(index)), []
+        for k, chosen in enumerate(passes, start=rank * len(passes)):
             rng = rng_for(device, config.seed, "rollout", step, k)   # no two passes share a stream
-            drawn.append(draw_images(drawer, vq, prompts, some, rng, samples_per_prompt=G,
-                                     micro_batch=config.micro_batch, **sampling))
+            drawn.append(draw_images(drawer, vq, prompts, chosen, rng, samples_per_prompt=G,
+                                     cfg_scale=config.cfg_scale, temperature=config.temperature,
+                                     micro_batch=config.micro_batch))
         tokens, sampler_logp, images = (torch.cat(column) for column in zip(*drawn))
 
         # 3. Reward.
-        rewards, parts = reward_fn(images, texts)                    # (B,), {name: (B,)}
+        scored = reward_fn(images, texts)
+        if not isinstance(scored, tuple):
+            raise TypeError("reward_fn must return (total, parts), as reward.py's RewardSet does")
+        rewards, parts = scored                                      # (B,), {name: (B,)}
 
         # 4. Advantages: every image against its own group.
-        advantages = group_advantages(rewards, G, scale=config.scale_advantages)     # (B,)
-        if advantage_fn is not None:
+        if advantage_fn is None:
+            advantages = group_advantages(rewards, G, scale=config.scale_advantages)     # (B,)
+        else:
             advantages = advantage_fn(rewards, images, tokens, index, step)
 
-        # 5. Reference: how likely the pretrained model finds these images.  It never changes, so
-        #    once is enough for all update epochs.
-        ref_logp = torch.empty_like(sampler_logp)                    # (B, N)
-        for rows in micro_batches:
-            _, cond, cond_mask = prompts.pick(image_prompt[rows], device)
-            with torch.no_grad(), autocast(device):
-                ref_logp[rows], _ = token_logp(reference, tokens[rows], cond, cond_mask, **scoring)
+        # 5. Reference: it never changes, so once is enough for all update epochs.
+        with torch.no_grad():
+            ref_logp, _ = policy_logp(reference, prompts, prompt_of, tokens, config)
 
-        # 6. Update.  The loss is a mean over the images of a micro-batch.  Weighted by b / B, these
+        # 6. Update.  A micro-batch's loss is the mean over its b images.  Weighted by b / B, these
         #    means add up to the mean over all B images, and so do their gradients.
-        old_logp, new_logp, entropies = (torch.empty_like(sampler_logp) for _ in range(3))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        for epoch in range(config.update_epochs):
-            for rows in micro_batches:
-                _, cond, cond_mask = prompts.pick(image_prompt[rows], device)
-                with autocast(device):
-                    logp, entropy = token_logp(model, tokens[rows], cond, cond_mask, **scoring)
-                if epoch == 0:
-                    # No update yet: pi_theta is still pi_old.  The sampler's log-probs would not
-                    # do.  They differ by rounding, or, with logprob_cfg "none", in guidance.
-                    old_logp[rows], entropies[rows] = logp.detach(), entropy.detach()
-                new_logp[rows] = logp.detach()
-                loss, _ = loss_fn(logp, old_logp[rows], ref_logp[rows], advantages[rows], entropy)
-                (loss * len(rows) / B).backward()            # gradients add up in .grad
+        B, old_logp = len(texts), None
+        for _ in range(config.update_epochs):
+            scored = []
+            for rows in torch.arange(B).split(config.micro_batch or B):              # (b,)
+                logp, entropy = policy_logp(model, prompts, prompt_of[rows], tokens[rows], config)
+                # Before the first update pi_theta is pi_old.  The sampler's log-probs will not do:
+                # they differ by rounding or, with logprob_cfg "none", in guidance.
+                old = logp.detach() if old_logp is None else old_logp[rows]
+                loss, _ = loss_fn(logp, old, ref_logp[rows], advantages[rows], entropy)
+                (loss * len(rows) / B).backward()                    # adds to .grad
+                scored.append((logp.detach(), entropy.detach()))
+            logp, entropy = (torch.cat(column) for column in zip(*scored))           # (B, N) each
+            if old_logp is None:
+                old_logp, old_entropy = logp, entropy
             extra = {} if extra_loss is None else extra_loss(model, index, step)
             if sync is not None:
                 sync(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if not isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm}, with "
-                                         f"advantages {advantages.min():g} to {advantages.max():g} "
-                                         f"and prompts such as {sorted(set(texts))[:3]}")
+                                         f"prompts such as {sorted(set(texts))[:3]}")
             optimizer.step()
             optimizer.zero_grad()                # now, so that the next rollout has its memory
 
-        # For the log: the statistics of the last update epoch, but the entropy of pi_old.
-        _, stats = loss_fn(new_logp, old_logp, ref_logp, advantages, entropies)
+        # For the log: what the last update epoch saw, but the entropy of pi_old.
+        _, stats = loss_fn(logp, old_logp, ref_logp, advantages, old_entropy)
         _, std, flat = group_statistics(rewards, G)
-        mismatch = (old_logp - sampler_logp).abs()       # < 1e-4 if float32 and guided
+        mismatch = (old_logp - sampler_logp).abs()                   # rounding alone, if guided
         metrics = {
             "step": step, "reward": rewards.nanmean().item(),
             **{f"reward/{name}": part.nanmean().item() for name, part in parts.items()},
-            "reward_std": std.mean().item(),                         # within groups
-            "flat_groups": flat.float().mean().item(),               # TRL: frac_reward_zero_std
-            "missing": rewards.isnan().float().mean().item(),        # images without a reward
-            "entropy": entropies.mean().item(),                      # nats a token
-            **stats,
-            **extra,
-            "mismatch": mismatch.max().item(), "mismatch_mean": mismatch.mean().item(),
-            "grad_norm": grad_norm,                                  # of the last epoch, unclipped
-        }
+            "reward_std": std.mean().item(), "flat_groups": flat.float().mean().item(),
+            "missing": rewards.isnan().float().mean().item(), "entropy": old_entropy.mean().item(),
+            **stats, **extra, "mismatch": mismatch.max().item(),
+            "mismatch_mean": mismatch.mean().item(), "grad_norm": grad_norm}
         yield Step(metrics, index, texts, tokens, images, rewards, parts, advantages, old_logp,
-                   ref_logp, entropies)
+                   ref_logp, old_entropy)
+
+
+# ===== 6. Where this file departs from the paper's official code, and why =========================
+
+# 1. The policy that is trained is the policy that is sampled.  The official code samples images
+#    with guidance but takes the log-probabilities without it, so it reinforces choices of another
+#    distribution.  Here both are guided, by `guide`, so the gradient reaches the null branch, too.
+#    `GRPOConfig(logprob_cfg="none")` gives the official behaviour.
+# 2. A group whose rewards are all equal gets advantages of exactly zero, not amplified rounding.
+#    An image that a reward fails to judge is left out of its group; officially its reward is 0.
+# 3. Weights are float32, with bfloat16 autocast on a GPU.  The official t2i policy is held in
+#    bfloat16, where a learning rate of 1e-5 is below the rounding step of most weights.
+# 4. Captions are padded on the left, as LlamaGen was trained: the last condition position, which
+#    predicts the first token, is then a word.  The official code pads on the right.
+# 5. Sampling through a cache has its own path (`prefill`, `decode_step`), not a flag in `forward`.
+# 6. AdamW's betas are LlamaGen's, (0.9, 0.95), not torch's (0.9, 0.999).  A short warm-up keeps the
+#    first steps small, when AdamW's averages are not yet reliable.

@@ -134,12 +134,8 @@ class Rehearsal:
         if len(tokens) == 0:                     # the reference got nothing right
             return {"rehearsal": 0.0}
         c, total = self.config, 0.0
-        cfg_scale = c.cfg_scale if c.logprob_cfg == "guided" else 1.0
         for rows in torch.arange(len(tokens)).split(c.micro_batch or len(tokens)):
-            _, cond, cond_mask = self.prompts.pick(prompts[rows], self.device)
-            with argrpo.autocast(self.device):
-                logp, _ = argrpo.token_logp(model, tokens[rows.to(self.device)], cond, cond_mask,
-                                            cfg_scale=cfg_scale, temperature=c.temperature)
+            logp, _ = argrpo.policy_logp(model, self.prompts, prompts[rows], tokens[rows], c)
             loss = -logp.sum() / tokens.numel()                                  # nats a token
             (self.weight * loss).backward()
             total += loss.item()

@@ -135,7 +135,7 @@ def evaluate_checkpoint(folder, texts, index, tags, reward_fn, settings, device)
     if is_toy:
         measure = toy.verify_by_kind if settings.task == "t2i" else toy.verify_all
     elif reward_fn and "imagenet" in reward_fn.rewards:
-        from rewards.imagenet import right_class as measure
+        measure = reward_fn.rewards["imagenet"][0].right_class
     scores = scoring.score_shards(folder, drawn, reward_fn, measure, device)
     table = {name: scoring.by_prompt(values, index, count) for name, values in scores.items()}
     if tags and "geneval" in table:              # right is what meets all demands

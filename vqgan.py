@@ -3,11 +3,12 @@
 A convolutional encoder turns a picture into a grid of short vectors, each vector is replaced by
 the nearest of V learned codes, and a convolutional decoder paints the picture back from the codes:
 
-    images (B, 3, H, W) in [-1, 1]  --encode-->  tokens (B, h*w) in 0..V-1  --decode-->  images
+    images (B, 3, height, width) in [-1, 1]  --encode-->  tokens (B, h*w) in 0..V-1  --decode-->
 
-A token is the index of a code; h = H / f and w = W / f, where f = 2 ** (len(ch_mult) - 1) is 16
-for the published VQ-16 and 8 for VQ-8.  The transformer in `argrpo.py` never sees a pixel: it
-writes tokens, in rows from the top left, and this file makes them visible.
+A token is the index of a code; h = height / f and w = width / f, where f = 2 ** (len(ch_mult) - 1)
+is 16 for the published VQ-16 and 8 for VQ-8.  The transformer in `argrpo.py` never sees a pixel: it
+writes tokens, in rows from the top left, and this file makes them visible.  Other letters: C
+channels of a layer, E numbers of a code.
 
 Vectors and codes are both scaled to length one before they are compared (Yu et al. 2022,
 "Vector-quantized image modeling with improved VQGAN"), so the nearest code is the one with the
@@ -28,11 +29,11 @@ class VQConfig:
     ch_mult: tuple = (1, 1, 2, 2, 4)      # times ch, per resolution; all but the last halve it
     z_channels: int = 256                 # channels of the encoder's output
     codebook_size: int = 16384            # V
-    codebook_embed_dim: int = 8           # channels of a code
+    codebook_embed_dim: int = 8           # E, numbers of a code
 
 
 # ---------------------------------------------------------------------------------------------
-# Building blocks.  Shapes: C channels of a layer; every block maps (B, C, H, W) to (B, C', H', W').
+# Building blocks.  Every block maps (B, C, rows, columns) to that of its own channels and size.
 # ---------------------------------------------------------------------------------------------
 
 def group_norm(channels):
@@ -69,7 +70,7 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         rows = [conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v)]
-        h = F.scaled_dot_product_attention(*rows)[:, 0]              # (B, H*W, C)
+        h = F.scaled_dot_product_attention(*rows)[:, 0]              # (B, rows * columns, C)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
@@ -114,14 +115,14 @@ def middle(channels):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, z_channels, H / f, W / f)."""
+    """(B, 3, height, width) -> (B, z_channels, h, w)."""
 
     def __init__(self, config):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        for i, (c_in, c_out) in enumerate(zip([config.ch] + widths, widths)):
+        for i, (c_in, c_out) in enumerate(zip([config.ch, *widths[:-1]], widths, strict=True)):
             last = i == len(widths) - 1
             level = resolution_level(c_in, c_out, n_res=2, attention=last)
             if not last:
@@ -151,7 +152,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0])
         self.conv_blocks = nn.ModuleList()
-        for i, (c_in, c_out) in enumerate(zip([widths[0]] + widths, widths)):
+        for i, (c_in, c_out) in enumerate(zip([widths[0], *widths[:-1]], widths, strict=True)):
             level = resolution_level(c_in, c_out, n_res=3, attention=i == 0)
             if i < len(widths) - 1:
                 level.upsample = Upsample(c_out)
@@ -179,16 +180,17 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
         nn.init.normal_(self.embedding.weight)       # any direction is as likely as any other
-        # The last 65536 codes that training used.  A code that is not among them is dead, and
-        # whoever trains a tokenizer can restart it (the toy does).
+        # The last 65536 tokens of training, as LlamaGen's checkpoints hold them; zeros where there
+        # were fewer.  Once it is full, a code that is not in it is dead: whoever trains a tokenizer
+        # can restart it (the toy looks at the newest 8192).
         self.register_buffer("codebook_used", torch.zeros(65536))
 
     def codes(self):
-        """The codebook as it is used: (V, C), each row of length one."""
+        """The codebook as it is used: (V, E), each row of length one."""
         return F.normalize(self.embedding.weight, dim=-1)
 
     def nearest(self, z):
-        """z (..., C) of length one -> the nearest code's index (...).
+        """z (..., E) of length one -> the nearest code's index (...).
 
         On the unit sphere |z - e|^2 = 2 - 2 <z, e>, so the nearest code has the largest product."""
         return (z @ self.codes().T).argmax(dim=-1)
@@ -217,28 +219,29 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
 
     def features(self, images):
-        """The unit vectors that get quantised: (B, 3, H, W) in [-1, 1] -> (B, h*w, C).
+        """The unit vectors that get quantised: (B, 3, height, width) in [-1, 1] -> (B, h*w, E).
 
-        Raises ValueError if H or W is not a multiple of the downsampling factor."""
+        Raises ValueError if height or width is not a multiple of the downsampling factor."""
         f = self.downsample_factor
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of {f}, "
+            raise ValueError(f"images must be (B, 3, height, width), both multiples of {f}, "
                              f"not {tuple(images.shape)}")
-        z = self.quant_conv(self.encoder(images))                    # (B, C, h, w)
-        return F.normalize(z.flatten(2).transpose(1, 2), dim=-1)     # (B, h*w, C)
+        z = self.quant_conv(self.encoder(images))                    # (B, E, h, w)
+        return F.normalize(z.flatten(2).transpose(1, 2), dim=-1)     # (B, h*w, E)
 
     def from_codes(self, z, h, w):
-        """Codes (B, h*w, C) -> images (B, 3, h * f, w * f), nominally in [-1, 1]."""
+        """Codes (B, h*w, E) -> images (B, 3, height, width), nominally in [-1, 1]."""
         # Contiguous, for group norms are slow where channels come last in memory.
-        z = z.transpose(1, 2).unflatten(2, (h, w)).contiguous()      # (B, C, h, w)
+        z = z.transpose(1, 2).unflatten(2, (h, w)).contiguous()      # (B, E, h, w)
         return self.decoder(self.post_quant_conv(z))
 
     def encode(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) int64, row by row."""
+        """images (B, 3, height, width) in [-1, 1] -> tokens (B, h*w) int64, row by row."""
         return self.quantize.nearest(self.features(images))
 
     def decode(self, tokens):
-        """tokens (B, h*w) int64 of a square grid -> images (B, 3, H, W), nominally in [-1, 1].
+        """tokens (B, h*w) int64 of a square grid -> images (B, 3, height, width), nominally in
+        [-1, 1].
 
         Raises ValueError if h*w is not a square number."""
         side = isqrt(tokens.shape[1])
@@ -248,21 +251,23 @@ class VQModel(nn.Module):
         return self.from_codes(self.quantize.codes()[tokens], side, side)
 
     def straight_through(self, z, tokens=None, beta=0.25):
-        """Straight-through estimator, for training: z (B, h*w, C) -> (codes (B, h*w, C), vq_loss).
+        """Straight-through estimator, for training: z (B, h*w, E) -> (codes (B, h*w, E), vq_loss).
 
         The value is the nearest code, the gradient that of z, as if there were no argmax (Bengio et
         al. 2013).
         vq_loss is the scalar codebook loss plus beta times the commitment loss (van den Oord et al.
         2017, eq. 3): codes move towards the features that chose them, features stay close to the
-        codes they chose.  tokens (B, h*w) overrule the features' choice."""
+        codes they chose.  tokens (B, h*w) overrule the features' choice.  A model in
+        training mode remembers the tokens."""
         tokens = self.quantize.nearest(z) if tokens is None else tokens
-        self.quantize.remember(tokens)
-        code = self.quantize.codes()[tokens]                         # (B, h*w, C)
+        if self.training:
+            self.quantize.remember(tokens)
+        code = self.quantize.codes()[tokens]                         # (B, h*w, E)
         vq_loss = F.mse_loss(code, z.detach()) + beta * F.mse_loss(z, code.detach())
         return z + (code - z).detach(), vq_loss
 
     def forward(self, images):
-        """One pass for training: images (B, 3, H, W) -> (reconstruction (B, 3, H, W), vq_loss)."""
+        """One pass for training: images (B, 3, height, width) -> (reconstruction, vq_loss)."""
         code, vq_loss = self.straight_through(self.features(images))
         f = self.downsample_factor
         return self.from_codes(code, images.shape[2] // f, images.shape[3] // f), vq_loss

@@ -27,6 +27,7 @@ from diversity import group_diversity
 from harness.checkpoints import write_json, write_metrics
 from harness.device import packed
 from harness.options import RunSettings
+from reward import to_uint8
 
 HEALTHY = "healthy"
 SETTINGS = dict(preset="toy", reward="shapes", device="cpu", prompts_per_step=4, group_size=8,
@@ -333,5 +334,5 @@ def draw_rows(path, rows, scale=3):
     """Pictures (n, 3, H, W) in [0, 1] in rows, enlarged, as a PNG file."""
     from PIL import Image
     grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)           # (3, .., ..)
-    pixels = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    Image.fromarray(pixels.mul(255).byte().permute(1, 2, 0).numpy()).save(path)
+    pixels = to_uint8(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
+    Image.fromarray(pixels.numpy()).save(path)

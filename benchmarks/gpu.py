@@ -31,13 +31,15 @@ import argrpo
 import reward
 import toy
 from benchmarks import measuring
-from harness import memory
 from harness.checkpoints import write_json
 from harness.device import (
     Sampler,
     allowed_mismatch,
+    cache_memory,
     checkpoint_layers,
+    choose_sizes,
     frozen_copy,
+    memory_estimate,
     optimizer_of_device,
 )
 from harness.options import RunSettings
@@ -180,9 +182,9 @@ def step(size, device):
     vq = VQModel(toy.VQ_CONFIG if size == "toy" else VQConfig()).to(device).requires_grad_(False)
     s = RunSettings(steps=2, prompts_per_step=4, group_size=8, lr=1e-5, kl_beta=0.1, cfg_scale=2.0,
                  micro_batch=None, rollout_prompts=None, checkpointing=size == "GPT-XXL")
-    memory.choose_sizes(model, vq, s)
-    estimate = sum(memory.memory_estimate(model, vq, s).values())
-    rows, _ = memory.cache_memory(model, s)                          # of a pass of the sampler
+    choose_sizes(model, vq, s)
+    estimate = sum(memory_estimate(model, vq, s).values())
+    rows, _ = cache_memory(model, s)                          # of a pass of the sampler
     passes = -(-s.prompts_per_step // s.rollout_prompts)
     must_read = passes * measuring.rollout_bytes(model, rows, 2 if device.type == "cuda" else 4)
     if s.checkpointing:

@@ -37,7 +37,7 @@ def gradient(model, scale):
 def of_advantages(model, tokens, cond, advantages, scale):
     """The gradient of -A log pi for advantages (B, N)."""
     for rows in torch.arange(len(tokens)).split(64):
-        logp, _ = argrpo.token_logp(model, tokens[rows], cond[rows], entropy_grad=False)
+        logp, _ = argrpo.token_logp(model, tokens[rows], cond[rows])
         (-(advantages[rows] * logp).mean() * len(rows) / len(tokens)).backward()
     return gradient(model, scale)
 

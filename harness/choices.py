@@ -13,6 +13,7 @@ import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
 from harness.before_after import Watched, spread_index
+from harness.scoring import feature_function
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -94,13 +95,26 @@ def shipped_spread(settings, task, texts):
     return toy.shipped_spread(task, [texts[k] for k in index.tolist()])
 
 
+class Features:
+    """Images as a reward's features of them, for a `diversity.DiversityBonus`."""
+
+    def __init__(self, features):
+        self.features = features
+
+    def describe(self, images, tokens):
+        """images (B, 3, H, W) in [0, 1] -> (B, C) float16."""
+        return self.features(images).half()
+
+    def levels(self, described):
+        return [described.float()]
+
+
 def build_features(name, vq, device):
     """What the diversity bonus compares: "pixels", "codes", or "imagenet", a classifier's features.
 
     Raises ImportError, naming the packages, if the classifier's are missing."""
     if name == "imagenet":
-        from rewards.imagenet import Features
-        return Features(device)
+        return Features(feature_function(name, device))
     return Codes(vq) if name == "codes" else Pixels()
 
 

@@ -28,8 +28,10 @@ def draw(model, vq, prompts, index, numbers, seed, best_of=1, **policy):
     device = next(model.parameters()).device
     keys = [(number,) if k == 0 else (number, k) for number in numbers for k in range(best_of)]
     streams = [argrpo.rng_for(device, seed, "image", *key) for key in keys]
+    uniform = torch.stack([torch.rand(model.config.block_size, generator=rng, dtype=torch.float64,
+                                      device=device) for rng in streams])
     _, logp, images = argrpo.draw_images(model, vq, prompts, index.repeat_interleave(best_of),
-                                         streams, micro_batch=16, **policy)
+                                         None, uniform=uniform, micro_batch=16, **policy)
     likeliest = logp.sum(1).view(-1, best_of).argmax(1)                              # (B,)
     kept = torch.arange(len(index), device=likeliest.device) * best_of + likeliest
     return images[kept], logp[kept]

@@ -71,7 +71,7 @@ def code_logp(model, prompts, index, tokens, settings):
     device = next(model.parameters()).device
     rows = []
     for some, drawn in zip(index.split(2), tokens.to(device).split(2)):
-        _, cond, cond_mask = prompts.pick(some, device)
+        cond, cond_mask = prompts.pick(some, device)
         both, masks = argrpo.both_branches(model, cond, cond_mask, settings.cfg_scale)
         with argrpo.autocast(device):
             logits = model(drawn.repeat(len(both) // len(cond), 1), both, masks)

@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from harness.checkpoints import write_json
 from harness.drawing import as_images, read_shard, read_shards, shards
 from harness.statistics import bootstrap, difference, mean, ratio
+from reward import build_rewards
 
-# What pictures are also compared by, besides pixels: the reward that brings the features.
+# What pictures are also compared by, besides pixels: the rewards that have features.
 FEATURES = ("imagenet", "clip")
 
 
 def feature_function(name, device):
-    """images (B, 3, H, W) in [0, 1] -> (B, C) of length one, by the model of that reward."""
-    if name == "imagenet":
-        from rewards.imagenet import efficientnet_lite
-        return lambda images: F.normalize(efficientnet_lite(device).features(images), dim=-1)
-    from rewards.clip import open_clip_tower
-    return open_clip_tower("ViT-L-14-quickgelu", device).image_features
+    """images (B, 3, H, W) in [0, 1] -> (B, C) of length one, by the reward of that name.
+
+    Raises ValueError if it has no features."""
+    [(reward, _)] = build_rewards(name, device).rewards.values()
+    if not hasattr(reward, "features"):
+        raise ValueError(f"reward {name!r} has no features; {' and '.join(FEATURES)} have")
+    return lambda images: reward.features(images.to(device))
 
 
 def score_shards(folder, texts, reward_fn, measure, device):

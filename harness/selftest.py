@@ -6,7 +6,6 @@ to do).  They work on copies of the model, and leave nothing behind.
 
 import copy
 import dataclasses
-import importlib
 import resource
 import sys
 import tempfile
@@ -16,8 +15,10 @@ from pathlib import Path
 import torch
 
 import argrpo
+from harness.before_after import draw_like_rollout
 from harness.checkpoints import load_checkpoint, save_checkpoint
 from harness.device import Sampler, allowed_mismatch, frozen_copy
+from rewards import checker
 
 PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks share
 
@@ -25,20 +26,14 @@ PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks
 def selftest(model, vq, prompts, reward_fn, settings):
     """Prints a line for each check.  Returns the exit status: 0, or 1 if something is wrong."""
     P = min(PROMPTS, len(prompts.texts), settings.prompts_per_step)
-    small = dataclasses.replace(settings, steps=1, prompts_per_step=P, group_size=SAMPLES,
-                                micro_batch=min(settings.micro_batch, P * SAMPLES))
+    small = dataclasses.replace(settings, micro_batch=min(settings.micro_batch, P * SAMPLES))
     index = argrpo.pick_prompts(len(prompts.texts), 0, P, settings.seed)
-    device = next(model.parameters()).device
-    drawn = argrpo.draw_images(
-        Sampler(settings.compile)(model), vq, prompts, index,
-        argrpo.rng_for(device, settings.seed, "selftest"), samples_per_prompt=SAMPLES,
-        micro_batch=small.micro_batch, cfg_scale=settings.cfg_scale,
-        temperature=settings.temperature)
+    texts, tokens, logp, images = draw_like_rollout(Sampler(settings.compile)(model), vq, prompts,
+                                                    index, small, SAMPLES, "selftest")
     index = index.repeat_interleave(SAMPLES)
-    texts = [prompts.texts[k] for k in index.tolist()]
-    checks = (check_sampler(model, prompts, index, *drawn[:2], settings),
-              check_accumulation(model, prompts, index, drawn[0], settings),
-              check_rewards(reward_fn, drawn[2], texts),
+    checks = (check_sampler(model, prompts, index, tokens, logp, settings),
+              check_accumulation(model, prompts, index, tokens, settings),
+              check_rewards(reward_fn, images, texts),
               check_step(model, vq, prompts, reward_fn, settings),
               check_checkpoint(model, settings))
     good = True
@@ -49,21 +44,10 @@ def selftest(model, vq, prompts, reward_fn, settings):
     return 0 if good else 1
 
 
-def logp_of(model, prompts, index, tokens, settings):
-    """The learner's log-probabilities of images (B, N) of the prompts at index (B,)."""
-    device = tokens.device
-    cfg_scale = settings.cfg_scale if settings.logprob_cfg == "guided" else 1.0
-    _, cond, cond_mask = prompts.pick(index, device)
-    with argrpo.autocast(device):
-        logp, _ = argrpo.token_logp(model, tokens, cond, cond_mask, cfg_scale=cfg_scale,
-                                    temperature=settings.temperature)
-    return logp
-
-
 def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
     """Whether what draws the images computes the distribution that is trained."""
     with torch.no_grad():
-        logp = logp_of(model, prompts, index, tokens, settings)
+        logp, _ = argrpo.policy_logp(model, prompts, index, tokens, settings)
     mean = (logp - sampler_logp).abs().mean().item()
     allowed = allowed_mismatch(tokens.device, settings.cfg_scale)
     finding = f"sampler and learner differ by {mean:.1e} nats a token on average"
@@ -84,7 +68,7 @@ def check_accumulation(model, prompts, index, tokens, settings):
         copied = copy.deepcopy(model)
         copied.zero_grad()
         for rows in torch.arange(len(tokens)).split(size):
-            logp = logp_of(copied, prompts, index[rows], tokens[rows], settings)
+            logp, _ = argrpo.policy_logp(copied, prompts, index[rows], tokens[rows], settings)
             (-(advantages[rows] * logp).mean() * len(rows) / len(tokens)).backward()
         gradients.append([p.grad for p in copied.parameters() if p.grad is not None])
     apart = sum((a - b).square().sum() for a, b in zip(*gradients)).sqrt()
@@ -99,9 +83,8 @@ def check_accumulation(model, prompts, index, tokens, settings):
 
 def check_rewards(reward_fn, images, texts):
     """What `python -m rewards --check` examines, on images of the chosen model."""
-    checker = importlib.import_module("rewards.checker")         # a floor above: by name alone
     try:
-        findings = list(checker.check(reward_fn, images, texts, SAMPLES))
+        findings = list(checker.findings(reward_fn, images, texts, SAMPLES))
     except Exception as error:                   # a reward is anybody's code
         yield "reward", False, f"fails: {type(error).__name__}: {error}"
         return

@@ -1,8 +1,9 @@
-"""Lab 7's only new part: published attention that can be taught to look at words.
+"""Lab 7's only new part: attention that looks at words, or can be taught to.
 
-LlamaGen's rotary table is zero at the condition, cosine and sine.  Here each layer and head has a
-gate in the place of that cosine.  At 0 the model is the published one, bit for bit; at 1 words have
-queries and keys like everything else.
+LlamaGen's rotary table is zero at the condition, cosine and sine.  `still` puts cosine 1 there, a
+rotation by nothing: words have queries and keys like everything else.  `add_gates` gives each layer
+and head a gate in the place of that cosine.  At 0 the model is the published one, bit for bit; at 1
+it is `still`'s.
 """
 
 import lab  # noqa: F401 (makes the repository importable)
@@ -25,6 +26,14 @@ class GatedAttention(argrpo.Attention):
         word = ((cos == 0) & (sin == 0)).all(-1, keepdim=True)       # zero: no place in the grid
         cos = cos + SPEED * self.gate[:, None, None] * word          # (H, positions, C/H/2)
         return super().qkv(x, torch.stack([cos, sin.expand_as(cos)], dim=-1))
+
+
+def still(model):
+    """Puts cosine 1 at the condition of a Transformer's rotary table.  Returns the model.
+
+    The table is in no checkpoint: loading weights, before or after, leaves it as it is."""
+    model.rope[:model.config.cls_token_num, :, 0] = 1                # (T + N, C/H/2, 2)
+    return model
 
 
 def add_gates(model):

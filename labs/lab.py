@@ -30,17 +30,16 @@ from einops import rearrange  # noqa: E402
 import argrpo  # noqa: E402
 import toy  # noqa: E402
 from harness.before_after import diversity_kept  # noqa: E402
-from reward import build_rewards  # noqa: E402
+from reward import build_rewards, to_uint8  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------
-# Options and seeds
+# One lab: its options, its seeds, and what it leaves behind
 # ---------------------------------------------------------------------------------------------
-
 
 STORED = ROOT / "docs" / "labs"
 
 
-def read_options(arguments=()):
+def read_options(arguments):
     """The options in a list of command line arguments."""
     parser = argparse.ArgumentParser(description="a lab: read its text beside what it prints")
     parser.add_argument("--quick", action="store_true", help="see that it works; no conclusions")
@@ -55,41 +54,75 @@ def read_options(arguments=()):
     return options
 
 
-def begin(name):
-    """Starts the lab of that name: reads the command line, except in a notebook."""
-    global options, lab_name, stored, started, version
-    options = read_options([] if NOTEBOOK else sys.argv[1:])
-    lab_name, started, version = name, time.perf_counter(), commit()
-    if options.stored:
-        path = STORED / f"{name}.json"
-        if not path.exists():
-            sys.exit(f"error: --stored: there is no {path}, for this lab has not been run for "
-                     "docs/labs yet; run it without --stored")
-        stored = json.loads(path.read_text())
+class Experiment:
+    """One lab at work.  A lab makes it first, with its own name, and calls `finish` last.
+
+    It reads the command line, except in a notebook.  options are the lab's, and measured (from
+    docs/labs with --stored) holds by name what its measuring functions returned."""
+
+    def __init__(self, name):
+        self.name, self.began, self.commit = name, time.perf_counter(), commit()
+        self.options = read_options([] if NOTEBOOK else sys.argv[1:])
+        self.measured, self.stored_note = {}, None
+        if self.options.stored:
+            path = STORED / f"{name}.json"
+            if not path.exists():
+                sys.exit(f"error: --stored: there is no {path}, for this lab has not been run for "
+                         "docs/labs yet; run it without --stored")
+            stored = json.loads(path.read_text())
+            self.measured, self.stored_note = stored["measured"], stored["runs"]
+
+    def seconds(self):
+        return f"{time.perf_counter() - self.began:.0f} s"
+
+    def quick(self, small, full):
+        """A size of the experiment: `small` with --quick, else `full`."""
+        return small if self.options.quick else full
+
+    def over_seeds(self, measure, seeds=None):
+        """[measure(seed), ...] of all training seeds, or of those given, with a line for each.
+
+        What measure returns goes into the lab's .json file: numbers, strings, lists and dicts with
+        strings as keys."""
+        name = measure.__name__
+        if self.options.stored:
+            return self.measured[name]
+        found = self.measured[name] = []
+        for seed in range(self.options.seeds) if seeds is None else seeds:
+            found.append(measure(seed))
+            print(f"  {name}, seed {seed}: {self.seconds()}", flush=True)
+        return found
+
+    def finish(self, fig, rows, runs):
+        """Saves the lab's figure, table and numbers as .png, .md and .json, and shows them.
+
+        rows are the table's, the first of them its heading; runs says in words what was run."""
+        seeds, trial = "seed 0", ""
+        if self.options.seeds > 1:
+            seeds = f"seeds 0 to {self.options.seeds - 1}"
+        if self.options.quick:
+            trial = "; --quick: a trial, no conclusions"
+        note = self.stored_note or f"{runs}; {seeds}{trial}; commit {self.commit}"
+        fig.supxlabel(note, fontsize=7, color="#777777")
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        path = self.options.out / self.name
+        fig.savefig(path.with_suffix(".png"), dpi=110)
+        lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+        text = "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+        path.with_suffix(".md").write_text(f"{text}\n\n{note}\n")
+        if not self.options.stored:
+            numbers = json.dumps({"runs": note, "measured": self.measured}, indent=1)
+            path.with_suffix(".json").write_text(numbers + "\n")
+        print(f"\n{text}\n\n{path}.png and .md; {self.seconds()}")
+        if not NOTEBOOK:
+            plt.close(fig)
 
 
-options, lab_name, stored, started, version = read_options(), "", None, time.perf_counter(), ""
-measured = {}                                    # by the measuring function's name
-
-
-def over_seeds(measure, seeds=None):
-    """[measure(seed), ...] of all training seeds, or of those given, with a line for each.
-
-    What measure returns goes into the lab's .json file: numbers, strings, lists and dicts with
-    strings as keys."""
-    name = measure.__name__
-    if stored:
-        return stored["measured"][name]
-    measured[name] = []
-    for seed in range(options.seeds) if seeds is None else seeds:
-        measured[name].append(measure(seed))
-        print(f"  {name}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
-    return measured[name]
-
-
-def quick(small, full):
-    """A size of the experiment: `small` with --quick, else `full`."""
-    return small if options.quick else full
+def commit():
+    """This repository's commit, for the figures."""
+    answer = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True,
+                            text=True)
+    return answer.stdout.strip() or "unknown"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,14 +184,14 @@ def draw(model, samples, task="c2i", texts=None, seed=0, plain=False, **policy):
     return Drawn(texts, tokens, logp, images, toy.verify(images, texts))
 
 
-def packed(images):
+def as_text(images):
     """Pictures (n, 3, 24, 24) as text, for the lab's .json file."""
-    pixels = images.mul(255).round().byte().numpy().tobytes()
+    pixels = to_uint8(images).movedim(-1, 1).numpy().tobytes()
     return base64.b64encode(zlib.compress(pixels)).decode()
 
 
-def unpacked(text):
-    """What `packed` packed, as a sheet of four columns: (height, width, 3), for imshow."""
+def as_sheet(text):
+    """The pictures of such a text, as a sheet of four columns: (height, width, 3), for imshow."""
     pixels = bytearray(zlib.decompress(base64.b64decode(text)))
     images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, toy.SIZE, toy.SIZE)
     framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=255)
@@ -217,7 +250,7 @@ class Tiny:
 
 
 # ---------------------------------------------------------------------------------------------
-# Figures, tables, numbers
+# Figures and tables
 # ---------------------------------------------------------------------------------------------
 
 # The same recipe has the same colour in all labs (Okabe and Ito's, which the colour-blind can
@@ -238,35 +271,3 @@ def plot_band(ax, x, rows, **style):
     rows = torch.tensor(rows, dtype=torch.float64)                                   # (seeds, x)
     line, = ax.plot(x, rows.mean(0), **style)
     ax.fill_between(x, rows.amin(0), rows.amax(0), color=line.get_color(), alpha=0.2, linewidth=0)
-
-
-def commit():
-    """This repository's commit, for the figures."""
-    answer = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True,
-                            text=True)
-    return answer.stdout.strip() or "unknown"
-
-
-def finish(fig, rows, runs):
-    """Saves the lab's figure, table and numbers as .png, .md and .json, and shows them.
-
-    rows are the table's, the first of them its heading; runs says in words what was run."""
-    if stored:
-        note = stored["runs"]
-    else:
-        seeds = f"seeds 0 to {options.seeds - 1}" if options.seeds > 1 else "seed 0"
-        trial = "; --quick: a trial, no conclusions" if options.quick else ""
-        note = f"{runs}; {seeds}{trial}; commit {version}"
-    fig.supxlabel(note, fontsize=7, color="#777777")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / lab_name
-    fig.savefig(path.with_suffix(".png"), dpi=110)
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    text = "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-    path.with_suffix(".md").write_text(f"{text}\n\n{note}\n")
-    if not stored:
-        numbers = json.dumps({"runs": note, "measured": measured}, indent=1)
-        path.with_suffix(".json").write_text(numbers + "\n")
-    print(f"\n{text}\n\n{path}.png and .md; {time.perf_counter() - started:.0f} s")
-    if not NOTEBOOK:
-        plt.close(fig)

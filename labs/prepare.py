@@ -12,12 +12,11 @@ without disturbing each other.
 import argparse
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import lab
 import torch
-from gates import add_gates
+from gates import add_gates, still
 from lab import ROOT
 
 import argrpo
@@ -80,16 +79,18 @@ def scenes(seed, count, plain=False):
     return tokens, lab.prompts_of("t2i", texts, plain)
 
 
-def transformer(cond_rope="zero"):
-    return argrpo.Transformer(replace(toy.CONFIGS["t2i"], cond_rope=cond_rope))
+def transformer(table="zero"):
+    """An untrained t2i toy, whose rotary table is "zero" at the condition, or "still"."""
+    model = argrpo.Transformer(toy.CONFIGS["t2i"])
+    return still(model) if table == "still" else model
 
 
-def pretrained(cond_rope, plain=False):
+def pretrained(table, plain=False):
     """A t2i toy from nothing, with that rotary table at the condition."""
     def make(seed, path, quick):
         tokens, prompts = scenes(seed, 400 if quick else 16000, plain)
         rng = pretraining.random_stream(seed, "composition")
-        save_weights(path, pretraining.pretrain_gpt(transformer(cond_rope), tokens, prompts, rng,
+        save_weights(path, pretraining.pretrain_gpt(transformer(table), tokens, prompts, rng,
                                                     20 if quick else 1200))
     return make
 
@@ -122,10 +123,11 @@ def reinforced(build, start=None):
     def make(seed, path, quick):
         model, reference = build(), build()
         if start:
-            if not prepared(start, seed).exists():       # --only may have left it out
-                JOBS[start](seed, prepared(start, seed), quick)
+            begin = path.with_name(f"{start}-{seed}.pt")
+            if not begin.exists():               # --only may have left it out
+                JOBS[start](seed, begin, quick)
             for part in (model, reference):
-                load_weights(part, prepared(start, seed))
+                load_weights(part, begin)
         config = argrpo.GRPOConfig(**PAPER | dict(steps=3 if quick else 75, seed=seed))
         for _ in lab.train(model, config, task="t2i", reference=reference.requires_grad_(False),
                            prompts=lab.prompts_of("t2i")):
@@ -158,26 +160,28 @@ JOBS = {
 }
 
 
-def prepared(name, seed):
+def prepared(experiment, name, seed):
     """The path of a prepared checkpoint.  With --quick a short run makes one that is good for
     nothing but a trial."""
-    folder = lab.options.out / "quick" if lab.options.quick else FOLDER
+    options = experiment.options
+    folder = options.out / "quick" if options.quick else FOLDER
     path = folder / f"{name}-{seed}.pt"
-    if lab.options.quick and not path.exists():
+    if options.quick and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         JOBS[name](seed, path, quick=True)
     return path
 
 
-def require(*names):
+def require(experiment, *names):
     """Ends the lab, before it does anything, if a checkpoint that it needs is missing."""
-    if lab.options.quick or lab.options.stored:
+    options = experiment.options
+    if options.quick or options.stored:
         return
-    missing = sorted({name for name in names for seed in range(lab.options.seeds)
-                      if not prepared(name, seed).exists()})
+    missing = sorted({name for name in names for seed in range(options.seeds)
+                      if not prepared(experiment, name, seed).exists()})
     if missing:
         sys.exit(f"error: {FOLDER} lacks checkpoints of {', '.join(missing)}; this makes them: "
-                 f"python labs/prepare.py --only {','.join(missing)} --seeds {lab.options.seeds}")
+                 f"python labs/prepare.py --only {','.join(missing)} --seeds {options.seeds}")
 
 
 def main():

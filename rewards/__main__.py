@@ -12,16 +12,7 @@ import torch
 
 from reward import build_rewards
 from rewards.checker import examine
-from rewards.pictures import read_picture
-
-
-def score(rewards, path, prompt, device):
-    """Prints the scores of one picture, as a line of JSON."""
-    total, parts = rewards(read_picture(path)[None].to(device), [prompt])
-    scores = {"image": path, "reward": total.item()}
-    for name, part in parts.items():
-        scores[name] = part.item()
-    print(json.dumps(scores))
+from rewards.known_pictures import read_picture
 
 
 def arguments(argv):
@@ -48,9 +39,12 @@ def main(argv=None):
         rewards = build_rewards(args.check or args.reward, args.device)
         if args.check:
             return examine(rewards, args.prompt, args.device)
-        rewards.check_prompts([args.prompt or ""])
+        prompts = [args.prompt or ""]
+        rewards.check_prompts(prompts)
         for path in args.images:                 # one by one, for they may differ in size
-            score(rewards, path, args.prompt or "", args.device)
+            total, parts = rewards(read_picture(path)[None].to(args.device), prompts)
+            parts = {name: part.item() for name, part in parts.items()}
+            print(json.dumps({"image": path, "reward": total.item()} | parts))
         return 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,7 +12,8 @@ Where this departs from the official AR-GRPO code:
 2. Precision.  On a GPU, the weights of open_clip's towers are in float16.  Officially, CLIP is in
    float32, and HPSv2.1 in float32 under float16 autocast.  On a CPU all of it is float32.
 3. Batches.  The official code scores one image at a time, from 8-bit pixels, and resizes with
-   PIL.  Here a batch is resized on its device; `tests/test_reward_models.py` bounds the difference.
+   PIL.  Here a batch is resized on its device; `tests/rewards/test_reward_models.py` bounds
+   the difference.
 4. A cosine of exactly 1 falls into the highest bin.  Officially it raises an error.
 """
 
@@ -23,7 +24,7 @@ from torch import nn
 from torchvision.transforms import functional as vision
 
 from pretrained import load_weights
-from reward import BATCH_CACHES, register
+from reward import register
 from rewards.sources import weights_of
 
 
@@ -35,45 +36,40 @@ def preprocess(images, size, mean, std):
 
 
 class Tower:
-    """An image encoder and a text encoder, and how the first wants its images.
+    """An image encoder and a text encoder, functions from a batch to vectors of any length.
 
-    Asked again about the very same batch, as by a second reward, it answers without computing."""
+    Asked again about the very same batch, as by a second reward, it answers without computing,
+    until `forget`."""
 
-    def __init__(self, encode_image, encode_text, size, mean, std, micro_batch=32):
+    def __init__(self, encode_image, encode_text, micro_batch=32):
         self.encode_image, self.encode_text = encode_image, encode_text
-        self.size, self.mean, self.std = size, mean, std
         self.micro_batch = micro_batch
         self.last = {}                           # "images" or "texts" -> (batch, its features)
-        BATCH_CACHES.append(self.last)
 
-    def once(self, kind, batch, encode):
-        """encode(batch), or what it gave when the last batch of this kind was this very object."""
+    def forget(self):
+        """Lets go of the last batch."""
+        self.last.clear()
+
+    def once(self, kind, batch, compute):
+        """compute(), or what it gave when the last batch of this kind was this very object."""
         if kind not in self.last or self.last[kind][0] is not batch:
-            self.last[kind] = batch, encode(batch)
+            self.last[kind] = batch, compute()
         return self.last[kind][1]
+
+    def unit_vectors(self, encode, batch):
+        """encode(batch), a micro-batch at a time, as vectors of length one: (B, C)."""
+        starts = range(0, len(batch), self.micro_batch)
+        vectors = [encode(batch[start:start + self.micro_batch]).float() for start in starts]
+        return nn.functional.normalize(torch.cat(vectors), dim=-1)
 
     def image_features(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, C), of length one."""
-        return self.once("images", images, self.encode_images)
+        return self.once("images", images, lambda: self.unit_vectors(self.encode_image, images))
 
     def text_features(self, texts):
         """B texts -> (B, C), of length one."""
-        return self.once("texts", texts, self.encode_texts)
-
-    def encode_images(self, images):
-        features = []
-        for chunk in images.split(self.micro_batch):
-            pixels = preprocess(chunk, self.size, self.mean, self.std)
-            features.append(self.encode_image(pixels).float())
-        return nn.functional.normalize(torch.cat(features), dim=-1)
-
-    def encode_texts(self, texts):
         distinct = list(dict.fromkeys(texts))    # equal texts are encoded once
-        features = []
-        for start in range(0, len(distinct), self.micro_batch):
-            chunk = distinct[start:start + self.micro_batch]
-            features.append(self.encode_text(chunk).float())
-        features = nn.functional.normalize(torch.cat(features), dim=-1)
+        features = self.once("texts", texts, lambda: self.unit_vectors(self.encode_text, distinct))
         return features[[distinct.index(text) for text in texts]]
 
     def cosine(self, images, prompts):
@@ -89,13 +85,14 @@ def tower_of(model, name, device):
     how = open_clip.get_model_preprocess_cfg(model)
     dtype = model.visual.conv1.weight.dtype
 
-    def encode_image(pixels):
+    def encode_image(images):
+        pixels = preprocess(images, how["size"][0], how["mean"], how["std"])
         return model.encode_image(pixels.to(dtype))
 
     def encode_text(texts):
         return model.encode_text(tokenizer(texts).to(device))
 
-    return Tower(encode_image, encode_text, how["size"][0], how["mean"], how["std"])
+    return Tower(encode_image, encode_text)
 
 
 @functools.cache
@@ -118,6 +115,14 @@ def hpsv2_tower(device):
     return open_clip_tower("ViT-H-14", device)
 
 
+# ---------------------------------------------------------------------------------------------
+# The rewards
+# ---------------------------------------------------------------------------------------------
+
+def times_five(cosine):
+    return 5 * cosine
+
+
 def binned(cosine):
     """The official bins: below 0 -> -1, [0, 0.3) -> 0.5, [0.3, 0.6) -> 1, from 0.6 -> 1.5."""
     edges = cosine.new_tensor([0.0, 0.3, 0.6])
@@ -125,18 +130,36 @@ def binned(cosine):
     return values[torch.bucketize(cosine, edges, right=True)]
 
 
+class Cosine:
+    """A reward (B,) that is a function of the cosine (B,) of image and prompt."""
+
+    def __init__(self, tower, score):
+        self.tower, self.score = tower, score
+        self.forget = tower.forget
+
+    def __call__(self, images, prompts):
+        return self.score(self.tower.cosine(images, prompts))
+
+
 @register("clip")
-def clip(device):
+class Clip(Cosine):
     """CLIP ViT-B/32 (arXiv 2103.00020): 5 times the cosine of image and prompt."""
-    tower = clip_tower(device)
-    return lambda images, prompts: 5 * tower.cosine(images, prompts)
+
+    def __init__(self, device):
+        super().__init__(clip_tower(device), times_five)
+        self.device = device
+
+    def features(self, images):
+        """images (B, 3, H, W) in [0, 1] -> (B, 768), of length one: those of the larger ViT-L/14,
+        so that a policy which learned to please the ViT-B/32 is compared by other eyes."""
+        tower = open_clip_tower("ViT-L-14-quickgelu", self.device)
+        return tower.unit_vectors(tower.encode_image, images)
 
 
 @register("clip_bin")
 def clip_bin(device):
     """The same cosine in the paper's four bins."""
-    tower = clip_tower(device)
-    return lambda images, prompts: binned(tower.cosine(images, prompts))
+    return Cosine(clip_tower(device), binned)
 
 
 @register("hpsv2")
@@ -144,15 +167,13 @@ def hpsv2(device):
     """HPSv2.1 (arXiv 2306.09341), a CLIP ViT-H/14 tuned on human preferences.
 
     5 times its cosine of image and prompt."""
-    tower = hpsv2_tower(device)
-    return lambda images, prompts: 5 * tower.cosine(images, prompts)
+    return Cosine(hpsv2_tower(device), times_five)
 
 
 @register("hpsv2_bin")
 def hpsv2_bin(device):
     """The same cosine in the paper's four bins."""
-    tower = hpsv2_tower(device)
-    return lambda images, prompts: binned(tower.cosine(images, prompts))
+    return Cosine(hpsv2_tower(device), binned)
 
 
 @register("pickscore")
@@ -165,14 +186,14 @@ def pickscore(device):
     folder = weights_of("pickscore")
     model = CLIPModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = model.config.vision_config.image_size
 
-    def encode_image(pixels):
+    def encode_image(images):
+        pixels = preprocess(images, size, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
         return model.visual_projection(model.vision_model(pixels).pooler_output)
 
     def encode_text(texts):
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         return model.text_projection(model.text_model(**tokens.to(device)).pooler_output)
 
-    tower = Tower(encode_image, encode_text, model.config.vision_config.image_size,
-                  OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-    return lambda images, prompts: model.logit_scale.exp() * tower.cosine(images, prompts)
+    return Cosine(Tower(encode_image, encode_text), lambda cosine: model.logit_scale.exp() * cosine)

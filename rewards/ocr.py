@@ -8,9 +8,9 @@ import re
 
 import torch
 
-from reward import register
-from rewards import pictures
-from rewards.sources import ALL_PACKAGES, optional
+from reward import register, to_uint8
+from rewards import known_pictures
+from rewards.sources import optional
 
 # Straight or curly double quotes around a text that is not blank.
 QUOTED = re.compile('["\u201c]([^"\u201c\u201d]*[^"\u201c\u201d\\s][^"\u201c\u201d]*)["\u201d]')
@@ -52,8 +52,8 @@ class Reader:
     ASPECT = 320 / 48
 
     def __init__(self):
-        optional("onnxruntime", "ocr", ALL_PACKAGES)
-        rapidocr = optional("rapidocr", "ocr", ALL_PACKAGES)
+        optional("onnxruntime", "ocr")
+        rapidocr = optional("rapidocr", "ocr")
         self.engine = rapidocr.RapidOCR(params={
             "Global.log_level": "error",
             "Det.limit_side_len": 256,           # pictures of 256 pixels are searched as they are
@@ -79,8 +79,8 @@ class Reader:
         return [texts[k] for k in range(len(lines))]
 
     def __call__(self, images):
-        pixels = (images.float() * 255).round().byte().flip(1).permute(0, 2, 3, 1)   # (B, H, W, 3)
-        found = [self.lines(picture) for picture in pixels.cpu().contiguous().numpy()]
+        pixels = to_uint8(images).flip(-1).contiguous()                  # (B, H, W, BGR)
+        found = [self.lines(picture) for picture in pixels.numpy()]
         texts = iter(self.read([line for lines in found for line in lines]))
         return [[next(texts) for _ in lines] for lines in found]
 
@@ -93,7 +93,7 @@ class Ocr:
     the mean of theirs; Flow-GRPO looks for the first alone."""
 
     def __init__(self, device):
-        optional("rapidfuzz", "ocr", ALL_PACKAGES)
+        optional("rapidfuzz", "ocr")
         self.reader = Reader()
 
     def check_prompts(self, prompts):
@@ -103,7 +103,7 @@ class Ocr:
 
     def examples(self):
         """Drawn texts for `python -m rewards --check`."""
-        return pictures.text_groups()
+        return known_pictures.text_groups()
 
     def __call__(self, images, prompts):
         wanted, scores = [quoted_texts(prompt) for prompt in prompts], []

@@ -10,8 +10,6 @@ Where this departs from what was published:
    225 pixels a side, of which pyiqa takes 224: it would enlarge, and so blur, a window of 224.
 """
 
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import nn
@@ -24,45 +22,46 @@ from rewards.sources import optional, weights_of
 
 
 @register("clip_iqa")
-def clip_iqa(device):
+class ClipIqa:
     """CLIP-IQA (arXiv 2207.12396), quality without a reference.
 
     Twice the probability that CLIP prefers "Good photo." to "Bad photo." for the image: in [0, 2],
     the range of MANIQA's reward."""
-    tower = clip_tower(device)
     antonyms = ["Good photo.", "Bad photo."]
 
-    def reward(images, prompts):
-        cosines = tower.image_features(images) @ tower.text_features(antonyms).T         # (B, 2)
+    def __init__(self, device):
+        self.tower = clip_tower(device)
+        self.forget = self.tower.forget
+
+    def __call__(self, images, prompts):
+        texts = self.tower.text_features(self.antonyms)                                  # (2, C)
+        cosines = self.tower.image_features(images) @ texts.T                            # (B, 2)
         return 2 * (100 * cosines).softmax(dim=-1)[:, 0]
 
-    return reward
 
-
-class AestheticHead(nn.Module):
-    """LAION's aesthetic predictor, version 2: CLIP features (B, 768) -> score (B,)."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(768, 1024), nn.Dropout(0.2),
-            nn.Linear(1024, 128), nn.Dropout(0.2),
-            nn.Linear(128, 64), nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
-
-    def forward(self, features):
-        return self.layers(features)[:, 0]
+def aesthetic_head():
+    """LAION's aesthetic predictor, version 2, in its "layers": CLIP features (B, 768) -> (B, 1)."""
+    return nn.ModuleDict({"layers": nn.Sequential(
+        nn.Linear(768, 1024), nn.Dropout(0.2),
+        nn.Linear(1024, 128), nn.Dropout(0.2),
+        nn.Linear(128, 64), nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )})
 
 
 @register("aesthetic")
-def aesthetic(device):
+class Aesthetic:
     """LAION's aesthetic head on CLIP ViT-L/14: about 1 to 10."""
-    tower = open_clip_tower("ViT-L-14-quickgelu", device)
-    head = load_weights(AestheticHead(), weights_of("aesthetic"))
-    head = head.to(device).eval().requires_grad_(False)
-    return lambda images, prompts: head(tower.image_features(images))
+
+    def __init__(self, device):
+        self.tower = open_clip_tower("ViT-L-14-quickgelu", device)
+        self.forget = self.tower.forget
+        head = load_weights(aesthetic_head(), weights_of("aesthetic"))
+        self.head = head.to(device).eval().requires_grad_(False)["layers"]
+
+    def __call__(self, images, prompts):
+        return self.head(self.tower.image_features(images))[:, 0]
 
 
 def random_crops(images, crops=20, size=225):
@@ -80,29 +79,19 @@ def random_crops(images, crops=20, size=225):
     return torch.stack(windows, dim=1)
 
 
-@contextmanager
-def numpy_seeded():
-    """numpy's own random numbers are the same every time, and go on as before afterwards."""
-    state = np.random.get_state()
-    np.random.seed(0)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-
-
 @register("maniqa")
 def maniqa(device):
     """MANIQA (arXiv 2204.08958) trained on KonIQ: twice the mean score of 20 random crops."""
-    pyiqa = optional("pyiqa", "maniqa")
+    pyiqa = optional("pyiqa", "maniqa", "pyiqa")
     metric = pyiqa.create_metric("maniqa", device=device, test_sample=1)
 
     def reward(images, prompts):
         crops = random_crops(images)                                     # (B, 20, 3, 225, 225)
-        scores = []
+        scores, state = [], np.random.get_state()
         for chunk in crops.flatten(0, 1).split(40):
-            with numpy_seeded():                 # which 224 of 225 pixels pyiqa draws with numpy
-                scores.append(metric(chunk).flatten())
+            np.random.seed(0)                    # which 224 of 225 pixels pyiqa draws with numpy
+            scores.append(metric(chunk).flatten())
+        np.random.set_state(state)               # which goes on as before
         return 2 * torch.cat(scores).view(crops.shape[:2]).mean(dim=1)
 
     return reward

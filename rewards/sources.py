@@ -16,7 +16,6 @@ SOURCES = {
     "qwen": "Qwen/Qwen2.5-VL-3B-Instruct",
 }
 
-
 # What is wanted of a repository.  Some hold the same weights as pytorch_model*.bin again.
 FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 
@@ -27,16 +26,13 @@ def weights_of(name):
                                 "of that Hugging Face cache", FILES)
 
 
-ALL_PACKAGES = "-r requirements-rewards.txt"
-
-
-def optional(package, reward, install=None):
+def optional(package, reward, install="-r requirements-rewards.txt"):
     """The imported package, or an ImportError that says how to get it."""
     try:
         return importlib.import_module(package)
     except ImportError:
         raise ImportError(f"reward {reward!r} needs the package {package}: "
-                          f"pip install {install or package}") from None
+                          f"pip install {install}") from None
 
 
 def with_weights(reward, make, weights):

@@ -20,7 +20,7 @@ import re
 
 import torch
 
-from reward import register
+from reward import register, to_uint8
 from rewards.sources import weights_of
 
 LABEL = (
@@ -47,12 +47,9 @@ SCORE = re.compile(rf"score{MARKUP}[:=]{MARKUP}(-?(?:\d+\.?\d*|\.\d+))", re.IGNO
 
 
 def parse_score(answer, highest):
-    """The last "score": NUMBER of an answer, or None where there is none from 0 to `highest`."""
-    found = SCORE.findall(answer)
-    if not found:
-        return None
-    score = float(found[-1])
-    return score if 0 <= score <= highest else None
+    """The last "score": NUMBER of an answer, or NaN where there is none from 0 to `highest`."""
+    score = float((SCORE.findall(answer) or ["nan"])[-1])
+    return score if 0 <= score <= highest else math.nan
 
 
 class VisionLanguageModel:
@@ -74,9 +71,8 @@ class VisionLanguageModel:
 
     def __call__(self, images, questions, attempt):
         """Attempt 0 is greedy, the others are random.  Each gives the same answers every time."""
-        pictures = list((images * 255).round().to(torch.uint8))
         inputs = self.processor(text=[self.chat(question) for question in questions],
-                                images=pictures, padding=True, padding_side="left",
+                                images=list(to_uint8(images)), padding=True, padding_side="left",
                                 return_tensors="pt").to(self.model.device)
         policy = {"do_sample": False}
         if attempt > 0:
@@ -88,10 +84,7 @@ class VisionLanguageModel:
         return self.processor.batch_decode(answers, skip_special_tokens=True)
 
 
-@functools.cache
-def vision_language_model(device):
-    """The model of all three questions, loaded once."""
-    return VisionLanguageModel(device)
+vision_language_model = functools.cache(VisionLanguageModel)         # one for all questions
 
 
 class Ask:
@@ -110,11 +103,7 @@ class Ask:
         """One score per image, NaN where the answer has no points."""
         questions = [self.question.format(prompt=prompt) + ANSWER_FORMAT for prompt in prompts]
         answers = self.model(images, questions, attempt)
-        scores = []
-        for _, answer in zip(questions, answers, strict=True):
-            points = parse_score(answer, self.highest)
-            scores.append(math.nan if points is None else points / 4)
-        return torch.tensor(scores)
+        return torch.tensor([parse_score(answer, self.highest) / 4 for answer in answers])
 
     def __call__(self, images, prompts):
         scores = torch.full((len(prompts),), math.nan)

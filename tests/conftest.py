@@ -1,14 +1,14 @@
-"""What the tests share: tiny models, a tokenizer that can be read off, and the order of the files.
+"""What the tests share: tiny models and runs, and a tokenizer that can be read off.
 
-The files run in the order in which the code is read, from the blocks of the transformer up to the
-loop.  So the first failure names the smallest idea that is wrong, and not what stands on it.
+The folders run in the order of pyproject.toml, which is the order of the house, method/ first.  Its
+files run in the order in which argrpo.py is read.  So the first failure names the smallest idea
+that is wrong, and not what stands on it.
 """
 
 import copy
+import json
 import os
-import sys
 from math import isqrt
-from pathlib import Path
 
 # Before torch is loaded: one thread for each process of a test, which does not spin while it waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,15 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import argrpo  # noqa: E402
-from argrpo import GPTConfig, GRPOConfig, Prompts, Transformer  # noqa: E402
-
-READING_ORDER = ("test_blocks", "test_transformer", "test_vqgan", "test_sampler", "test_grpo",
-                 "test_streams", "test_wiring", "test_settings", "test_train", "test_diversity",
-                 "test_rehearsal", "test_toy", "test_toy_pretraining", "test_evaluation",
-                 "test_run")
+import argrpo
+from argrpo import GPTConfig, GRPOConfig, Prompts, Transformer
+from vqgan import VQConfig, VQModel
 
 
 def pytest_addoption(parser):
@@ -40,19 +34,12 @@ def pytest_configure(config):
         config.option.dist = "loadfile"
 
 
-def place(item):
-    """The place of a test's file in the reading order; all other files come last."""
-    name = item.path.stem
-    return READING_ORDER.index(name) if name in READING_ORDER else len(READING_ORDER)
-
-
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=place)
     for mark in ("slow", "course"):
         if config.getoption("--" + mark):
             continue
         for item in items:
-            if mark in item.keywords:
+            if item.get_closest_marker(mark):        # keywords know the folder "course", too
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: runs with --{mark}"))
 
 
@@ -107,6 +94,8 @@ def tiny_model(model_type="c2i", **changes):
     if model_type == "t2i":
         config |= dict(model_type="t2i", cls_token_num=4, caption_dim=6)
     model = Transformer(GPTConfig(**(config | changes)))
+    if model_type == "t2i":
+        model.cls_embedding.uncond_embedding.normal_(std=0.4)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -119,6 +108,12 @@ def tiny_condition(model_type, rows=3):
         return torch.arange(rows), None
     words = torch.tensor([4, 2, 1])[torch.arange(rows) % 3]
     return torch.randn(rows, 4, 6), torch.arange(4) >= 4 - words[:, None]
+
+
+def tiny_vq(**changes):
+    """A random tokenizer of 5 codes, with 2 x 2 pixels a token."""
+    config = dict(ch=8, ch_mult=(1, 1), z_channels=8, codebook_size=5, codebook_embed_dim=2)
+    return VQModel(VQConfig(**(config | changes)))
 
 
 class Blocks(torch.nn.Module):
@@ -227,9 +222,21 @@ class Loop:
         """Log-probabilities (B, N, V) of the step's images, in one plain pass: guidance, then
         temperature."""
         images = step.index.repeat_interleave(self.config.group_size)
-        _, cond, mask = self.prompts.pick(images, "cpu")
+        cond, mask = self.prompts.pick(images, "cpu")
         c, u = (model(step.tokens, given, mask) for given in (cond, model.null_cond(cond)))
         return ((u + self.config.cfg_scale * (c - u)) / self.config.temperature).log_softmax(-1)
+
+
+def read_metrics(out, seconds=False):
+    """The steps that a run logged in its folder, without the times they took."""
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in step.items() if seconds or "seconds" not in name}
+            for step in steps]
+
+
+def trained_weights(out):
+    """{name: tensor} of a run's model.pt."""
+    return torch.load(out / "model.pt", weights_only=True)["model"]
 
 
 def gradient(model):

@@ -26,26 +26,25 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600                                      # seconds for a mutant: some bugs never end
 
-# The test files that should notice a bug, by the word in the list.
+# The test files that should notice a bug, by the word in the list, as patterns below tests/.
 TESTS = {
-    "model": ("blocks", "transformer", "sampler"),
-    "vq": ("vqgan",),
-    "policy": ("sampler",),
-    "maths": ("grpo",),
-    "loop": ("streams", "wiring", "settings", "train"),
-    "diversity": ("diversity", "rehearsal"),
-    "pretraining": ("toy_pretraining", "toy"),
-    "evaluation": ("evaluation",),
-    "draw": ("evaluate",),
-    "run": ("run", "evaluation"),
-    "reward": ("reward",),
-    "pretrained": ("pretrained",),
-    "speed": ("speed",),
+    "model": ("method/*_blocks", "method/*_transformer", "method/*_sampler"),
+    "vq": ("method/*_vqgan",),
+    "policy": ("method/*_sampler",),
+    "maths": ("method/*_advantages_kl_loss",),
+    "loop": ("method/*_streams", "method/*_wiring", "method/*_settings", "method/*_train"),
+    "diversity": ("method/*_diversity", "method/*_rehearsal"),
+    "pretraining": ("toy/test_toy_pretraining", "toy/test_toy"),
+    "evaluation": ("harness/test_evaluation",),
+    "draw": ("commands/test_evaluate",),
+    "run": ("harness/test_run", "harness/test_evaluation"),
+    "reward": ("rewards/test_reward",),
+    "pretrained": ("harness/test_pretrained",),
+    "speed": ("harness/test_speed",),
     "none": (),
 }
-WIDER = ("blocks", "transformer", "vqgan", "sampler", "grpo", "streams", "wiring", "settings",
-         "train", "diversity", "rehearsal", "toy", "toy_pretraining", "evaluation", "run", "golden",
-         "reward", "pretrained", "speed")
+WIDER = ("method/*", "toy/*", "harness/test_evaluation", "harness/test_run", "rewards/test_reward",
+         "harness/test_pretrained", "harness/test_speed")
 
 
 class Mutant(NamedTuple):
@@ -101,7 +100,18 @@ def warm_up():
     torch.testing.assert_close(x, x)
 
 
-def run_tests(folder, names, log):
+def files_of(patterns):
+    """The test files, in the order of the patterns, as paths from the root."""
+    found = []
+    for pattern in patterns:
+        files = sorted(ROOT.glob(f"tests/{pattern}.py"))
+        if not files:
+            raise FileNotFoundError(f"no test file is called tests/{pattern}.py")
+        found += [str(file.relative_to(ROOT)) for file in files]
+    return found
+
+
+def run_tests(folder, files, log):
     """In a forked process: pytest on those test files until the first failure.  Does not return."""
     import pytest
     os.setsid()                                  # so that what it starts can be ended with it
@@ -112,7 +122,6 @@ def run_tests(folder, names, log):
     os.chdir(folder)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1), os.dup2(out, 2)
-    files = [f"tests/test_{name}.py" for name in names]
     status = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", *files])
     sys.stdout.flush()
     os._exit(int(status))
@@ -132,7 +141,8 @@ class Trial:
 
     def __init__(self, mutant, folder):
         self.mutant, self.folder = mutant, folder
-        self.rounds = [TESTS[mutant.tests], [n for n in WIDER if n not in TESTS[mutant.tests]]]
+        expected = files_of(TESTS[mutant.tests])
+        self.rounds = [expected, [file for file in files_of(WIDER) if file not in expected]]
         self.started, self.pid, self.result = time.time(), None, None
         self.where = "expected"
         if not self.rounds[0]:
@@ -140,12 +150,12 @@ class Trial:
         self.next_round()
 
     def next_round(self):
-        names = self.rounds.pop(0)
+        files = self.rounds.pop(0)
         self.log = self.folder / "log.txt"
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                run_tests(self.folder, names, self.log)
+                run_tests(self.folder, files, self.log)
             finally:
                 os._exit(99)
 

@@ -112,7 +112,7 @@ def pretrain_vq(images, rng, steps):
 def pretrain_gpt(gpt, tokens, prompts, rng, steps, lr=3e-3):
     """Teaches a transformer to write the tokens (M, N) of the M Prompts, by maximum likelihood."""
     def loss_of(index):
-        _, cond, cond_mask = prompts.pick(index, tokens.device)
+        cond, cond_mask = prompts.pick(index, tokens.device)
         # Sometimes there is no condition, so that guidance has a null branch.
         drop = torch.rand(len(index)) < 0.1
         drop = drop.view(-1, *[1] * (cond.ndim - 1))

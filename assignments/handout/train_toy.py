@@ -14,6 +14,7 @@ from PIL import Image
 import argrpo
 import toy
 from diversity import group_diversity
+from reward import to_uint8
 
 
 def main():
@@ -64,8 +65,8 @@ def draw(path, model, vq, prompts):
     _, _, images = argrpo.draw_images(model, vq, prompts, index, argrpo.rng_for("cpu", "drawn"),
                                       samples_per_prompt=8)
     grid = torch.cat([torch.cat(list(row), dim=2) for row in images.split(8)], dim=1)
-    pixels = grid.repeat_interleave(4, 1).repeat_interleave(4, 2).mul(255).byte()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    pixels = to_uint8(grid.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    Image.fromarray(pixels.numpy()).save(path)
     print(f"wrote {path}, from top to bottom: {', '.join(prompts.texts[i] for i in index)}")
 
 

@@ -1,0 +1,435 @@
+"""The course: the handout holds no answer, and the grader tells right from wrong, and why."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_metrics
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "assignments"))
+
+import faults  # noqa: E402
+import grade  # noqa: E402
+import make  # noqa: E402
+import sandbox  # noqa: E402
+import source  # noqa: E402
+import tasks  # noqa: E402
+from sandbox import Job, run_all  # noqa: E402
+
+REFERENCE = source.reference()
+CODE = source.CODE_ITEMS
+VARIANTS = (None, *source.read_toml("variants.toml"))
+KEY = {f"run_{k}": {"fault": fault, "shows": {metric: [3]}} for k, (fault, metric) in enumerate(
+    [("clones", "diversity"), ("kl_runaway", "kl"), ("weights_reset", "kl"),
+     ("missing_rewards", "missing"), ("no_spread", "reward_std"), ("reward_hacking", "verified")],
+    start=1)}
+RIGHT_ANSWERS = "".join(
+    f'[{run}]\nfault = "{answer["fault"]}"\nstep = 3\nmetric = "{next(iter(answer["shows"]))}"\n'
+    for run, answer in KEY.items())
+SOLUTION = (ROOT / "assignments/solution/my_reward.py").read_text()
+
+
+def grade_items(text, *names, variant=None, seed=1):
+    """The Results of some items of a submission's argrpo.py: {id: Result}."""
+    grader = grade.Grader(text, seed, variant)
+    return grader.grade([CODE[name] for name in names])[0]
+
+
+def with_blank(name, text=REFERENCE):
+    return source.with_blank(text, CODE[name])
+
+
+def submission(folder, text, reward=SOLUTION, answers=RIGHT_ANSWERS):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "argrpo.py").write_text(text)
+    (folder / "my_reward.py").write_text(reward)
+    (folder / "answers.toml").write_text(answers)
+    return folder
+
+
+# --- the assignment as a text ------------------------------------------------------------------
+
+def test_points_add_up_and_every_item_has_all_it_needs():
+    assert sum(item["points"] for item in source.ITEMS.values()) == 100
+    for name, item in source.ITEMS.items():
+        assert len(item["hints"]) == 2 and item["read"], name
+    for name in CODE:
+        assert len(grade.checks.of_item(name)) >= 3, name
+        assert len(source.read_toml(f"right/part{name[0]}.toml")[name]) == 3, name
+    assert len(faults.FAULTS) == 15
+    assert sum(score for _, _, score, _ in tasks.score_debug(None, KEY)) == 12
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_at_least_five_mistakes_an_item_also_in_the_variants(variant):
+    text = source.reference(variant)
+    for name, item in CODE.items():
+        mistakes = grade.mistakes_of(item, text)
+        assert len(mistakes) >= 5, (name, len(mistakes))
+        for mistake in mistakes:
+            ast.parse(grade.mistaken_body(text, item, mistake))
+        if variant is None:
+            continue
+        says = [mistake["says"] for mistake in mistakes]
+        assert len(set(says)) == len(says)
+
+
+def test_every_mistake_applies_somewhere():
+    texts = [source.reference(variant) for variant in VARIANTS]
+    for name, item in CODE.items():
+        applied = {m["name"] for text in texts for m in grade.mistakes_of(item, text)}
+        entries = source.read_toml(f"mistakes/part{name[0]}.toml")[name]
+        assert {m["name"] for m in entries} == applied, name
+        assert len(applied) == len(entries), name
+
+
+@cache
+def statements_of_solutions(variant=None):
+    """The longer statements of all bodies that are blank in the handout, as syntax trees."""
+    text = source.reference(variant)
+    for item in CODE.values():
+        for node in ast.walk(ast.parse(source.body(text, item).replace("return ", "got = "))):
+            if isinstance(node, (ast.Assign, ast.Expr)):
+                dumped = ast.dump(node.value)
+                if len(dumped) > 250 and not isinstance(node.value, ast.Constant):
+                    yield item["id"], dumped
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_blank_file_holds_no_solution_and_keeps_its_signatures(variant):
+    blank, whole = make.blanked(variant), source.reference(variant)
+    left = {ast.dump(node) for node in ast.walk(ast.parse(blank)) if isinstance(node, ast.expr)}
+    for name, statement in statements_of_solutions(variant):
+        assert statement not in left, name
+    for name, item in CODE.items():
+        assert f"part {name}: " in blank
+        if "function" in item:
+            ours, theirs = (source.find_function(source.parse(text), item["function"])
+                            for text in (whole, blank))
+            assert ast.dump(ours.args) == ast.dump(theirs.args)
+            assert (ast.get_docstring(ours) is None) == (ast.get_docstring(theirs) is None)
+    assert max(map(len, blank.splitlines())) <= 100
+
+
+def test_pasting_every_body_back_gives_the_reference():
+    text = make.blanked()
+    for name in sorted(CODE, reverse=True):
+        text = source.with_body(text, CODE[name], source.body(REFERENCE, CODE[name]))
+    got, wanted = ast.parse(text), ast.parse(REFERENCE)
+    for tree in (got, wanted):                   # docstrings may differ
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+                node.body[0].value = ast.Constant("")
+    assert ast.unparse(got) == ast.unparse(wanted)
+
+
+# --- the sandbox -------------------------------------------------------------------------------
+
+def test_the_sandbox_survives_everything(tmp_path):
+    def loop():
+        while True:
+            pass
+
+    def hoard():
+        return len(bytearray(2 ** 33))
+
+    def fork_and_exit():
+        os._exit(0)
+
+    def delete_here():
+        for path in Path.cwd().iterdir():
+            path.unlink()
+        os.rmdir(Path.cwd())
+        return "fine"
+
+    jobs = {"loop": loop, "exit": lambda: sys.exit(0), "_exit": fork_and_exit, "hoard": hoard,
+            "delete": delete_here, "print": lambda: print('{"tests": []}') or 3,
+            "crash": lambda: os.kill(os.getpid(), 11), "right": lambda: torch.ones(2)}
+    outcomes = run_all([Job(name, job, 1.0) for name, job in jobs.items()])
+    assert "does not end" in outcomes["loop"].error
+    assert "exit" in outcomes["exit"].error
+    assert "without an answer" in outcomes["_exit"].error
+    assert "without an answer" in outcomes["crash"].error
+    assert "memory" in outcomes["hoard"].error
+    assert outcomes["delete"].value == "fine" and outcomes["print"].value == 3
+    assert outcomes["right"].value.tolist() == [1.0, 1.0]
+
+
+# --- grading -----------------------------------------------------------------------------------
+
+QUICK = ("2.3", "2.4")
+
+
+def test_right_answers_get_full_points():
+    results = grade_items(REFERENCE, *QUICK)
+    assert all(r.score == r.points for r in results.values())
+
+
+def test_a_blank_costs_its_own_points_and_names_its_part():
+    results = grade_items(with_blank("2.3"), *QUICK)
+    assert results["2.3"].score == 0 and "part 2.3: group_advantages" in results["2.3"].output
+    assert results["2.4"].score == results["2.4"].points
+
+
+def test_a_classic_mistake_is_explained():
+    mistake = next(m for m in grade.mistakes_of(CODE["2.3"], REFERENCE)
+                   if m["name"] == "batch_mean")
+    result = grade_items(grade.mistaken(REFERENCE, CODE["2.3"], mistake), "2.3")["2.3"]
+    assert 0 < result.score < result.points
+    assert result.output.startswith(mistake["says"]) and "step 4" in result.output
+
+
+def test_an_unknown_mistake_is_shown_with_its_smallest_input():
+    text = source.with_body(REFERENCE, CODE["2.4"], "return (ref_logp - logp).exp() * 0.3")
+    output = grade_items(text, "2.4")["2.4"].output
+    assert "not so: where policy and reference agree it is zero" in output
+    assert "for [[" in output and "expected [[0]]" in output and "got      [[0.3" in output
+
+
+def test_helpers_of_the_students_own_come_along():
+    text = source.with_body(REFERENCE, CODE["2.4"], "return my_k3(logp, ref_logp)")
+    text += "\nimport math as m\n\ndef my_k3(a, b):\n    return m.e ** (b - a) - (b - a) - 1\n"
+    assert grade_items(text, "2.4")["2.4"].score == 3
+
+
+def test_an_error_is_reported_with_its_line():
+    text = source.with_body(REFERENCE, CODE["2.4"], "x = 1\nreturn nothing")
+    line = 1 + text.splitlines().index("    return nothing")
+    assert f"argrpo.py, line {line}: NameError" in grade_items(text, "2.4")["2.4"].output
+
+
+def test_a_file_that_is_no_python_is_reported_with_its_line(tmp_path):
+    results = grade.grade(submission(tmp_path, "x = 1\ndef f(:\n"), key=KEY, only=["2.4"])
+    assert results[0].score == 0 and "line 2" in results[0].output
+
+
+HOSTILE = {
+    "loop": "while True:\n    pass",
+    "exit": "import sys\nsys.exit(0)",
+    "fake": "print('{\"tests\": [{\"score\": 100, \"max_score\": 100}]}')\nreturn logp * 0 - 7",
+    "delete": "import os, shutil\nfor n in os.listdir('.'):\n    os.remove(n)\n"
+              "d = ref_logp - logp\nreturn d.exp() - d - 1",
+}
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bodies_get_the_right_score(name, tmp_path):
+    """An endless loop, an exit and a printed result cost the item's points, and no others; who
+    deletes files in the folder and is right has full points."""
+    folder = submission(tmp_path, source.with_body(REFERENCE, CODE["2.4"], HOSTILE[name]))
+    results = {r.name[:3]: r for r in grade.grade(folder, key=KEY, only=["1.5", "2.4", "2.5"])}
+    assert results["1.5"].score == 2 and results["2.5"].score == 8
+    assert results["2.4"].score == (3 if name == "delete" else 0)
+    assert sorted(os.listdir(folder)) == ["answers.toml", "argrpo.py", "my_reward.py"]
+
+
+def test_answers_about_the_runs():
+    right = tasks.score_debug(RIGHT_ANSWERS, KEY)
+    assert [(score, points) for _, score, points, _ in right] == [(2.0, 2.0)] * 6
+    wrong = RIGHT_ANSWERS.replace('"clones"', '"no_spread"').replace("step = 3", "step = 4")
+    scores = [score for _, score, _, _ in tasks.score_debug(wrong, KEY)]
+    assert scores == [0.0] + [1.0] * 5
+    assert all("cannot be read" in output for *_, output in tasks.score_debug("= 1", KEY))
+
+
+@pytest.mark.parametrize("wanted, right, share", [
+    (0.53, 0.61, 1.0),                           # pays for right and large pictures
+    (0.35, 0.53, 0.38),                          # pays for size alone, in one run
+    (0.40, 0.43, 0.0),                           # and in another
+    (0.20, 0.90, 0.0)])                          # pays for right pictures alone
+def test_part_41_wants_large_shapes_and_right_pictures(wanted, right, share):
+    score, points, says = tasks.score_reward(sandbox.Outcome((wanted, right)),
+                                             source.ITEMS["4.1"])
+    assert score == pytest.approx(share * points, abs=0.15)
+    assert (share == 1) == ("measure is met" in says)
+
+
+def test_changed_points_count_in_the_runs_too(monkeypatch):
+    monkeypatch.setitem(source.ITEMS["4.2"], "points", 18)
+    graded = tasks.score_debug(RIGHT_ANSWERS, KEY)
+    assert [points for _, _, points, _ in graded] == [3] * 6 == [score for _, score, *_ in graded]
+
+
+def test_gradescope_results():
+    results = [grade.Result("1.1 rope_table", 2.5, 5, "text"), grade.Result("whole", 0, 0, "x")]
+    tests = grade.gradescope(results)["tests"]
+    assert tests[0] == {"name": "1.1 rope_table", "score": 2.5, "max_score": 5, "output": "text",
+                        "visibility": "visible"}
+    assert "2.50 / 5" in grade.table(results)
+
+
+# --- faults ------------------------------------------------------------------------------------
+
+@pytest.mark.course
+def test_a_fault_shows_where_it_should_and_not_before(tmp_path):
+    made = faults.make_run(tmp_path, "missing_rewards", steps=4, start=2, prompts_per_step=1,
+                           group_size=4)
+    assert made["shows"]["missing"] and min(made["shows"]["missing"]) >= 2
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and "verified" in rows[0]
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["steps"] == 4
+
+
+def test_the_pictures_of_a_run_are_rounded(tmp_path):
+    from PIL import Image
+    faults.draw_rows(tmp_path / "rows.png", [torch.full((2, 3, 4, 4), 0.999)] * 3, scale=2)
+    pixels = Image.open(tmp_path / "rows.png")
+    assert pixels.size == (2 * 2 * 4, 3 * 2 * 4) and pixels.getextrema() == ((255, 255),) * 3
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("fault", [*faults.FAULTS, faults.HEALTHY])
+def test_every_fault_shows(fault, tmp_path):
+    made = faults.make_run(tmp_path, fault, seed=1)
+    rows = read_metrics(tmp_path)
+    assert made["fault"] == fault and len(rows) == 20
+    if fault == faults.HEALTHY:
+        for name in ("mismatch", "missing", "ratio_max", "grad_norm", "diversity", "entropy"):
+            for other, entry in faults.FAULTS.items():
+                if name in entry.shown_by:
+                    assert not faults.where_shown(other, name, rows), (other, name)
+        return
+    assert all(made["shows"].values())
+
+
+# --- the whole matrix --------------------------------------------------------------------------
+
+def outcomes_of(grader, item, texts):
+    """What the checks of an item compute with each text, in one child a text: {name: Results}."""
+    these = grade.checks.of_item(item["id"])
+    jobs = [Job("right", lambda: {check.says: grade.compute(
+        grader.reference, check, grader.seed) for check in these}, 60.0)]
+    jobs += [Job((name,), lambda text=text: grader.grafted(text, item, these), 60.0)
+             for name, text in texts.items()]
+    outcomes = run_all(jobs)
+    wrong = {}
+    for name in texts:
+        assert not outcomes[name,].error, (name, outcomes[name,].error)
+        each = {(item["id"], check.says): sandbox.Outcome(outcomes[name,].value[check.says])
+                for check in these}
+        each[item["id"], "right"] = outcomes["right"]
+        wrong[name] = grader.compare(item, each)
+    return wrong, {name: outcomes[name,].value for name in texts}
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CODE)
+def test_every_mistake_loses_points_and_is_explained(name, variant):
+    item, grader = CODE[name], grade.Grader("", 1, variant)
+    text = grader.reference.__source__
+    if variant and source.body(text, item) == source.body(REFERENCE, item):
+        pytest.skip("the variant leaves this item as it is")
+    mistakes = {m["name"]: m for m in grade.mistakes_of(item, text)}
+    texts = {k: grade.mistaken(text, item, m) for k, m in mistakes.items()}
+    wrong, values = outcomes_of(grader, item, texts)
+    for k in mistakes:
+        assert wrong[k], f"{k} loses no points"
+        alike = {other: sum(grade.same_failure(w, values[other][w.check.says]) for w in wrong[k])
+                 for other in mistakes}
+        others = [other for other in mistakes if other != k and alike[other] >= alike[k]]
+        assert alike[k] and not others, (k, alike)
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", CODE)
+def test_right_answers_written_otherwise_get_full_points(name, seed):
+    item, grader = CODE[name], grade.Grader("", seed)
+    bodies = source.read_toml(f"right/part{name[0]}.toml")[name]
+    texts = {k: source.with_body(REFERENCE, item, body) for k, body in bodies.items()}
+    wrong, _ = outcomes_of(grader, item, texts)
+    for k in bodies:
+        assert not wrong[k], (k, [grade.describe(w) for w in wrong[k]])
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reference_has_100_and_the_blank_handout_0(variant, tmp_path):
+    whole = submission(tmp_path / "whole", source.reference(variant))
+    results = grade.grade(whole, variant=variant, key=KEY)
+    assert [r.output for r in results if r.score < r.points] == []
+    assert sum(r.score for r in results) == 100 and "trained the toy" in results[-1].output
+    blank = submission(tmp_path / "blank", make.blanked(variant),
+                       (ROOT / "assignments/handout/my_reward.py").read_text(),
+                       RIGHT_ANSWERS.replace('fault = "', 'fault = "" #'))
+    results = grade.grade(blank, variant=variant, key=KEY)
+    assert sum(r.score for r in results) == 0
+    for r in results[:-1]:
+        assert re.search(rf"part {r.name[:3]}", r.output), r
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_the_published_answer_fails_in_a_variant(variant):
+    changed = [name for name, item in CODE.items() if source.body(REFERENCE, item)
+               != source.body(source.reference(variant), item)]
+    results = grade_items(REFERENCE, *changed, variant=variant)
+    assert changed and all(r.score < r.points for r in results.values())
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("name", CODE)
+def test_each_blank_alone_loses_exactly_its_own_points(name):
+    results = grade_items(with_blank(name), *CODE)
+    for other, r in results.items():
+        assert r.score == (0 if other == name else r.points), (other, r.output)
+
+
+# --- the handout and the zip -------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def handout(tmp_path_factory):
+    out = tmp_path_factory.mktemp("course") / "handout"
+    key = make.make_handout(out, debug_seed=3, steps=12)
+    out.with_name("key.json").write_text(json.dumps(key))
+    return out
+
+
+def run_pytest(folder, *options):
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=folder, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.stdout[-3000:]
+
+
+@pytest.mark.course
+def test_the_handouts_own_tests_fail_blank_and_pass_solved(handout):
+    key = json.loads(handout.with_name("key.json").read_text())
+    assert re.search(r"\n[0-9]+ failed, \d+ deselected", run_pytest(handout, "-m", "part2"))
+    (handout / "argrpo.py").write_text(REFERENCE)
+    (handout / "my_reward.py").write_text(SOLUTION)
+    make.make_solution(handout.with_name("right"), key)
+    shutil.copy(handout.with_name("right") / "answers.toml", handout)
+    output = run_pytest(handout)
+    assert "passed" in output and "failed" not in output, output
+    hint = subprocess.run([sys.executable, "hints.py", "2.1", "2"], cwd=handout, text=True,
+                          capture_output=True)
+    assert "chunk_logp, hint 2 of 2" in hint.stdout
+    (handout / "argrpo.py").write_text(make.blanked())
+
+
+@pytest.mark.course
+def test_the_zip_runs_as_gradescope_runs_it(handout, tmp_path):
+    make.make_gradescope(tmp_path / "grader.zip", handout.with_name("key.json"), seed=9)
+    with zipfile.ZipFile(tmp_path / "grader.zip") as archive:
+        archive.extractall(tmp_path / "autograder/source")
+    submission(tmp_path / "autograder/submission", with_blank("2.4"), answers="")
+    environment = {"PATH": os.environ["PATH"], "AUTOGRADER": str(tmp_path / "autograder"),
+                   "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(tmp_path / "autograder/source/run_autograder")],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tests = json.loads((tmp_path / "autograder/results/results.json").read_text())["tests"]
+    assert sum(test["max_score"] for test in tests) == 100
+    assert sum(test["score"] for test in tests) == 100 - 3 - 12

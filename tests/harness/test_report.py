@@ -1,0 +1,443 @@
+"""What a run shows of itself: progress, the page and what it is made from, watching, logging."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_metrics, trained_weights
+from PIL import Image
+
+import argrpo
+import report
+import toy
+import train_c2i
+from harness import curves, evidence, options
+from harness.before_after import evaluate
+from harness.options import RunSettings
+from harness.progress import SHARE, Progress, write_animation
+from harness.report import page, read_run, sprite
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--preset", "toy", "--steps", "6", "--prompts-per-step", "2", "--group-size", "4",
+         "--eval-images", "24"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that is over, and watched a reward; tests only look at it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.progress.SHARE", 100)             # so that no picture is left out
+        log = ["--log", "tensorboard"] if find_spec("tensorboard") else []
+        train_c2i.main(QUICK + ["--out", str(out), "--watch", "brightness", "--lr", "0.001",
+                                "--progress-every", "3", *log])
+    return out
+
+
+@pytest.fixture
+def killed(finished, tmp_path):
+    """The same, as if it had been killed while it wrote a line of its log."""
+    out = Path(shutil.copytree(finished, tmp_path / "killed"))
+    for name in ("summary.json", "report.html", "progress.gif", "model.pt"):
+        (out / name).unlink()
+    log = out / "metrics.jsonl"
+    log.write_text(log.read_text()[:-40])
+    with np.load(out / "report.npz") as file:
+        arrays = dict(file)
+    begun = {name: arrays[name] for name in ("texts", "names", "before", "scores_before")}
+    evidence.write_evidence(out / "report.npz", begun)
+    return out
+
+
+# --- progress ----------------------------------------------------------------------------------
+
+def test_what_is_shown_and_watched_changes_no_bit_of_the_training(finished, tmp_path,
+                                                                  no_pictures):
+    plain = tmp_path / "plain"
+    train_c2i.main(QUICK + ["--out", str(plain), "--lr", "0.001", "--progress-every", "0"])
+    a, b = trained_weights(finished), trained_weights(plain)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    watched = read_metrics(finished)
+    for m in watched:
+        m.pop("watch/brightness", None)
+    assert watched == read_metrics(plain)
+    assert not (plain / "progress").exists() and not (plain / "progress.gif").exists()
+
+
+def test_the_animation_shows_every_moment_once(finished):
+    frames = sorted((finished / "progress").iterdir())
+    assert [frame.name for frame in frames] == ["000000.png", "000003.png", "000006.png"]
+    animation = Image.open(finished / "progress.gif")
+    assert animation.n_frames == len(frames)
+    assert animation.size == Image.open(frames[0]).size
+    animation.seek(animation.n_frames - 1)
+    assert animation.info["duration"] == 3000                    # it stands still at its end
+
+
+def test_the_animation_needs_pictures(tmp_path):
+    assert not write_animation(tmp_path / "progress", tmp_path / "progress.gif")
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_takes_a_twentieth_of_the_time_at_most(monkeypatch):
+    """A picture is left out if it would take the pictures over their share."""
+    now = [100.0]
+    monkeypatch.setattr("harness.progress.time.perf_counter", lambda: now[0])
+    settings = RunSettings(progress_every=10, steps=25)
+    progress = Progress(None, argrpo.Prompts(["a"], torch.tensor([0])), None, settings, None,
+                        None, started=100.0)
+    assert progress.is_due(0)
+    progress.spent = progress.last = 2.0                         # of the first picture
+    now[0] = 100 + 3.9 / SHARE
+    assert not progress.is_due(10)
+    now[0] = 100 + 4.1 / SHARE
+    assert progress.is_due(10) and not progress.is_due(11)
+    assert progress.is_due(25), "the last step's picture is due, whatever its number"
+    assert not Progress(None, progress.prompts, None, RunSettings(progress_every=0), None, None,
+                        0.0).is_due(0)
+
+
+# --- what a run leaves for its page ------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def closely(request):
+    """Arrays of a closer look at a changed policy, with what they were made from."""
+    torch.manual_seed(1)
+    settings = train_c2i.C2iSettings(preset="toy", eval_images=16, cfg_scale=2.0, temperature=0.9)
+    prompts = argrpo.Prompts(toy.CLASSES, torch.arange(27))
+    (model, vq), (reference, _) = toy.load("c2i"), toy.load("c2i")
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn_like(p)
+
+    def reward_fn(images, texts):
+        right = toy.verify(images, texts)
+        return right, {"shapes": right}
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(evidence, "SECONDS", 1000)                     # whatever else the machine does
+    request.addfinalizer(patch.undo)
+    _, before = evaluate(reference, vq, prompts, reward_fn, settings)
+    _, after = evaluate(model, vq, prompts, reward_fn, settings)
+    arrays = evidence.mind_arrays(reference, model, vq, prompts, before, after, settings)
+    return arrays, model, reference, vq, settings
+
+
+def test_the_closer_look_asks_the_policies_that_draw(closely):
+    """Entropy and log-probability are those of token_logp, with guidance and temperature."""
+    arrays, model, reference, _, settings = closely
+    tokens = torch.from_numpy(arrays["mind_tokens"])
+    labels = torch.tensor([toy.CLASSES.index(text) for text in arrays["mind_texts"].tolist()])
+    for k, policy in enumerate((reference, model)):
+        with torch.no_grad():
+            logp, entropy = argrpo.token_logp(policy, tokens, labels, cfg_scale=settings.cfg_scale,
+                                              temperature=settings.temperature)
+        torch.testing.assert_close(torch.from_numpy(arrays["mind_logp"][k]), logp, rtol=1e-3,
+                                   atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(arrays["mind_entropy"][k]), entropy, rtol=1e-3,
+                                   atol=1e-4)
+    assert (arrays["mind_kl"] > -1e-5).all() and arrays["mind_kl"].max() > 0.01
+
+
+def test_the_five_likeliest_codes_are_in_order_and_hold_most(closely):
+    chances = np.exp(closely[0]["mind_top_logp"])                                # (2, Q, N, 5)
+    assert (np.diff(chances, axis=-1) <= 0).all()
+    assert (chances.sum(-1) < 1 + 1e-4).all() and chances.sum(-1).mean() > 0.9
+
+
+def test_a_code_is_painted_in_its_place_in_the_picture(closely):
+    """Where the code is the one that stands there, its patch is cut from the picture itself; where
+    it is another, from the picture with that code exchanged."""
+    arrays, _, _, vq, _ = closely
+    tokens, top = arrays["mind_tokens"], arrays["mind_top"]
+    patches, number = arrays["mind_patches"], arrays["mind_patch_of"]
+    assert (number >= 0).all()
+    q, place = 1, 14                                             # row 2, column 2 of six
+    picture = arrays["mind_pictures"][q]
+    here = picture[4:16, 4:16]                                   # patches of 4 pixels, and a margin
+    seen = set()
+    for when in (0, 1):
+        for k in range(5):
+            code = top[when, q, place, k]
+            exchanged = torch.from_numpy(tokens[q]).clone()
+            exchanged[place] = code
+            whole = evidence.as_bytes(argrpo.to_images(vq, exchanged[None]))[0]
+            patch = patches[number[when, q, place, k]].astype(int)
+            assert np.abs(patch - whole[4:16, 4:16]).max() <= 1
+            seen.add(bool(code == tokens[q, place]))
+            if code == tokens[q, place]:
+                assert np.abs(patch - here).max() <= 1
+    assert seen == {True, False}
+
+
+def test_patches_that_took_too_long_are_marked(closely, monkeypatch):
+    arrays, _, _, vq, _ = closely
+    monkeypatch.setattr(evidence, "SECONDS", -1)
+    top, kl = torch.from_numpy(arrays["mind_top"]), torch.from_numpy(arrays["mind_kl"])
+    tokens = torch.from_numpy(arrays["mind_tokens"])
+    patches, number = evidence.painted_patches(vq, tokens, top, kl)
+    place = kl.mean(dim=0).argmax()                              # only the first, most changed one
+    assert (number[:, :, place] >= 0).all() and number.max() == len(patches) - 1
+    assert sum((number[:, :, other] == -1).all().item() for other in range(36)) == 35
+
+
+def test_a_sprite_holds_every_patch():
+    patches = np.arange(7)[:, None, None, None] + np.zeros((1, 900, 900, 3), np.uint8)
+    sheet, columns = sprite(patches.astype(np.uint8))
+    assert columns == 2 and sheet.shape == (4 * 900, 2 * 900, 3)
+    for k in range(7):
+        row, column = divmod(k, columns)
+        assert (sheet[row * 900:(row + 1) * 900, column * 900:(column + 1) * 900] == k).all()
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+def test_the_page_of_a_run_says_everything_and_needs_nothing(finished):
+    text = (finished / "report.html").read_text()
+    for section in ("run", "doctor", "pictures", "curves", "minds"):
+        assert f'<section id="{section}">' in text
+    loads = r"""(src|href)=["']?(?!["']|data:|#|\{)"""
+    assert not re.search(loads, text), "the page loads something"
+    assert "http:" not in text and "https:" not in text
+    assert "finished" in text and "<td>lr</td><td>0.001</td>" in text
+    assert "watch/brightness" in text and "shapes" in text       # below the pictures
+    for title in ("Best", "Worst", "Most changed", "All prompts"):
+        assert title in text
+    assert "Too few steps to say anything" in text               # the doctor, after 6 steps
+
+
+def test_report_loads_no_model_and_no_reward(finished, tmp_path):
+    """Not even torch."""
+    program = ("import sys, report; report.main(sys.argv[1:]); "
+               "print({'torch', 'argrpo', 'toy', 'reward', 'vqgan'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", program, str(finished), "--out",
+                           str(tmp_path / "page.html")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert (tmp_path / "page.html").read_text() == (finished / "report.html").read_text()
+
+
+def test_the_page_of_a_run_that_was_killed(killed):
+    report.main([str(killed)])
+    text = (killed / "report.html").read_text()
+    assert "5 of 6 steps" in text and "not finished" in text
+    assert "no pictures after training yet" in text and "data:image/png" in text
+    assert "measured at the end of a run" in text and "<svg" in text
+
+
+def test_the_page_of_a_run_that_has_only_begun(killed):
+    for path in killed.iterdir():
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    report.main([str(killed)])
+    text = (killed / "report.html").read_text()
+    assert "0 of 6 steps" in text and "No step is done yet" in text
+
+
+def test_what_was_given_stands_on_the_page_but_no_more(finished):
+    run = read_run(finished)
+    assert set(run.config["given"]) >= {"lr", "watch", "steps"}
+    assert "kl_beta" not in run.config["given"]
+
+
+def test_two_runs_are_compared(finished, killed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["settings"]["kl_beta"] = 0.75
+    (other / "config.json").write_text(json.dumps(config))
+    report.main([str(finished), str(other), str(killed)])
+    text = (tmp_path / "comparison.html").read_text()
+    table = text[text.index('id="differing"'):].split("</table>")[0]
+    assert "<td>kl_beta</td><td>0.01</td><td>0.75</td><td>0.01</td>" in table
+    assert table.count("<tr>") == 2, "settings that are the same in all runs are left out"
+    compared = text[text.index('id="compared"'):].split("</table>")[0]
+    assert "diversity_kept/sizes" in compared and "–" in compared    # the killed run has none
+    assert "<figcaption>before" in text or "before</figure>" in text
+
+
+def test_runs_of_the_same_name_are_told_apart(finished, tmp_path):
+    other = Path(shutil.copytree(finished, tmp_path / finished.name))
+    text = page([read_run(finished), read_run(other)])
+    assert f"<th>{finished}</th>" in text and f"<th>{other}</th>" in text
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path / "nowhere")])
+    assert stop.value.code == 2 and "nowhere holds no run" in capsys.readouterr().err
+
+
+def test_text_from_outside_cannot_become_markup(killed):
+    config = json.loads((killed / "config.json").read_text())
+    config["given"]["reward"] = "<script>alert(1)</script>"
+    (killed / "config.json").write_text(json.dumps(config))
+    assert "<script>alert" not in page([read_run(killed)])
+
+
+def test_curves_show_what_is_there():
+    metrics = [{"step": i, "reward": i / 10, "kl": None, "reward/a": 1.0, "reward/b": 2.0,
+                "ratio_max": 1.0, "watch/x": 0.5 if i % 5 == 0 else None} for i in range(20)]
+    titles = [title.split(":")[0] for title, *_ in curves.panels([("one", metrics)])]
+    assert titles == ["reward", "reward/a", "reward/b", "watch/x"]
+    _, svg, sentence = curves.panels([("one", metrics)])[0]
+    assert svg.count("<polyline") == 2 and "Healthy" in sentence
+    _, svg, _ = curves.panels([("one", metrics), ("two & three", metrics)])[0]
+    assert svg.count("<polyline") == 4 and "two &amp; three" in svg
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3, 17), (0.0001, 0.0002), (5, 1e6)])
+def test_ticks_are_few_round_numbers_within_the_range(low, high):
+    marks = curves.ticks(low, high)
+    assert 2 <= len(marks) <= 6 and low <= marks[0] and marks[-1] <= high * (1 + 1e-9)
+
+
+# --- watching and logging ----------------------------------------------------------------------
+
+def test_a_watched_reward_is_logged_every_fifth_step_and_in_the_evaluations(finished):
+    metrics = read_metrics(finished)
+    for name in ("watch/brightness", "verified"):
+        assert [m["step"] for m in metrics if name in m] == [0, 5]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert 0 < summary["before"]["watch/brightness"] < 1
+    assert summary["seconds"]["progress"] > 0
+
+
+def test_an_unknown_reward_to_watch_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_c2i.main(QUICK + ["--watch", "beauty", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "unknown reward 'beauty'" in capsys.readouterr().err
+
+
+def test_a_flat_reward_is_reported_once_while_the_run_goes_on(tmp_path, capsys, quick):
+    (tmp_path / "flat.py").write_text("def flat(images, prompts):\n"
+                                      "    return 0.25 + 0 * images.mean(dim=(1, 2, 3))\n")
+    train_c2i.main(QUICK + ["--steps", "9", "--out", str(tmp_path / "run"), "--reward",
+                            f"{tmp_path}/flat.py:flat"])
+    said = capsys.readouterr()
+    assert said.err.count("nothing is learned") == 1 and "step 5: for 5 steps" in said.err
+    assert "doctor: constant reward: every image gets the same reward, 0.25" in said.out
+
+
+def test_tensorboard_has_the_metrics_and_the_pictures(finished):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(finished))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("reward")]
+    assert logged == pytest.approx([m["reward"] for m in read_metrics(finished)])
+    assert [event.step for event in events.Scalars("evaluation/verified")] == [0, 6]
+    assert {"progress", "before_after"} <= set(events.Tags()["images"])
+    picture = events.Images("before_after")[0]
+    assert (picture.width, picture.height) == Image.open(finished / "before_after.png").size
+
+
+def leveldb_records(content):
+    """The records of one of wandb's files: LevelDB's log, in blocks of 32 KiB, after 7 bytes.
+
+    A piece of a record has a checksum (4 bytes), its length (2) and its kind (1): whole, first,
+    middle or last."""
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:                            # too little for a piece
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(content[place + 4:place + 6], "little"), content[place + 6]
+        record += content[place + 7:place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):                                       # whole, or last
+            yield record
+            record = b""
+
+
+@pytest.mark.slow
+def test_wandb_offline_has_the_metrics_and_the_pictures(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out = tmp_path / "run"
+    train_c2i.main(QUICK + ["--steps", "2", "--out", str(out), "--log", "wandb",
+                            "--progress-every", "1"])
+    folder, = (out / "wandb").glob("offline-run-*")
+    from wandb.proto import wandb_internal_pb2
+    rewards = []
+    for content in leveldb_records(next(folder.glob("*.wandb")).read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(content)
+        for item in record.history.item:
+            if (item.key or "/".join(item.nested_key)) == "reward":
+                rewards.append(json.loads(item.value_json))
+    assert rewards == pytest.approx([m["reward"] for m in read_metrics(out)])
+    pictures = [path.name for path in (folder / "files" / "media" / "images").iterdir()]
+    assert any("before_after" in name for name in pictures) and wandb.run is None
+
+
+@pytest.mark.parametrize("given, message", [
+    ("tensorbord", "log must be tensorboard, wandb, or both with a comma, not 'tensorbord'"),
+    ("wandb", "--log wandb needs a package: pip install wandb"),
+])
+def test_a_logger_that_is_not_there_is_reported_at_once(given, message, tmp_path, monkeypatch,
+                                                        capsys):
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        train_c2i.main(QUICK + ["--log", given, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# --- the self-test -----------------------------------------------------------------------------
+
+def selftest(tmp_path, capsys, *given):
+    """The exit status, and {what: its line}."""
+    with pytest.raises(SystemExit) as stop:
+        train_c2i.main(QUICK + ["--selftest", "--out", str(tmp_path / "run"), *given])
+    lines = capsys.readouterr().out.splitlines()
+    assert not list(tmp_path.glob("run*")), "it leaves nothing behind"
+    return stop.value.code, {line[5:17].strip(): line for line in lines}
+
+
+def test_the_selftest_of_a_healthy_choice(tmp_path, capsys):
+    status, lines = selftest(tmp_path, capsys)
+    assert status == 0 and all(line.startswith("ok") for line in lines.values())
+    assert list(lines) == ["sampler", "accumulation", "reward", "step", "signal", "checkpoint"]
+
+
+def test_the_selftest_finds_another_sampler(tmp_path, capsys, monkeypatch):
+    honest = argrpo.generate
+    monkeypatch.setattr(argrpo, "generate", lambda *a, temperature, **how: honest(
+        *a, temperature=0.7, **how))
+    status, lines = selftest(tmp_path, capsys)
+    assert status == 1 and lines["sampler"].startswith("BAD")
+    assert lines["accumulation"].startswith("ok")
+
+
+def test_the_selftest_finds_a_layer_that_mixes_images(tmp_path, capsys, monkeypatch):
+    """As a batch norm would."""
+    honest = argrpo.RMSNorm.forward
+    monkeypatch.setattr(argrpo.RMSNorm, "forward",
+                        lambda self, x: honest(self, x - x.mean(dim=0, keepdim=True) / 2))
+    _, lines = selftest(tmp_path, capsys)
+    assert lines["accumulation"].startswith("BAD")
+
+
+def test_the_selftest_finds_a_reward_without_signal_and_one_that_fails(tmp_path, capsys):
+    rewards = tmp_path / "bad.py"
+    rewards.write_text("def flat(images, prompts):\n    return 0 * images.mean(dim=(1, 2, 3))\n"
+                       "def broken(images, prompts):\n    raise KeyError('colour')\n")
+    status, lines = selftest(tmp_path, capsys, "--reward", f"{rewards}:flat")
+    assert status == 1 and lines["signal"].startswith("BAD")
+    status, lines = selftest(tmp_path, capsys, "--reward", f"{rewards}:broken")
+    assert status == 1 and "KeyError: 'colour'" in lines["reward"]
+    status, lines = selftest(tmp_path, capsys, "--reward", "brightness:1e-7")
+    assert status == 1 and "multiply the weight by 1e+0" in lines["reward scale"]
+
+
+def test_settings_of_a_run_name_no_secret_field():
+    """What the command line gave is remembered beside the options, and is none."""
+    assert "given" not in {field.name for field in dataclasses.fields(RunSettings)}

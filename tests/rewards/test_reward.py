@@ -1,0 +1,381 @@
+"""The reward signature, the registry, weights, and rewards from a user's own file."""
+
+import importlib
+import io
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import reward
+import train_c2i
+import train_t2i
+from reward import MODULES, REGISTRY, RewardSet, build_rewards, items_of, register
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+IMAGES = torch.rand(4, 3, 24, 24)
+PROMPTS = ["one red circle"] * 4
+
+
+# --- rewards of a few lines --------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["shapes", "jpeg", "jpeg_large", "brightness", "contrast"])
+def test_rewards_without_a_model_score_a_batch(name):
+    total, parts = build_rewards(name, CPU)(IMAGES, PROMPTS)
+    assert total.shape == (4,) and total.dtype == torch.float32 and list(parts) == [name]
+    torch.testing.assert_close(build_rewards(name, CPU)(IMAGES[2:3], PROMPTS[2:3])[0], total[2:3])
+
+
+def test_jpeg_prefers_the_plain_picture():
+    plain, noise = torch.full((1, 3, 24, 24), 0.5), torch.rand(1, 3, 24, 24)
+    small, large = build_rewards("jpeg", CPU), build_rewards("jpeg_large", CPU)
+    assert small(plain, ["a"])[0] > small(noise, ["a"])[0]
+    torch.testing.assert_close(large(noise, ["a"])[0], -small(noise, ["a"])[0])
+
+
+def test_jpeg_counts_the_bytes_of_torchvisions_picture():
+    from torchvision.transforms.functional import to_pil_image
+    sizes = []
+    for image in IMAGES:
+        file = io.BytesIO()
+        to_pil_image(image.mul(255).round().byte()).save(file, format="jpeg", quality=95)
+        sizes.append(len(file.getvalue()))
+    assert (1000 * reward.jpeg_kilobytes(IMAGES)).round().int().tolist() == sizes
+
+
+def test_contrast_by_hand():
+    half = torch.zeros(1, 3, 2, 2)
+    half[..., 0] = 1                             # std of (1, 0, 1, 0), unbiased: 1 / sqrt(3)
+    contrast, _ = build_rewards("contrast", CPU)(half, ["a"])
+    torch.testing.assert_close(contrast, torch.tensor([3 ** -0.5]))
+
+
+# --- several rewards, added up -----------------------------------------------------------------
+
+def test_weighted_sum_of_unweighted_parts():
+    total, parts = build_rewards("brightness:2, contrast:-0.5", CPU)(IMAGES, PROMPTS)
+    torch.testing.assert_close(parts["brightness"], IMAGES.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(total, 2 * parts["brightness"] - 0.5 * parts["contrast"])
+
+
+def test_a_reward_of_weight_0_is_reported_and_counts_nothing():
+    total, parts = build_rewards("brightness:0, contrast", CPU)(IMAGES, PROMPTS)
+    assert set(parts) == {"brightness", "contrast"}
+    torch.testing.assert_close(total, parts["contrast"])
+
+
+@pytest.mark.parametrize("scores, message", [
+    (torch.zeros(4, 1),
+     r"'mine' must return a tensor of shape \(4,\), one score per image, not \(4, 1\)"),
+    (torch.zeros(3), r"not \(3,\)"),
+    ([0.0] * 4, "not list"),
+    (torch.tensor([0.0, 1.0, float("nan"), 0.0]), "gave nan to image 2, prompt 'one red circle'"),
+    (torch.tensor([0.0, float("inf"), 0.0, 0.0]), "gave inf to image 1"),
+])
+def test_scores_that_are_not_one_finite_number_per_image(scores, message):
+    with pytest.raises(ValueError, match=message):
+        RewardSet({"mine": (lambda images, prompts: scores, 1.0)})(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("may_miss", [False, True])
+def test_only_a_reward_that_may_miss_may_give_nan(may_miss):
+    def shy(images, prompts):
+        return torch.tensor([float("nan"), 1.0])
+
+    shy.may_miss = may_miss
+    rewards = RewardSet({"shy": (shy, 1.0), "one": (lambda images, prompts: torch.ones(2), 2.0)})
+    if may_miss:                                 # a part that is missing makes the total missing
+        total, parts = rewards(IMAGES[:2], PROMPTS[:2])
+        assert total.isnan().tolist() == [True, False] and total[1] == 3
+        assert parts["one"].tolist() == [1.0, 1.0]
+    else:
+        with pytest.raises(ValueError, match="reward 'shy' gave nan to image 0"):
+            rewards(IMAGES[:2], PROMPTS[:2])
+
+
+# --- prompts that a reward cannot judge, and rewards that fail ----------------------------------
+
+QUOTING = """
+def quoting(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+def check(prompts):
+    for prompt in prompts:
+        if '"' not in prompt:
+            raise ValueError(f"nothing is quoted in {prompt!r}")
+quoting.check_prompts = check
+
+def broken(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+broken.check_prompts = lambda prompts: {}["missing"]
+
+class Moody:
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, images, prompts):
+        lengths = [len(prompt) for prompt in prompts]
+        return images.new_tensor(lengths).view(2, 3)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(QUOTING)
+    return tmp_path / "mine.py"
+
+
+def test_prompts_that_a_reward_cannot_judge_are_counted_and_named(mine):
+    rewards = build_rewards(f"brightness,{mine}:quoting", CPU)
+    rewards.check_prompts(['"one"', '"two"'])
+    with pytest.raises(reward.BadReward) as caught:
+        rewards.check_prompts(["a", '"one"', "b", "c", "d", "a"])
+    assert str(caught.value) == ("reward 'quoting' cannot judge 4 of 5 prompts: 'a', 'b', 'c' and "
+                                 "1 more; nothing is quoted in 'a'")
+
+
+def test_an_error_in_a_check_of_prompts_is_located(mine):
+    message = "'broken' cannot judge 2 of 2 .*KeyError: 'missing' .*mine.py, line 14"
+    with pytest.raises(reward.BadReward, match=message):
+        build_rewards(f"{mine}:broken", CPU).check_prompts(["a", "b"])
+
+
+def test_the_toys_verifier_refuses_what_the_toy_has_not():
+    verifier = build_rewards("shapes", CPU)
+    verifier.check_prompts(["one red circle", "a red circle above a blue square"])
+    message = "'shapes' cannot judge 1 of 2 prompts: 'an otter'; the toy cannot draw"
+    with pytest.raises(reward.BadReward, match=message):
+        verifier.check_prompts(["one red circle", "an otter"])
+
+
+@pytest.mark.parametrize("script, options", [
+    (train_c2i, ["--classes", "3,1"]),
+    (train_t2i, ["--prompts", "captions.txt"]),
+])
+def test_all_prompts_of_a_run_are_checked_before_its_training(script, options, mine, monkeypatch,
+                                                              capsys):
+    monkeypatch.chdir(mine.parent)
+    (mine.parent / "captions.txt").write_text('one "red" circle\none red square\none red circle\n')
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--preset", "toy", "--reward", f"{mine}:quoting", "--out", "run", *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and not Path("run").exists()
+    assert "reward 'quoting' cannot judge 2 of " in error and "nothing is quoted in 'one " in error
+
+
+def test_a_rewards_own_error_names_reward_prompts_file_and_line(mine):
+    """The line is the user's, though it is torch that fails."""
+    with pytest.raises(reward.BadReward) as caught:
+        build_rewards(f"{mine}:Moody", CPU)(IMAGES, ["one", "two", "one", "three"])
+    message = str(caught.value)
+    assert message.startswith("reward 'Moody' failed for the prompts 'one', 'two', 'three': "
+                              "RuntimeError: shape '[2, 3]' is invalid")
+    assert message.endswith(f"({mine}, line 22)") and "\n" not in message
+    assert isinstance(caught.value.__cause__, RuntimeError)              # with its traceback
+
+
+def test_running_out_of_memory_is_no_bad_reward():
+    def hungry(images, prompts):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        RewardSet({"hungry": (hungry, 1.0)})(IMAGES, PROMPTS)
+
+
+class Remembers:
+    """A reward that keeps the batch until it is told to forget."""
+    kept = None
+
+    def __call__(self, images, prompts):
+        self.kept = images
+        return torch.zeros(len(prompts))
+
+    def forget(self):
+        self.kept = None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_rewards_remember_of_a_batch_is_forgotten_after_it(fails):
+    """Also after a reward in the middle of the set raised an error."""
+    def second(images, prompts):
+        assert first.kept is images              # for the other rewards of the batch
+        return {}["score"] if fails else torch.zeros(len(prompts))
+
+    first, last = Remembers(), Remembers()
+    rewards = RewardSet({"first": (first, 1.0), "second": (second, 1.0), "last": (last, 1.0)})
+    if fails:
+        with pytest.raises(reward.BadReward, match="'second' failed .*KeyError: 'score'"):
+            rewards(IMAGES, PROMPTS)
+    else:
+        rewards(IMAGES, PROMPTS)
+    assert first.kept is None and last.kept is None
+
+
+# --- from a text to a RewardSet ----------------------------------------------------------------
+
+def test_a_reward_from_the_users_own_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("""
+def redness(images, prompts):
+    red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
+    return red - (green + blue) / 2
+
+class Words:
+    def __init__(self, device):
+        self.device = device
+    def __call__(self, images, prompts):
+        return images.new_tensor([len(prompt.split()) for prompt in prompts])
+""")
+    total, parts = build_rewards(f"{file}:redness:3,{file}:Words", CPU)(IMAGES, PROMPTS)
+    assert list(parts) == ["redness", "Words"]
+    torch.testing.assert_close(parts["Words"], torch.full((4,), 3.0))
+    torch.testing.assert_close(total, 3 * parts["redness"] + 3)
+    with pytest.raises(ValueError, match="no function 'blueness'; it has redness, Words"):
+        build_rewards(f"{file}:blueness", CPU)
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("", "no reward given: choose with --reward from aesthetic"),
+    ("brightness,", "cannot read ''"),
+    ("nonsense", "unknown reward 'nonsense': there are aesthetic, brightness"),
+    ("brightness:heavy", "weight of reward 'brightness' must be a finite number, not 'heavy'"),
+    ("brightness:nan", "finite number, not 'nan'"),
+    ("brightness,brightness:2", "named twice"),
+    ("missing.py:f", "no such reward file: missing.py"),
+])
+def test_specs_that_cannot_be_understood(spec, message):
+    with pytest.raises(ValueError, match=message):
+        build_rewards(spec, CPU)
+
+
+def test_the_papers_mixtures():
+    eight = reward.PAPER.split(",")
+    assert eight == ["clip", "clip_bin", "hpsv2", "hpsv2_bin", "maniqa",
+                     "qwen_label", "qwen_fake", "qwen_weird"]
+    for name in ("paper_c2i", "paper_t2i"):
+        assert list(items_of(name)) == [(None, part, 1.0) for part in eight]
+    assert set(eight) <= set(MODULES)
+    lite = ("clip", "clip_bin", "hpsv2", "hpsv2_bin", "clip_iqa")
+    assert list(items_of("paper_lite:0.5,jpeg")) == [
+        *((None, part, 0.5) for part in lite), (None, "jpeg", 1.0)]
+
+
+# --- names -------------------------------------------------------------------------------------
+
+def test_registering_a_reward():
+    @register("constant")
+    def constant(device):
+        return lambda images, prompts: torch.ones(len(prompts), device=device)
+
+    try:
+        assert build_rewards("constant:2", CPU)(IMAGES, PROMPTS)[0].tolist() == [2.0] * 4
+        assert "constant" in reward.known_rewards()
+    finally:
+        del REGISTRY["constant"]
+
+
+@pytest.mark.parametrize("name, file", [("jpeg", "reward.py"), ("ocr", "ocr.py")])
+def test_a_name_is_taken_once_even_if_its_file_is_not_imported_yet(name, file, monkeypatch):
+    monkeypatch.delitem(REGISTRY, "ocr", raising=False)
+    with pytest.raises(ValueError, match=f"already a reward named '{name}', in .*{file}"):
+        register(name)(lambda device: None)
+    assert name == "jpeg" or name not in REGISTRY
+
+
+def test_each_module_registers_the_rewards_that_the_table_promises():
+    for name, module in MODULES.items():
+        assert importlib.import_module(module).__name__ == REGISTRY[name].__module__, name
+
+
+def test_names_are_known_without_any_of_the_large_libraries():
+    code = ("import sys, reward\n"
+            "print(reward.known_rewards())\n"
+            "heavy = {'torchvision', 'open_clip', 'transformers', 'PIL'}\n"
+            "print(*heavy & set(sys.modules))\n")
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    names, heavy = output.splitlines()
+    assert names.startswith("aesthetic, brightness, clip, ") and "paper_lite" in names
+    assert "qwen_weird, shapes, and your own as file.py:function" in names
+    assert heavy == ""
+
+
+def test_the_command_finds_what_a_file_of_the_users_registers(tmp_path, monkeypatch, capsys):
+    """There is one registry, for `reward` is imported and never run."""
+    file = tmp_path / "mine.py"
+    file.write_text("""
+import torch
+from reward import register
+
+def one(images, prompts):
+    return torch.ones(len(prompts))
+
+@register("two")
+def two(device):
+    return lambda images, prompts: torch.full((len(prompts),), 2.0)
+""")
+    picture = str(tmp_path / "grey.png")
+    Image.new("RGB", (8, 8), "grey").save(picture)
+    monkeypatch.delitem(sys.modules, "rewards.__main__", raising=False)
+    monkeypatch.setattr(sys, "argv", ["rewards", "--reward", f"{file}:one,two", "--device", "cpu",
+                                      picture])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module("rewards", run_name="__main__")
+    finally:
+        REGISTRY.pop("two", None)
+    assert stop.value.code == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores == {"image": picture, "reward": 3, "one": 1, "two": 2}
+
+
+# --- rewards that do what they should not ------------------------------------------------------
+
+def darken(images, prompts):
+    return images.sub_(0.1).mean(dim=(1, 2, 3))
+
+
+def darken_by_numpy(images, prompts):            # torch does not see this write
+    images.numpy()[:] = 0
+    return images.mean(dim=(1, 2, 3))
+
+
+def sort(images, prompts):
+    prompts.sort()
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("culprit", [darken, darken_by_numpy, sort])
+def test_a_reward_that_changes_what_it_was_given_is_told_and_changes_nothing(culprit):
+    images, prompts = torch.rand(3, 3, 4, 4), ["c", "b", "a"]
+    before = images.clone()
+    rewards = RewardSet({"good": (reward.brightness, 1.0), "culprit": (culprit, 1.0)})
+    with pytest.raises(reward.BadReward, match="'culprit' changes the images in place, or its pro"):
+        rewards(images, prompts)
+    assert torch.equal(images, before) and prompts == ["c", "b", "a"], "what was given stays"
+
+
+def test_scores_are_copied():
+    """A reward that returns a part of its own buffer must not change scores of an earlier batch."""
+    buffer = torch.zeros(4)
+
+    def counts(images, prompts):
+        return buffer.add_(1)[:len(prompts)]
+    rewards = RewardSet({"counts": (counts, 1.0)})
+    total, parts = rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
+    rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert total.tolist() == parts["counts"].tolist() == [1, 1]
+
+
+def test_a_reward_with_trainable_parameters_keeps_no_graph():
+    """A reward model that was not frozen: its scores are numbers, not a path for gradients."""
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    rewards = RewardSet({"net": (lambda images, prompts: scale * images.mean(dim=(1, 2, 3)), 1.0)})
+    total, parts = rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert not total.requires_grad and not parts["net"].requires_grad
