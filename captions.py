@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from argrpo import Prompts
-from pretrained import fetch
 
 # ---------------------------------------------------------------------------------------------
 # Reading
@@ -248,14 +247,12 @@ class PaddedFeatures:
 class T5Captions:
     """Flan-T5's encoder: called with captions, it returns Prompts.
 
-    Every distinct caption is encoded once.  bfloat16 on a GPU, as for LlamaGen's training.
-    Raises FileNotFoundError where the model cannot be had."""
+    folder holds the model.  Every distinct caption is encoded once.  bfloat16 on a GPU, as for
+    LlamaGen's training."""
 
-    def __init__(self, spec="google/flan-t5-xl", device="cpu", length=120, batch=32):
+    def __init__(self, folder, device="cpu", length=120, batch=32):
         from transformers import AutoTokenizer, T5EncoderModel
         device = torch.device(device)
-        patterns = ["*.safetensors", "*.json", "*.model"]
-        folder = fetch(spec, "pass a local folder with --t5 PATH", patterns)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = T5EncoderModel.from_pretrained(folder, dtype=dtype)

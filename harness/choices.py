@@ -68,10 +68,12 @@ def toy_folder(settings, task):
 def caption_encoder(preset, t5, device):
     """What turns captions into Prompts: for the toy its own features, else Flan-T5's.
 
-    Let go of it to unload T5."""
+    Let go of it to unload T5.  Raises FileNotFoundError where it cannot be had."""
     if preset == "toy":
         return lambda texts: argrpo.Prompts(texts, *toy.encode_captions(texts))
-    return T5Captions(t5, device)
+    patterns = ["*.safetensors", "*.json", "*.model"]
+    folder = pretrained.fetch(t5, "pass a local folder with --t5 PATH", patterns)
+    return T5Captions(folder, device)
 
 
 def choose_watched(settings, task, texts, device):

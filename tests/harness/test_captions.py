@@ -9,6 +9,7 @@ from conftest import tiny_model
 import captions
 from argrpo import token_logp
 from captions import T5Captions, clean, coco_objects, compose, read_captions, requirements
+from harness.choices import caption_encoder
 
 # --- reading ---------------------------------------------------------------------------------
 
@@ -240,4 +241,4 @@ def test_a_missing_t5_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     message = "https://huggingface.co/google/flan-t5-xl .*--t5 PATH"
     with pytest.raises(FileNotFoundError, match=message):
-        T5Captions()
+        caption_encoder("t2i-XL-256", "google/flan-t5-xl", "cpu")
