@@ -186,6 +186,14 @@ def test_earlier_groups_of_the_prompt_count_and_only_four_of_them():
     assert [len(group) for group in bonus.recent["a"]] == [3] * 4, "right images only"
 
 
+def test_the_newest_groups_are_remembered_not_the_oldest():
+    """Seven groups whose images stand at 0, 1, ... 6: those at 3 to 6 are left, in this order."""
+    bonus = DiversityBonus(Known(), 2.0)
+    for step in range(7):
+        bonus_of(bonus, places=torch.full((8,), float(step)), step=step)
+    assert [group.unique().tolist() for group in bonus.recent["a"]] == [[3], [4], [5], [6]]
+
+
 def test_a_prompt_that_stands_twice_shares_its_memory():
     bonus = DiversityBonus(Known(prompts=("a", "a")), 2.0)
     bonus_of(bonus)
