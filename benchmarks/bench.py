@@ -46,7 +46,6 @@ import argrpo  # noqa: E402
 import toy  # noqa: E402
 from benchmarks.yardsticks import plain_sampler  # noqa: E402
 from harness import device as speed  # noqa: E402
-from harness import memory
 from harness.device import Stopwatch, clock  # noqa: E402
 from harness.options import RunSettings, one_line_errors, read_options  # noqa: E402
 from harness.processes import pick_device  # noqa: E402
@@ -197,15 +196,15 @@ def few_steps(options, device):
     s = RunSettings(steps=1 + options.repeats, prompts_per_step=options.prompts, lr=1e-5,
                     kl_beta=0.1, group_size=options.group, micro_batch=options.micro_batch or None,
                     cfg_scale=options.cfg_scale, rollout_prompts=None, compile=options.compile)
-    memory.choose_sizes(model, vq, s)
+    speed.choose_sizes(model, vq, s)
     sizes = {"prompts a pass": s.rollout_prompts, "micro-batch": s.micro_batch,
-             "estimate_gb": sum(memory.memory_estimate(model, vq, s).values()) / 1e9}
+             "estimate_gb": sum(speed.memory_estimate(model, vq, s).values()) / 1e9}
     labels, stopwatch = torch.arange(options.prompts) % model.config.num_classes, Stopwatch(model)
     prompts = argrpo.Prompts([f"class {k}" for k in labels.tolist()], labels)
     steps = argrpo.train(
         model, speed.frozen_copy(model), vq, prompts,
-        stopwatch.timed(build_rewards("brightness", device)), s, speed.optimizer_of_device(model, s),
-        sampler=speed.Sampler(s.compile))
+        stopwatch.timed(build_rewards("brightness", device)), s,
+        speed.optimizer_of_device(model, s), sampler=speed.Sampler(s.compile))
     times = {part: [] for part in ("rollout", "decode", "reward", "reference", "update", "step")}
     for _ in range(s.steps):
         stopwatch.start()

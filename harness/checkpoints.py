@@ -42,11 +42,6 @@ def write_metrics(path, metrics):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_metrics(path, steps):
-    """The first so many steps of a log."""
-    return [json.loads(line) for line in path.read_text().splitlines()[:steps]]
-
-
 def save_weights(path, model):
     """The trained model in LlamaGen's own format."""
     write_atomically(path, lambda file: torch.save({"model": model.state_dict()}, file))
@@ -91,19 +86,6 @@ def load_checkpoint(path, model, optimizer, remembered=None):
                       f"({type(error).__name__}); {advice}") from error
 
 
-def checkpoint_of(settings):
-    """The file to continue from, or None to start at the first step.
-
-    Between the two renames of `save_checkpoint` there is no last.pt: then new.pt is complete."""
-    if not settings.resume:
-        return None
-    out = Path(settings.out)
-    for path in (out / "last.pt", out / "new.pt"):
-        if path.exists():
-            return path
-    return None
-
-
 def write_count(model, optimizer):
     """A number that grows with every write to the weights or the optimizer's state.
 
@@ -125,13 +107,15 @@ class Record:
         self.model, self.optimizer, self.remembered = model, optimizer, remembered
         self.out = Path(settings.out)
         self.log = self.out / "metrics.jsonl"
-        self.metrics = []
-        self.done = 0                            # steps in the log
-        start = checkpoint_of(settings)
-        if start:
-            self.done = load_checkpoint(start, model, optimizer, remembered)
-        if self.done:
-            self.metrics = read_metrics(self.log, self.done)     # steps not saved run again
+        self.metrics, self.done = [], 0          # steps in the log
+        # Between the two renames of `save_checkpoint` there is no last.pt: then new.pt is complete.
+        checkpoints = [path for path in (self.out / "last.pt", self.out / "new.pt")
+                       if settings.resume and path.exists()]
+        if checkpoints:
+            self.done = load_checkpoint(checkpoints[0], model, optimizer, remembered)
+        if self.done:                            # steps that were logged but not saved run again
+            lines = self.log.read_text().splitlines()[:self.done]
+            self.metrics = [json.loads(line) for line in lines]
         if writer:
             write_metrics(self.log, self.metrics)
         self.saved = self.done                   # steps in the last checkpoint

@@ -6,9 +6,11 @@ Nothing here that is for a GPU has been measured on one.
 """
 
 import copy
+import dataclasses
 import platform
 import time
-from math import hypot
+from contextlib import contextmanager
+from math import ceil, hypot
 
 import torch
 import torch.nn as nn
@@ -16,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import argrpo
+from harness.processes import gather, rank_and_size
 
 # For decoding steps on a GPU.  Recent versions of torch prefer cuDNN's attention on H100 and H200,
 # and it makes a new plan for every number of keys: decoding has one more at each step.
@@ -240,3 +243,125 @@ class Stopwatch:
         order, t = ("rollout", "reward", "reference", "update", "end"), self.times
         parts = {f"seconds_{a}": t[b] - t[a] for a, b in zip(order, order[1:])}
         return {"seconds": t["end"] - t["rollout"]} | parts
+
+
+# ---------------------------------------------------------------------------------------------
+# How much memory it needs
+# ---------------------------------------------------------------------------------------------
+
+CPU_CACHE = 2 ** 32          # bytes that keys and values may take on a CPU
+
+
+def memory_estimate(model, vq, settings):
+    """Bytes that training will need, by part.
+
+    The rollout's cache and the update's activations are never there at the same time: the smaller
+    of them is left out.  What the update's forward pass keeps was counted on this code in float32:
+    100 bytes per layer, token and channel, of which autocast halves about four fifths.  With
+    checkpointing, all of that for one layer, and the inputs of the others.  Each logit is there in
+    float32, with its log-softmax, softmax and their gradients."""
+    c, gpu = model.config, on_gpu(model)
+    half = 2 if gpu else 4                       # bytes of a number in the copies
+    parameters = sum(p.numel() for p in model.parameters())
+    copied = parameters                          # in the sampler's copy: all, or the packed ones
+    if not (gpu or settings.compile):
+        copied = sum(m.weight.numel() for m in model.modules() if is_large(m))
+    parts = {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "reference": half * parameters,
+        "tokenizer": 4 * sum(p.numel() for p in vq.parameters()),
+        "sampler's copy": half * copied,
+        "autocast's copy": 2 * parameters if gpu else 0,
+    }
+    update = settings.micro_batch                                                       # rows
+    if settings.cfg_scale != 1 and settings.logprob_cfg == "guided":
+        update *= 2
+    inside = 60 if gpu else 100
+    layers = inside + 4 * c.n_layer if settings.checkpointing else inside * c.n_layer
+    length = c.cls_token_num + c.block_size - 1
+    activations = update * length * (c.dim * layers + 24 * c.vocab_size)
+    rollout, cache = cache_memory(model, settings)
+    if cache > activations:
+        parts[f"KV cache, {rollout} rows"] = cache
+    else:
+        parts[f"activations, {update} rows"] = activations
+    return parts
+
+
+def prompts_of_process(settings):
+    return settings.prompts_per_step // rank_and_size()[1]
+
+
+def cache_memory(model, settings):
+    """Rows of a pass of the sampler, and bytes of their keys and values."""
+    c = model.config
+    branches = 1 if settings.cfg_scale == 1 else 2
+    prompts = settings.rollout_prompts or prompts_of_process(settings)
+    rows = prompts * settings.group_size * branches
+    positions = c.cls_token_num + c.block_size - 1
+    return rows, rows * positions * 2 * c.n_layer * c.dim * (2 if on_gpu(model) else 4)
+
+
+def choose_sizes(model, vq, settings):
+    """Sets settings.rollout_prompts and settings.micro_batch where they are open, None, to the
+    largest that fit: into a GPU's free memory, but for a fifth, which making the images needs; on a
+    CPU into CPU_CACHE, and passes of the update of a thousand tokens, for larger are no faster.
+
+    A pass of the sampler reads all weights at every token, whether for few rows or for many.  So
+    the step's prompts are shared by as few passes as can be, and as equally.  A micro-batch is a
+    power of two, and at most 16: a larger one is hardly faster.  All processes take the smallest
+    number that one of them has chosen, for what is drawn depends on it."""
+    gpu, free, own = on_gpu(model), None, prompts_of_process(settings)
+    if gpu:
+        torch.cuda.empty_cache()                 # what T5 has left behind is free, too
+        free, _ = torch.cuda.mem_get_info(next(model.parameters()).device)
+    if settings.rollout_prompts is None:
+        sizes = [dict(rollout_prompts=ceil(own / passes), micro_batch=1)
+                 for passes in range(1, own + 1)]
+        chosen = first_that_fits(model, vq, settings, sizes, free)["rollout_prompts"]
+        settings.rollout_prompts = min(gather(chosen))
+    if settings.micro_batch is None:
+        chosen = max(1, 1024 // model.config.block_size)
+        if gpu:
+            sizes = [dict(micro_batch=size) for size in (16, 8, 4, 2, 1)]
+            chosen = first_that_fits(model, vq, settings, sizes, free)["micro_batch"]
+        settings.micro_batch = min(gather(chosen))
+
+
+def first_that_fits(model, vq, settings, sizes, free=None):
+    """The first of the sizes, each {setting: number}, that fits into the free bytes, None on a CPU,
+    or the last if none does."""
+    for size in sizes:
+        some = dataclasses.replace(settings, **size)
+        if free is None:
+            enough = cache_memory(model, some)[1] <= CPU_CACHE
+        else:
+            parts = memory_estimate(model, vq, some)
+            there = parts["weights"] + parts["tokenizer"]
+            enough = sum(parts.values()) - there < 0.8 * free
+        if enough:
+            break
+    return size
+
+
+def print_memory(parts):
+    total = sum(parts.values())
+    unit, name = (2 ** 30, "GiB") if total > 2 ** 30 else (2 ** 20, "MiB")
+    text = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items())
+    print(f"memory, estimated: {total / unit:.1f} {name} ({text})", flush=True)
+
+
+@contextmanager
+def out_of_memory_advice(settings):
+    """Turns the GPU's out-of-memory error into one that says which setting to lower."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        prompts = settings.rollout_prompts or settings.prompts_per_step
+        raise SystemExit(
+            f"out of GPU memory: {str(error).splitlines()[0]}\n"
+            f"lower --micro-batch (now {settings.micro_batch}) or add --checkpointing (the result "
+            "stays the same); if it is the rollout that does not fit, lower --rollout-prompts "
+            f"(now {prompts}), then --group-size (now {settings.group_size})") from error

@@ -44,6 +44,7 @@ class RunSettings(argrpo.GRPOConfig):
     script: ClassVar[str]
     presets: ClassVar[dict]
     diverse: ClassVar[dict]
+    LEAST = argrpo.GRPOConfig.LEAST | dict(rehearsal_groups=1, save_every=1, eval_images=4)
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
@@ -82,11 +83,13 @@ class RunSettings(argrpo.GRPOConfig):
 
     def __post_init__(self):
         self.given = {}                  # what the command line changed: beside the options
-        super().__post_init__()
-        require(self, "log", lambda text: set(text.split(",")) <= {"", "tensorboard", "wandb"},
-                "tensorboard, wandb, or both with a comma")
-        require(self, "bonus_features", lambda name: name in ("pixels", "codes", "imagenet"),
-                "'pixels', 'codes' or 'imagenet'")
+        super().__post_init__()          # all numbers, these too, are finite and at least LEAST
+        if self.bonus_features not in ("pixels", "codes", "imagenet"):
+            raise ValueError("bonus_features must be 'pixels', 'codes' or 'imagenet', "
+                             f"not {self.bonus_features!r}")
+        if not set(self.log.split(",")) <= {"", "tensorboard", "wandb"}:
+            raise ValueError("log must be tensorboard, wandb, or both with a comma, "
+                             f"not {self.log!r}")
         self.other_cfg_scales()
 
     def other_cfg_scales(self):
@@ -101,14 +104,6 @@ class RunSettings(argrpo.GRPOConfig):
             raise ValueError("eval_cfg_scales must be numbers of at least 0 such as 1,7.5, "
                              f"not {self.eval_cfg_scales!r}")
         return [scale for scale in scales if scale != self.cfg_scale]
-
-
-def require(settings, names, holds, wanted):
-    """Raises ValueError, with the value, if one of the named settings is not as it should be."""
-    for name in names.split():
-        value = getattr(settings, name)
-        if value is not None and not holds(value):                   # NaN holds in no range
-            raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 
 # ---------------------------------------------------------------------------------------------

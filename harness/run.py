@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import argrpo
 from diversity import DiversityBonus, Rehearsal, group_diversity
-from harness import doctor, memory, processes
+from harness import doctor, processes
 from harness.before_after import describe, diversity_kept, evaluate_all, known_mean
 from harness.checkpoints import Record, save_weights, write_json
 from harness.choices import build_features
@@ -33,9 +33,13 @@ from harness.device import (
     Stopwatch,
     allowed_mismatch,
     checkpoint_layers,
+    choose_sizes,
     frozen_copy,
+    memory_estimate,
     optimizer_of_device,
+    out_of_memory_advice,
     packed,
+    print_memory,
 )
 from harness.gallery import (
     Progress,
@@ -60,14 +64,14 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, watched):
     After Ctrl-C it exits with status 130 (143 after SIGTERM); after a bad reward, a number that is
     not finite or a full disk with status 1: with everything saved, and a line that says how to go
     on.  With settings.selftest it exits after `selftest`, with status 0 if all is well, else 1."""
-    with StopRequest() as stop, memory.out_of_memory_advice(settings):
+    with StopRequest() as stop, out_of_memory_advice(settings):
         try:
             with one_line_errors():
                 features = None
                 if settings.diversity_bonus:
                     device = next(model.parameters()).device
                     features = build_features(settings.bonus_features, vq, device)
-                memory.choose_sizes(model, vq, settings)
+                choose_sizes(model, vq, settings)
             if settings.selftest:
                 sys.exit(selftest(model, vq, prompts, reward_fn, settings))
             return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings,
@@ -185,7 +189,7 @@ def print_sizes(model, vq, prompts, settings):
         remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
         print(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
               f"as many as --recipe paper, and once {remembered} of the pretrained model, or fewer")
-    memory.print_memory(memory.memory_estimate(model, vq, s))
+    print_memory(memory_estimate(model, vq, s))
 
 
 def diverse_recipe(reference, vq, prompts, reward_fn, settings, features):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import argrpo
+from harness.before_after import draw_like_rollout
 from harness.checkpoints import load_checkpoint, save_checkpoint
 from harness.device import Sampler, allowed_mismatch, frozen_copy
 from rewards import checker
@@ -25,20 +26,14 @@ PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks
 def selftest(model, vq, prompts, reward_fn, settings):
     """Prints a line for each check.  Returns the exit status: 0, or 1 if something is wrong."""
     P = min(PROMPTS, len(prompts.texts), settings.prompts_per_step)
-    small = dataclasses.replace(settings, steps=1, prompts_per_step=P, group_size=SAMPLES,
-                                micro_batch=min(settings.micro_batch, P * SAMPLES))
+    small = dataclasses.replace(settings, micro_batch=min(settings.micro_batch, P * SAMPLES))
     index = argrpo.pick_prompts(len(prompts.texts), 0, P, settings.seed)
-    device = next(model.parameters()).device
-    drawn = argrpo.draw_images(
-        Sampler(settings.compile)(model), vq, prompts, index,
-        argrpo.rng_for(device, settings.seed, "selftest"), samples_per_prompt=SAMPLES,
-        micro_batch=small.micro_batch, cfg_scale=settings.cfg_scale,
-        temperature=settings.temperature)
+    texts, tokens, logp, images = draw_like_rollout(Sampler(settings.compile)(model), vq, prompts,
+                                                    index, small, SAMPLES, "selftest")
     index = index.repeat_interleave(SAMPLES)
-    texts = [prompts.texts[k] for k in index.tolist()]
-    checks = (check_sampler(model, prompts, index, *drawn[:2], settings),
-              check_accumulation(model, prompts, index, drawn[0], settings),
-              check_rewards(reward_fn, drawn[2], texts),
+    checks = (check_sampler(model, prompts, index, tokens, logp, settings),
+              check_accumulation(model, prompts, index, tokens, settings),
+              check_rewards(reward_fn, images, texts),
               check_step(model, vq, prompts, reward_fn, settings),
               check_checkpoint(model, settings))
     good = True

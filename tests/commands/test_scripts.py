@@ -141,6 +141,7 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     (tmp_path / "mine.py").write_text(INTERRUPTED)
     given = QUICK + ["--steps", "5", "--reward", f"{tmp_path}/mine.py:light"]
     train_c2i.main(given + ["--out", str(whole)])
+    (tmp_path / "mine.py").write_text(INTERRUPTED)       # so that it is read, and counts, anew
     monkeypatch.setenv("INTERRUPT_CALL", "6")    # three calls were the evaluation's
     with pytest.raises(SystemExit) as stop:
         train_c2i.main(given + ["--out", str(stopped)])
@@ -257,8 +258,8 @@ def test_bad_options_end_with_one_line_and_leave_nothing(given, message, tmp_pat
     (dict(rehearsal=math.inf), "rehearsal must be a finite number of at least 0, not inf"),
     (dict(temperature=0.0), "temperature must be a finite number of at least 0.001"),
     (dict(logprob_cfg="both"), "logprob_cfg must be"),
-    (dict(save_every=0), "save_every must be at least 1, not 0"),
-    (dict(eval_images=3), "eval_images must be at least 4, not 3"),
+    (dict(save_every=0), "save_every must be a finite number of at least 1, not 0"),
+    (dict(eval_images=3), "eval_images must be a finite number of at least 4, not 3"),
 ])
 def test_settings_are_checked(bad, message):
     with pytest.raises(ValueError, match=message):

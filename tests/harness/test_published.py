@@ -14,9 +14,14 @@ import sample
 import toy
 import train_c2i
 import train_t2i
-from harness import memory, processes
+from harness import device
 from harness.compare import reduced
-from harness.memory import fitting_micro_batch, memory_estimate, out_of_memory_advice
+from harness.device import (
+    choose_sizes,
+    first_that_fits,
+    memory_estimate,
+    out_of_memory_advice,
+)
 from harness.options import resumed
 from harness.run import configuration
 from rewards import clip
@@ -78,10 +83,11 @@ def test_the_memory_estimate_by_hand():
     assert "KV cache, 64 rows" not in more
     there = ("weights", "tokenizer", "activations, 8 rows")
     rest = sum(size for name, size in more.items() if name not in there)
+    sizes = [dict(micro_batch=size) for size in (16, 8, 4, 2, 1)]
     for size in (4, 8, 16):                                      # that much fits, and no more
         free = (rest + 2 * size * 256 * (768 * 1200 + 24 * 16384)) / 0.8
-        assert fitting_micro_batch(model, vq, settings, 1.01 * free) == size
-    assert fitting_micro_batch(model, vq, settings, free=0) == 1
+        assert first_that_fits(model, vq, settings, sizes, 1.01 * free)["micro_batch"] == size
+    assert first_that_fits(model, vq, settings, sizes, free=0) == {"micro_batch": 1}
     large = dataclasses.replace(settings, micro_batch=64, checkpointing=True)
     saving = memory_estimate(model, vq, large)
     assert saving["activations, 128 rows"] < 16 * 0.4 * more["activations, 8 rows"]
@@ -105,29 +111,33 @@ def test_the_prompts_of_a_rollouts_pass_by_hand():
     assert parts["KV cache, 16 rows"] == prompt
     there = ("weights", "tokenizer", "KV cache, 16 rows")
     rest = sum(size for name, size in parts.items() if name not in there)
+    sizes = [dict(rollout_prompts=prompts, micro_batch=1) for prompts in (4, 2, 2, 1)]
     for fit, chosen in ((4, 4), (3, 2), (2, 2), (1, 1), (0, 1)):
         free = (rest + fit * prompt) / 0.8
-        assert memory.fitting_rollout_prompts(model, vq, settings, 1.001 * free) == chosen
+        found = first_that_fits(model, vq, settings, sizes, 1.001 * free)
+        assert found["rollout_prompts"] == chosen
     for name, chosen in (("B-256", 4), ("L-384", 2), ("XL-384", 1), ("3B-384", 1)):
-        assert memory.fitting_rollout_prompts(*without_memory(name)) == chosen   # on a CPU
+        model, vq, settings = without_memory(name)
+        choose_sizes(model, vq, settings)                        # on a CPU
+        assert settings.rollout_prompts == chosen
 
 
 def test_open_sizes_follow_from_the_free_memory_of_all_processes(monkeypatch):
     """A GPU that is faked; the other process would take 3 prompts and 2 images at a time."""
     model, vq, settings = without_memory("B-256")
-    monkeypatch.setattr(memory, "on_gpu", lambda model: True)
+    monkeypatch.setattr(device, "on_gpu", lambda model: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
     free = 2 ** 40
-    memory.choose_sizes(model, vq, settings)
+    choose_sizes(model, vq, settings)
     assert (settings.rollout_prompts, settings.micro_batch) == (4, 16)
     settings.rollout_prompts = settings.micro_batch = None
     others = iter([3, 2])
-    monkeypatch.setattr(processes, "gather", lambda mine: [mine, next(others)])
-    memory.choose_sizes(model, vq, settings)
+    monkeypatch.setattr(device, "gather", lambda mine: [mine, next(others)])
+    choose_sizes(model, vq, settings)
     assert (settings.rollout_prompts, settings.micro_batch) == (3, 2)
     free = 0                                             # what is given is not chosen anew
-    memory.choose_sizes(model, vq, settings)
+    choose_sizes(model, vq, settings)
     assert (settings.rollout_prompts, settings.micro_batch) == (3, 2)
 
 
@@ -135,8 +145,9 @@ def test_a_resumed_run_keeps_the_chosen_prompts_of_a_pass(tmp_path, monkeypatch)
     """What is drawn depends on them, whatever memory is free now."""
     settings = train_c2i.C2iSettings(rollout_prompts=None, out=str(tmp_path))
     for chosen in (2, 5):                                # the second time another would fit
-        monkeypatch.setattr(memory, "fitting_rollout_prompts", lambda *given, n=chosen: n)
-        memory.choose_sizes(*toy.load("c2i"), settings)
+        monkeypatch.setattr(device, "first_that_fits",
+                            lambda *given, n=chosen: {"rollout_prompts": n})
+        choose_sizes(*toy.load("c2i"), settings)
         config = configuration(settings)
         (tmp_path / "config.json").write_text(json.dumps(config))
         settings = resumed(train_c2i.C2iSettings, {"resume": str(tmp_path)})
