@@ -77,8 +77,6 @@ def test_at_least_five_mistakes_an_item_also_in_the_variants(variant):
     for name, item in CODE.items():
         mistakes = grade.mistakes_of(item, text)
         assert len(mistakes) >= 5, (name, len(mistakes))
-        for mistake in mistakes:
-            ast.parse(source.with_bug(text, mistake))
         if variant is None:
             continue
         says = [mistake.says for mistake in mistakes]
