@@ -25,6 +25,7 @@ import checks  # noqa: E402
 import source  # noqa: E402
 import tasks  # noqa: E402
 import torch  # noqa: E402
+from catalogue import BUGS  # noqa: E402
 from checks import LEVELS, Draw, flat, part1, part2, part3, same  # noqa: E402, F401
 from sandbox import Job, in_words, run_all  # noqa: E402
 
@@ -118,7 +119,7 @@ class Grader:
         return wrong
 
     def recognise(self, wrong):
-        """Which classic mistake each failing item makes, if any: {id: entry of mistakes/}."""
+        """Which classic mistake each failing item makes, if any: {id: Bug}."""
         jobs = [Job(name, lambda name=name, failed=failed: self.closest(name, failed), 60.0)
                 for name, failed in wrong.items()
                 if any(w.levels and not is_blank(w) for w in failed)]
@@ -129,7 +130,7 @@ class Grader:
         item, text, these = source.ITEMS[name], self.reference.__source__, [w.check for w in failed]
         best, closest = 0, None
         for mistake in mistakes_of(item, text):
-            values = self.grafted(mistaken(text, item, mistake), item, these)
+            values = self.grafted(source.with_bug(text, mistake), item, these)
             alike = sum(same_failure(w, values[w.check.says]) for w in failed)
             if alike > best:
                 best, closest = alike, mistake
@@ -147,7 +148,7 @@ class Grader:
             return Result(name, 0.0, item["points"], f"not done yet ({part})")
         lines = []
         if mistake:
-            lines.append(f"{mistake['says']} Read {mistake.get('read', item['read'])}.")
+            lines.append(f"{mistake.says} Read {item['read']}.")
         lines += [describe(w) for w in wrong]
         if not mistake:
             lines.append(f"Read {item['read']}.")
@@ -159,22 +160,8 @@ class Grader:
 # ---------------------------------------------------------------------------------------------
 
 def mistakes_of(item, text):
-    """The entries of mistakes/ for an item whose `find` stands in its body (variants differ)."""
-    entries = source.read_toml(f"mistakes/part{item['id'][0]}.toml").get(item["id"], [])
-    body = source.body(text, item)
-    return [m for m in entries if body.count(m["find"]) == 1]
-
-
-def mistaken_body(text, item, mistake):
-    body = source.body(text, item)
-    for exchange in (mistake, *([mistake["also"]] if "also" in mistake else [])):
-        body = body.replace(exchange["find"], exchange["put"])
-    return body
-
-
-def mistaken(text, item, mistake):
-    """The text with the mistake in the item's body."""
-    return source.with_body(text, item, mistaken_body(text, item, mistake))
+    """The bugs of the catalogue that fit into the item's body (variants differ)."""
+    return [bug for bug in BUGS if bug.item == item["id"] and source.fits(text, bug)]
 
 
 def same_failure(wrong, levels):

@@ -26,6 +26,7 @@ import faults  # noqa: E402
 import grade  # noqa: E402
 import source  # noqa: E402
 import torch  # noqa: E402
+from catalogue import VARIANTS  # noqa: E402
 from source import HERE, ITEMS, PARTS, ROOT  # noqa: E402
 
 PUBLIC_SEED = 0
@@ -48,12 +49,11 @@ def copy(names, out):
 
 def blanked(variant=None):
     """argrpo.py with all items blank."""
-    text, docstrings = source.reference(variant), source.variant_of(variant).get("docstring", {})
-    for name in sorted(source.CODE_ITEMS, reverse=True):
-        item = ITEMS[name]
-        if name in docstrings:
-            item = item | {"docstring": docstrings[name]}
-        text = source.with_blank(text, item)
+    text = source.reference(variant)
+    parts = source.tomllib.loads(source.reference(variant, "assignments/parts.toml"))
+    for item in source.items_of(parts).values():
+        if "file" not in item:
+            text = source.with_blank(text, item)
     return text
 
 
@@ -63,7 +63,6 @@ def make_handout(out, debug_seed=0, variant=None, steps=20):
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} is not empty: name a new folder")
-    source.variant_of(variant)
     copy(GIVEN, out)
     shutil.move(out / "assignments/checks", out / "checks")
     shutil.rmtree(out / "assignments")
@@ -121,7 +120,7 @@ def readme(variant):
         rows += [f"| {i['id']} | {name_in_table(i)} | {i['points']} |" for i in items]
     table = ["| fault | what is wrong |", "|---|---|"]
     table += [f"| `{name}` | {fault.says} |" for name, fault in sorted(faults.FAULTS.items())]
-    says = source.variant_of(variant).get("says")
+    says = VARIANTS.get(variant)
     note = f"\n\n**The objective of this course is not the published one**: {says}. Mind the " \
            "docstrings." if says else ""
     text = (HERE / "handout/README.md").read_text()
@@ -185,8 +184,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="folder of the handout")
     parser.add_argument("--debug-seed", type=int, help="of the runs to debug (default: a random "
                         "one, which the key holds; from a small one students can find the faults)")
-    parser.add_argument("--variant", choices=list(source.read_toml("variants.toml")),
-                        help="another objective, of variants.toml")
+    parser.add_argument("--variant", choices=list(VARIANTS),
+                        help="another objective, of bugs/variants.txt")
     parser.add_argument("--solution", type=Path, help="new folder for the submission that is right")
     parser.add_argument("--gradescope", type=Path, help="zip to write, such as grader.zip")
     parser.add_argument("--key", type=Path, help="key that was made with the handout; with --out "

@@ -10,6 +10,8 @@ import textwrap
 from functools import cache
 from pathlib import Path
 
+from catalogue import BUGS, VARIANTS
+
 try:
     import tomllib
 except ModuleNotFoundError:                      # Python 3.10, where pytest brings it along
@@ -28,8 +30,12 @@ def read_toml(name):
     return tomllib.loads((HERE / name).read_text())
 
 
+def items_of(parts):
+    return {item["id"]: item for item in parts["item"]}
+
+
 PARTS = read_toml("parts.toml")
-ITEMS = {item["id"]: item for item in PARTS["item"]}
+ITEMS = items_of(PARTS)
 CODE_ITEMS = {name: item for name, item in ITEMS.items() if "file" not in item}
 
 
@@ -38,29 +44,38 @@ def label(item):
     return item.get("function") or item.get("file") or f'section "{item["section"]}" of train'
 
 
-def reference(variant=None):
-    """The text of argrpo.py, with the variant's exchanges."""
-    text = (ROOT / "argrpo.py").read_text()
-    for exchange in variant_of(variant).get("exchange", ()):
-        text = replace_once(text, exchange["find"], exchange["put"], f"variant {variant}")
+def reference(variant=None, file="argrpo.py"):
+    """The text of argrpo.py, or of another file, with the variant's exchanges."""
+    if variant not in (None, *VARIANTS):
+        raise ValueError(f"unknown variant {variant!r}: there are {', '.join(VARIANTS)}")
+    text = (ROOT / file).read_text()
+    for bug in BUGS:
+        if variant and (bug.variant, bug.file) == (variant, file):
+            text = with_bug(text, bug)
     return text
 
 
-def variant_of(name):
-    """The variant's entry in variants.toml; {} without a variant."""
-    if name is None:
-        return {}
-    variants = read_toml("variants.toml")
-    if name not in variants:
-        raise ValueError(f"unknown variant {name!r}: there are {', '.join(variants)}")
-    return variants[name]
+def with_bug(text, bug):
+    """The text of bug.file with the bug of the catalogue in it.  Raises ValueError unless what it
+    exchanges stands once in the text or, if the bug has an item, in the item's body."""
+    lines = text.splitlines(keepends=True)
+    first, last = 1, len(lines)
+    if bug.item:
+        first, last, _ = body_lines(text, CODE_ITEMS[bug.item])
+    before, part, after = lines[:first - 1], "".join(lines[first - 1:last]), lines[last:]
+    for old, new in bug.exchanges:
+        if part.count(old) != 1:
+            raise ValueError(f"{old!r} stands {part.count(old)} times in {bug.file}, not once; has "
+                             f"it changed?  The bug: {bug.says}")
+        part = part.replace(old, new)
+    return "".join([*before, part, *after])
 
 
-def replace_once(text, find, put, where):
-    if text.count(find) != 1:
-        raise ValueError(f"{where}: {find!r} stands {text.count(find)} times in argrpo.py, not "
-                         "once; has argrpo.py changed?")
-    return text.replace(find, put)
+def fits(text, bug):
+    try:
+        return bool(with_bug(text, bug))
+    except ValueError:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@
     python tests/mutants.py --list           # without running any
     python tests/mutants.py --jobs 2         # so many at a time, two at most
 
-The bugs are in tests/mutants.txt.  Each gets a copy of the tree in a temporary folder, in which the
-few test files that should notice it run until the first failure, and most others if they do not
-("wider" in the table).  The table has the first failure's name and message: they should tell a
-student which idea is wrong.  The exit status is the number of bugs that were not noticed ("NO") or
-could not be tried, 100 at most.
+The bugs are those of assignments/bugs/ that name tests.  Each gets a copy of the tree in a
+temporary folder, in which the few test files that should notice it run until the first failure, and
+most others if they do not ("wider" in the table).  The table has the first failure's name and
+message: they should tell a student which idea is wrong.  The exit status is the number of bugs that
+were not noticed ("NO") or could not be tried, 100 at most.
 """
 
 import argparse
@@ -21,9 +21,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "assignments"))
+
+from catalogue import BUGS, Bug  # noqa: E402
+from source import with_bug  # noqa: E402
+
 LIMIT = 600                                      # seconds for a mutant: some bugs never end
 
 # The test files that should notice a bug, by the word in the list, as patterns below tests/.
@@ -47,32 +51,14 @@ WIDER = ("method/*", "toy/*", "harness/test_evaluation", "harness/test_run", "re
          "harness/test_pretrained", "harness/test_speed")
 
 
-class Mutant(NamedTuple):
-    number: int
-    file: str
-    tests: str               # key of TESTS
-    idea: str                # what the bug is
-    old: str
-    new: str
+NO_BUG = Bug("argrpo.py", "none", "", "", "no bug at all, which no test may notice: else the table "
+             "says nothing", [("import hashlib\n", "import hashlib\n")])
+MUTANTS = list(enumerate([NO_BUG, *(bug for bug in BUGS if bug.tests)]))         # (number, bug)
 
 
-def read_mutants(path):
-    """The list: "== file | tests | idea", then old lines after "- " and new ones after "+ "."""
-    mutants = []
-    for number, block in enumerate(re.split(r"^== ", path.read_text(), flags=re.M)[1:], start=1):
-        head, *lines = block.rstrip("\n").split("\n")
-        file, tests, idea = (part.strip() for part in head.split("|"))
-        old, new = ("\n".join(line[2:] for line in lines if line.startswith(sign))
-                    for sign in "-+")
-        mutants.append(Mutant(number, file, tests, idea, old, new))
-    return mutants
-
-
-def copy_tree(folder, mutant):
-    """A copy of the tree with the bug in it, or None if the old text is not there exactly once."""
-    code = (ROOT / mutant.file).read_text()
-    if code.count(mutant.old) != 1:
-        return None
+def copy_tree(folder, bug):
+    """A copy of the tree with the bug in it.  Raises ValueError if the bug does not fit."""
+    code = with_bug((ROOT / bug.file).read_text(), bug)
     for path in ROOT.rglob("*.py"):
         name = path.relative_to(ROOT)
         if name.parts[0] not in ("labs", "assignments", "examples", "runs"):
@@ -80,8 +66,7 @@ def copy_tree(folder, mutant):
             shutil.copy(path, folder / name)
     for name in ("pyproject.toml", "tests/golden", "toy/weights"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / mutant.file).write_text(code.replace(mutant.old, mutant.new))
-    return folder
+    (folder / bug.file).write_text(code)
 
 
 def warm_up():
@@ -118,7 +103,7 @@ def run_tests(folder, files, log):
     sys.dont_write_bytecode = True
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     sys.path[:] = [str(folder)] + [p for p in sys.path if Path(p or ".").resolve() not in
-                                   (ROOT, ROOT / "tests")]
+                                   (ROOT, ROOT / "tests", ROOT / "assignments")]
     os.chdir(folder)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1), os.dup2(out, 2)
@@ -137,11 +122,11 @@ def first_failure(text):
 
 
 class Trial:
-    """One mutant under test: its expected test files first, then all the others."""
+    """One bug under test: its expected test files first, then all the others."""
 
-    def __init__(self, mutant, folder):
-        self.mutant, self.folder = mutant, folder
-        expected = files_of(TESTS[mutant.tests])
+    def __init__(self, number, bug, folder):
+        self.number, self.bug, self.folder = number, bug, folder
+        expected = files_of(TESTS[bug.tests])
         self.rounds = [expected, [file for file in files_of(WIDER) if file not in expected]]
         self.started, self.pid, self.result = time.time(), None, None
         self.where = "expected"
@@ -184,37 +169,34 @@ class Trial:
 
 
 def try_all(mutants, jobs):
-    """Runs the mutants, `jobs` at a time, and yields (mutant, result) as they end."""
+    """Runs the mutants, `jobs` at a time, and yields (number, bug, result) as they end."""
     waiting, running = list(mutants), []
     with tempfile.TemporaryDirectory() as top:
         while waiting or running:
             while waiting and len(running) < jobs:
-                mutant = waiting.pop(0)
-                folder = Path(top) / str(mutant.number)
+                number, bug = waiting.pop(0)
+                folder = Path(top) / str(number)
                 folder.mkdir()
-                if copy_tree(folder, mutant) is None:
-                    yield mutant, ("stale", "-", f"{mutant.file} has no such text, or has it twice")
+                try:
+                    copy_tree(folder, bug)
+                except ValueError as error:
+                    yield number, bug, ("stale", "-", str(error))
                     continue
-                running.append(Trial(mutant, folder))
+                running.append(Trial(number, bug, folder))
             for trial in [trial for trial in running if trial.poll()]:
                 running.remove(trial)
                 shutil.rmtree(trial.folder)
-                yield trial.mutant, trial.result
+                yield trial.number, trial.bug, trial.result
             time.sleep(0.05)
 
 
-def no_bug():
-    """The mutant without a bug, which no test may notice: else the table says nothing."""
-    return Mutant(0, "argrpo.py", "none", "no bug at all", "import hashlib\n", "import hashlib\n")
-
-
-def chosen(mutants, texts):
-    """Those of the numbers and ranges such as 3 and 40-52, or all."""
+def chosen(texts):
+    """The mutants of the numbers and ranges such as 3 and 40-52, or all."""
     wanted = set()
     for text in texts:
         first, _, last = text.partition("-")
         wanted |= set(range(int(first), int(last or first) + 1))
-    return [mutant for mutant in mutants if not texts or mutant.number in wanted]
+    return [(number, bug) for number, bug in MUTANTS if not texts or number in wanted]
 
 
 def main(argv=None):
@@ -223,18 +205,18 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=1, choices=(1, 2))
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args(argv)
-    mutants = chosen([no_bug(), *read_mutants(ROOT / "tests" / "mutants.txt")], args.numbers)
+    mutants = chosen(args.numbers)
     if args.list:
-        for mutant in mutants:
-            print(f"{mutant.number:4} {mutant.file}: {mutant.idea}")
+        for number, bug in mutants:
+            print(f"{number:4} {bug.file}: {bug.says}")
         return 0
     warm_up()
     counts = {}
-    for mutant, (noticed, test, message) in try_all(mutants, args.jobs):
-        if mutant.number == 0:
+    for number, bug, (noticed, test, message) in try_all(mutants, args.jobs):
+        if number == 0:
             noticed = "fine" if noticed == "NO" else "FAILS"
         counts[noticed] = counts.get(noticed, 0) + 1
-        print(f"{mutant.number:4} {noticed:7}{mutant.file}: {mutant.idea}\n"
+        print(f"{number:4} {noticed:7}{bug.file}: {bug.says}\n"
               f"            {test}\n            {message}", flush=True)
     print(f"{len(mutants)} mutants: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
     unnoticed = sum(n for name, n in counts.items() if name not in ("fine", "yes", "wider"))
