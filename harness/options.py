@@ -44,7 +44,6 @@ class RunSettings(argrpo.GRPOConfig):
     script: ClassVar[str]
     presets: ClassVar[dict]
     diverse: ClassVar[dict]
-    LEAST = argrpo.GRPOConfig.LEAST | dict(rehearsal_groups=1, save_every=1, eval_images=4)
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
