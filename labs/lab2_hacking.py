@@ -269,7 +269,7 @@ experiment.finish(fig, rows, f"toy c2i: {STEPS} steps of 16 x 8 pictures, lr 1.6
 #    as high (84%), and the truth at 66% (59 .. 75): only that fifth of the reward looks at shapes.
 # 4. Neither: theirs rise before they fall, for a reward model is right near where it was trained.
 #    Under `lax` the truth falls, turns, and rises a little, under `small_jpeg` it falls all the way
-#    (to 34% in the first five steps, to 18% in the end). Two proxies give two shapes; policy and
+#    (to 34% in the first five steps, to 13% in the end). Two proxies give two shapes; policy and
 #    optimiser were not varied.
 # 5. What it drew already: coloured shapes on a dark ground are not far from there to begin with
 #    (log p is -3.3, where a guess among 1000 classes has -6.9 and certainty 0), and small, often
