@@ -154,7 +154,7 @@ def load_weights(module, path):
     """Fills a Transformer or a VQModel from any LlamaGen or AR-GRPO checkpoint, and returns it.
 
     Half-precision weights are widened to the module's own type.  Strict: raises ValueError naming
-    the first few parameters that are missing, unexpected or of another shape."""
+    the first few parameters that are missing, unexpected, of another shape or not finite."""
     part = "gpt_model." if isinstance(module, Transformer) else "vq_model."
     wanted = module.state_dict()
     weights = named_as(wanted, read_weights(path, part))
@@ -167,6 +167,11 @@ def load_weights(module, path):
     if problems:
         raise ValueError(f"{path} does not fit this {type(module).__name__}: "
                          f"{'; '.join(problems)}")
+    ill = [name for name, w in wanted.items()
+           if not torch.stack(weights[name].to(w.dtype).aminmax()).isfinite().all()]
+    if ill:
+        raise ValueError(f"{path} holds NaN or infinite numbers in {first_few(ill)}: take an "
+                         "earlier checkpoint, from before that run diverged")
     module.load_state_dict(weights)
     return module
 

@@ -309,6 +309,25 @@ def test_the_other_kind_of_model_does_not_fit(tmp_path):
         load_weights(tiny_vq(), FORMATS["model"](weights_of(tiny_model()), tmp_path))
 
 
+@BOTH
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_checkpoint_that_is_not_finite_is_refused(make, value, tmp_path):
+    weights, module = weights_of(make()), make()
+    before, name = weights_of(module), list(weights)[-1]
+    weights[name].flatten()[-1] = value
+    for dtype in (torch.float32, torch.bfloat16):
+        halves = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        with pytest.raises(ValueError, match=f"model.pt holds NaN or infinite numbers in {name}: "):
+            load_weights(module, FORMATS["model"](halves, tmp_path))
+    assert_same(module, before)
+
+
+def test_what_is_too_large_for_float32_is_not_finite(tmp_path):
+    large = torch.full((16,), 1e300, dtype=torch.double)
+    weights = weights_of(tiny_model()) | {"norm.weight": large}
+    assert "infinite numbers in norm.weight: " in failure(weights, tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------
 # Files that are no checkpoint
 # ---------------------------------------------------------------------------------------------
