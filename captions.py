@@ -12,10 +12,12 @@ six templates of GenEval (arXiv 2310.11513) over COCO's object names.  `compose`
 `requirements` reads them back, for the reward "geneval" must know what to look for.
 """
 
+import codecs
 import html
 import json
 import random
 import re
+import unicodedata
 import warnings
 from functools import cache
 from pathlib import Path
@@ -31,74 +33,106 @@ from argrpo import Prompts
 # ---------------------------------------------------------------------------------------------
 
 FIELDS = ("caption", "prompt", "text")           # where a JSON record may hold its caption
+LINE_OF_JSON = re.compile(r'[\s\[{]*[\[{]\s*("|$)')           # how one begins
+# Unicode's categories of what leaves no ink: controls, zero widths, lone accents.  And its fillers.
+INKLESS, FILLERS = ("Cc", "Cf", "Mn"), "\u115f\u1160\u2800\u3164"
+
+
+def has_ink(word):
+    return any(unicodedata.category(c) not in INKLESS and c not in FILLERS for c in word)
 
 
 def clean(caption):
-    """A caption as LlamaGen's training saw ordinary ones.
+    """A caption as LlamaGen's training saw ordinary ones, or "" if nothing in it can be seen.
 
     Repaired encoding, no HTML entities, lower case, single spaces."""
     from ftfy import fix_text
-    return " ".join(html.unescape(fix_text(caption)).lower().split())
+    caption = re.sub(r"[\v\f\x1c-\x1f]", " ", caption)     # ftfy would join the words around them
+    words = html.unescape(fix_text(caption)).lower().split()
+    return " ".join(word for word in words if has_ink(word))
 
 
 def read_text(path):
     """The text of a UTF-8 file.  Raises ValueError, naming the line, if it is none."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text, end = data.decode(), data.find(0)  # a zero: UTF-16 can be valid UTF-8
     except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        byte = error.object[error.start]
-        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; "
-                         "convert the file, for instance with: iconv -t utf-8") from None
+        end = error.start
+    if end >= 0:
+        line = data[:end].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: byte 0x{data[end]:02x} is not UTF-8 text; convert "
+                         "the file, for instance with: iconv -f utf-16 (or latin1) -t utf-8")
+    return text
+
+
+def read_json(text, place):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
 
 
 def read_records(path):
-    """The records of a file, each with its number: [(number, text or JSON value), ...]."""
+    """The records of a file, each with its number: [(number, text or JSON value), ...].
+
+    A line ends with \\n or \\r\\n alone, as JSON Lines has it (\\r, if that is all there is)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file of captions: {path} (looked in {Path.cwd()})")
+    ending = path.suffix.lower()
+    if ending not in ("", ".txt", ".json", ".jsonl", ".ndjson"):
+        raise ValueError(f"{path}: cannot read captions from {ending}: write one a line into a "
+                         ".txt file, or .json, .jsonl or .ndjson with a field caption")
     text = read_text(path)
-    try:
-        if path.suffix == ".json":
-            values = json.loads(text)
-            if not isinstance(values, list):
-                values = [values]
-            return list(enumerate(values, start=1))
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1)
-                 if line.strip()]
-        if path.suffix == ".jsonl":
-            return [(number, json.loads(line)) for number, line in lines]
-        return lines
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    if ending == ".json":
+        values = read_json(text, path)
+        return list(enumerate(values if isinstance(values, list) else [values], start=1))
+    separator = "\n" if "\n" in text else "\r"
+    lines = [(number, line) for number, line in enumerate(text.split(separator), start=1)
+             if clean(line)]
+    if ending in (".jsonl", ".ndjson"):
+        return [(number, read_json(line, f"{path}, line {number}")) for number, line in lines]
+    for number, line in lines:
+        if LINE_OF_JSON.match(line):
+            raise ValueError(f"{path}, line {number} is JSON, not a caption: name the file .json, "
+                             "or .jsonl if each line is a record")
+    return lines
 
 
 def caption_of(record):
-    """The caption of a record, or None: the record itself, or its first field of FIELDS."""
-    if isinstance(record, dict):
-        record = next((record[field] for field in FIELDS if field in record), None)
-    if isinstance(record, str) and record.strip():
-        return record
-    return None
+    """The caption of a record, cleaned: the record itself, or the first of its FIELDS, where null
+    and blank ones do not count.  "" if there is none."""
+    values = [record.get(field) for field in FIELDS] if isinstance(record, dict) else [record]
+    values = [clean(value) if isinstance(value, str) else value for value in values]
+    caption = next((value for value in values if value not in (None, "")), "")
+    return caption if isinstance(caption, str) else ""
+
+
+def read_tags(path):
+    """{caption: the set of its tags in GenEval's metadata}, as `read_captions` reads them."""
+    tags, path = {}, Path(path)
+    for number, record in read_records(path):
+        caption = caption_of(record)
+        if not caption:
+            raise ValueError(f"{path}, record {number}: no caption there, "
+                             f"nor under {', '.join(FIELDS)}")
+        own = tags.setdefault(caption, set())
+        if isinstance(record, dict) and record.get("tag") is not None:
+            own.add(str(record["tag"]))
+    if not tags:
+        raise ValueError(f"{path} holds no captions: write one a line, "
+                         "or JSON with a field caption")
+    return tags
 
 
 def read_captions(path):
     """The captions of a file, cleaned, without repetitions, in the file's order.
 
-    .json holds a list and .jsonl one record a line: texts, or objects with a field caption, prompt
-    or text, such as GenEval's metadata.  Any other file holds one caption a line; empty lines do
-    not count.  Raises ValueError, naming file and line, for what is no caption or no UTF-8."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file of captions: {path} (looked in {Path.cwd()})")
-    captions = []
-    for number, record in read_records(path):
-        caption = caption_of(record)
-        if caption is None:
-            raise ValueError(f"{path}, record {number}: no caption there, "
-                             f"nor under {', '.join(FIELDS)}")
-        captions.append(clean(caption))
-    if not captions:
-        raise ValueError(f"{path} holds no captions: write one a line, "
-                         "or JSON with a field caption")
-    return list(dict.fromkeys(captions))
+    .json holds a list, .jsonl and .ndjson one record a line: texts, or objects with a field
+    caption, prompt or text, such as GenEval's metadata.  .txt, or a name without an ending, holds
+    one caption a line; empty lines do not count.  Raises ValueError, naming file and line, for
+    another ending and what is no caption or no UTF-8."""
+    return list(read_tags(path))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -79,10 +79,9 @@ def choose_texts(settings):
         return class_prompts(settings.preset, settings.classes).texts, []
     if not settings.prompts:                     # the toy's: every fifth meets all four relations
         return (toy.PAIRS + toy.CLASSES)[::5], []
-    records = captions.read_records(Path(settings.prompts))
-    texts = captions.read_captions(settings.prompts)
-    tags = [record["tag"] for _, record in records if isinstance(record, dict) and "tag" in record]
-    if tags and len(tags) != len(texts):
+    tagged = captions.read_tags(settings.prompts)
+    texts, tags = list(tagged), [tag for own in tagged.values() for tag in own]
+    if tags and any(len(own) != 1 for own in tagged.values()):
         raise ValueError(f"{settings.prompts} has {len(tags)} tags for {len(texts)} different "
                          "prompts: GenEval's categories need one tag for each, or none at all")
     return texts, tags

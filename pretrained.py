@@ -8,7 +8,7 @@ Downloading and caching is `huggingface_hub`'s job.  Loading is `load_weights`'s
 LlamaGen and AR-GRPO have published, strictly, and without running code from the file.
 """
 
-import argparse
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -48,69 +48,130 @@ MODELS = {
 
 # ----- Reading checkpoints -----------------------------------------------------------------------
 
+# Where a file holds the trained weights: DDP; DeepSpeed; Lightning; by habit.  FSDP has none of
+# these.  As LlamaGen does, "model" is taken of a file that has an "ema", too.
+KEYS = ("model", "module", "state_dict", "model_state_dict")
+BESIDE = ("freqs_cis", "n_averaged")             # tensors that are no weights
+# What a model's folder holds, the first that is there: Hugging Face's, or a run's.
+FOLDER_FILES = (r"[^.].*\.safetensors", r"pytorch_model.*\.bin", r"model\.pt")
+
+
+class Ignored:
+    """Stands for plain data beside the weights, of which nothing is asked."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Plain data that torch does not know, by module and names: options, paths of any system, times.
+PATHS = "PosixPath WindowsPath PurePosixPath PureWindowsPath"
+PLAIN = [type(name, (Ignored,), {"__module__": module}) for module, names in {
+    "argparse": "Namespace", "types": "SimpleNamespace", "pathlib": PATHS, "pathlib._local": PATHS,
+    "datetime": "datetime date timedelta", "numpy": "dtype", "numpy.core.multiarray": "scalar",
+    "numpy._core.multiarray": "scalar",
+}.items() for name in names.split()]
+
+
+def count(named):
+    return sum(isinstance(value, torch.Tensor) for value in named.values())
+
+
+def weights_in(state):
+    """The weights by name in a checkpoint's dicts: those under KEYS, else the most."""
+    inner = {key: weights_in(value) for key, value in state.items() if isinstance(value, dict)}
+    for key in KEYS:
+        if count(inner.get(key, {})):
+            return inner[key]
+    return max([state, *inner.values()], key=count)
+
+
 def read_file(path):
-    """What one checkpoint file holds by name.
+    """What one checkpoint file holds by name, a safetensors file whatever its name is.
 
     Only tensors and plain data are unpickled: a file that asks for more could run code, and is
     refused with a ValueError."""
     from safetensors.torch import load_file
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):     # LlamaGen's options
+        with open(path, "rb") as file:
+            if file.read(9)[8:] == b"{":         # the header's length, and the header: JSON
+                return load_file(path)
+        with torch.serialization.safe_globals(PLAIN):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:       # of many types; torch's own text advises to trust the file
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else type(error).__name__
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain data, which "
-                         f"could run code ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+                         f"could run code ({reason})") from error
+    weights = weights_in(state) if isinstance(state, dict) else {}
+    if not weights or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path} holds no weights by name")
-    for key in ("model", "module", "state_dict"):    # DDP; DeepSpeed; Lightning; FSDP has none
-        if isinstance(state.get(key), dict):
-            return state[key]
-    return state
+    return weights
 
 
-def read_weights(path, prefix=""):
-    """All tensors by name of a checkpoint: a .pt, .pth, .bin or .safetensors file, or a Hugging
-    Face folder, in one file or in shards.
+def read_weights(path, part=""):
+    """All tensors by name of a checkpoint: a .pt, .pth, .bin or .safetensors file, a Hugging Face
+    folder, in one file or in shards, or a run's folder.
 
-    Where names carry the prefix, only those count, without it: AR-GRPO's folders hold the
-    transformer as gpt_model. and the tokenizer as vq_model."""
+    Where names hold the part, only those count: AR-GRPO's folders hold the transformer as
+    gpt_model. and the tokenizer as vq_model."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     files = [path]
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        if not files:
-            raise FileNotFoundError(f"no *.safetensors or pytorch_model*.bin in the folder {path}")
-    weights = {name: tensor for file in files for name, tensor in read_file(file).items()}
-    if any(name.startswith(prefix) for name in weights):
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
-                   if name.startswith(prefix)}
-    return {name: tensor for name, tensor in weights.items()
-            if isinstance(tensor, torch.Tensor) and name != "freqs_cis"}
+        names = sorted(file.name for file in path.iterdir())
+        found = [[path / name for name in names if re.fullmatch(pattern, name, re.IGNORECASE)]
+                 for pattern in FOLDER_FILES]
+        files = next(filter(None, found), [])
+    if not files:
+        raise FileNotFoundError("no *.safetensors, pytorch_model*.bin or model.pt in the folder "
+                                f"{path}")
+    weights = {name: tensor for file in files for name, tensor in read_file(file).items()
+               if isinstance(tensor, torch.Tensor) and name.split(".")[-1] not in BESIDE}
+    return {name: weights[name] for name in weights if part in name} or weights
+
+
+def named_as(wanted, weights):
+    """The weights without the prefix that all their names share, such as module._orig_mod., or the
+    part of it that leaves the most of the wanted names."""
+    shared = os.path.commonprefix(list(weights))
+    starts = [0] + [dot.end() for dot in re.finditer(r"\.", shared)]
+    return max(({name[start:]: tensor for name, tensor in weights.items()} for start in starts),
+               key=lambda named: len(named.keys() & wanted.keys()))
+
+
+def first_few(problems):
+    more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+    return "; ".join(problems[:4]) + more
 
 
 def load_weights(module, path):
     """Fills a Transformer or a VQModel from any LlamaGen or AR-GRPO checkpoint, and returns it.
 
     Half-precision weights are widened to the module's own type.  Strict: raises ValueError naming
-    the first few parameters that are missing, unexpected or of another shape."""
-    prefix = "gpt_model." if isinstance(module, Transformer) else "vq_model."
-    weights = read_weights(path, prefix)
+    the first few parameters that are missing, unexpected, of another shape or not finite."""
+    part = "gpt_model." if isinstance(module, Transformer) else "vq_model."
     wanted = module.state_dict()
-    problems = [f"{name} is missing" for name in wanted if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in wanted]
+    weights = named_as(wanted, read_weights(path, part))
     both = [(name, weights[name].shape, w.shape) for name, w in wanted.items() if name in weights]
-    problems += [f"{name} has shape {tuple(given)}, not {tuple(right)}"
-                 for name, given, right in both if given != right]
+    problems = [first_few(some) for some in (
+        [f"{name} is missing" for name in wanted if name not in weights],
+        [f"{name} is unexpected" for name in weights if name not in wanted],
+        [f"{name} has shape {tuple(given)}, not {tuple(right)}"
+         for name, given, right in both if given != right]) if some]
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"{path} does not fit this {type(module).__name__}: "
-                         f"{'; '.join(problems[:4])}{more}")
+                         f"{'; '.join(problems)}")
+    ill = [name for name, w in wanted.items()
+           if not torch.stack(weights[name].to(w.dtype).aminmax()).isfinite().all()]
+    if ill:
+        raise ValueError(f"{path} holds NaN or infinite numbers in {first_few(ill)}: take an "
+                         "earlier checkpoint, from before that run diverged")
     module.load_state_dict(weights)
     return module
 
@@ -162,11 +223,11 @@ def gpt_config(preset, patch=16):
 
 def presets_that_fit(path):
     """Names of the published models that have the parameter names and shapes of this checkpoint."""
-    shapes = {name: w.shape for name, w in read_weights(path, "gpt_model.").items()}
-    fitting = []
+    fitting, weights = [], read_weights(path, "gpt_model.")
     for preset in MODELS:
         model = without_memory(partial(Transformer, gpt_config(preset)))
-        if shapes == {name: w.shape for name, w in model.state_dict().items()}:
+        wanted = {name: w.shape for name, w in model.state_dict().items()}
+        if wanted == {name: w.shape for name, w in named_as(wanted, weights).items()}:
             fitting.append(preset)
     return fitting
 
@@ -192,8 +253,8 @@ VQ_CONFIGS = {"VQ-16": VQConfig(), "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4))}
 def load_vq(preset, spec=""):
     """The tokenizer of a preset, frozen, with its weights or those at `spec`, maybe a VQ-8's."""
     path = fetch(spec or MODELS[preset].tokenizer, VQ_HINT)
-    levels = {name.split(".")[2] for name in read_weights(path, "vq_model.")
-              if name.startswith("encoder.conv_blocks.")}
+    names = " ".join(read_weights(path, "vq_model."))
+    levels = set(re.findall(r"encoder\.conv_blocks\.(\d+)", names))
     config = VQ_CONFIGS["VQ-8" if len(levels) == 4 else "VQ-16"]
     vq = without_memory(partial(VQModel, config)).to_empty(device="cpu")
     return load_weights(vq, path).requires_grad_(False)

@@ -72,6 +72,8 @@ def choose_prompts(settings, task, device):
         texts = [captions.clean(settings.caption)]
         if not settings.caption:
             texts = captions.read_captions(settings.prompts)
+        if not texts[0]:
+            raise ValueError(f"--caption {settings.caption!r} is empty: give it words")
         return caption_encoder(settings.preset, settings.t5, device)(texts)
     return class_prompts(settings.preset, settings.classes, template="{}")
 

@@ -36,6 +36,8 @@ def main(argv=None):
     """Returns the exit status: 0, the number of bad findings, or 2 after an error."""
     args = arguments(argv)
     try:
+        for path in args.images:                 # a bad one is found before models are loaded
+            read_picture(path)
         rewards = build_rewards(args.check or args.reward, args.device)
         if args.check:
             return examine(rewards, args.prompt, args.device)

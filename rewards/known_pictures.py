@@ -6,8 +6,9 @@ A group is (prompt, [(what it shows, image (3, 256, 256) in [0, 1]), ...]), the 
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms import functional as vision
 
 SIDE = 256                                       # pixels
@@ -22,9 +23,37 @@ PHOTOS = {
 }
 
 
+def whitest(pixels, mode):
+    """What is white in a picture of one channel of integers or floats: the depth of PNG's 16 bits,
+    or for floats the first of the usual ranges that holds them.  Raises ValueError for others."""
+    low, high = pixels.min(), pixels.max()
+    for white in (65535,) if mode.startswith("I") else (1, 255, 65535):
+        if 0 <= low and high <= white:
+            return white
+    raise ValueError(f"its numbers, from {low:g} to {high:g}, do not say what is white: save it "
+                     "with 8 or 16 bits")
+
+
 def read_picture(path):
-    """A file's picture: (3, H, W) in [0, 1]."""
-    return vision.to_tensor(Image.open(path).convert("RGB"))
+    """A file's picture: (3, H, W) in [0, 1], turned as its EXIF says, on white where transparent.
+
+    Raises ValueError, naming the file, for what is no picture, or several."""
+    try:
+        # Opened here, for PIL turns no TIFF of 8 bits that it opens by name (13.0).
+        with open(path, "rb") as data, Image.open(data) as file:
+            if getattr(file, "is_animated", False) and file.format != "MPO":   # a phone's has depth
+                raise ValueError(f"it holds {file.n_frames} pictures: save one of them by itself")
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode[0] in "IF":              # 16 or 32 bits, which PIL would clip
+            pixels = np.asarray(picture, dtype=np.float32)
+            return torch.from_numpy(pixels / whitest(pixels, picture.mode)).expand(3, -1, -1)
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        return vision.to_tensor(Image.alpha_composite(ground, picture).convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:                   # Pillow's have many types, and often no name
+        raise ValueError(f"cannot read the picture {path}: {error}") from error
 
 
 def packaged_file(package, path):

@@ -214,6 +214,21 @@ def test_genevals_metadata_gives_captions_and_categories(tmp_path):
         evaluate.choose_texts(settings)
 
 
+def test_prompts_alike_but_for_case_are_one(tmp_path):
+    """A TV remote is a tv remote; but one prompt cannot count in two categories."""
+    path = tmp_path / "metadata.jsonl"
+    lines = [dict(tag="colors", prompt=f"a photo of a red {name}")
+             for name in ("TV remote", "bus", "tv remote")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    settings = evaluate.Settings(preset="t2i-XL-256", prompts=str(path))
+    texts, tags, _ = evaluate.choose_prompts(settings, "t2i")
+    assert texts == ["a photo of a red tv remote", "a photo of a red bus"]
+    assert tags == ["colors", "colors"]
+    path.write_text(path.read_text().replace('"colors"', '"counting"', 1))
+    with pytest.raises(ValueError, match="has 3 tags for 2 different prompts"):
+        evaluate.choose_prompts(settings, "t2i")
+
+
 @pytest.mark.slow
 def test_two_processes_draw_what_one_draws(table, tmp_path):
     out, given, results = table

@@ -18,6 +18,8 @@ from harness.choices import caption_encoder
     ("caf\u00c3\u00a9 au lait", "caf\u00e9 au lait"),                    # UTF-8 read as Latin-1
     ("salt &amp; pepper", "salt & pepper"),
     ("it\u2019s", "it's"),
+    ("a red\vbird\x1don\fa tree\u2028top", "a red bird on a tree top"),
+    ("a red bird \u200b", "a red bird"),
 ])
 def test_cleaning(text, cleaned):
     assert clean(text) == cleaned
@@ -33,6 +35,20 @@ FILES = {
         '"prompt": "a red bird"}\n'
         '{"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}\n',
     "byte order mark.txt": "\ufeffa red bird\ntwo dogs",
+    "UPPER.JSONL": '{"prompt": "A red bird"}\n{"prompt": "two dogs"}\n',
+    "upper.Json": '\ufeff["A red bird", "two dogs"]',
+    "UPPER.TXT": "A red bird\ntwo dogs",
+    "no ending": "A red bird\ntwo dogs",
+    "lines.ndjson": '{"text": "A red bird"}\n{"text": "two dogs"}\n',
+    "windows.txt": "\ufeffA red bird\r\n\r\ntwo dogs\r\n",
+    "windows.jsonl": '\ufeff{"text": "A red bird"}\r\n\r\n{"text": "two dogs"}\r\n',
+    "old mac.txt": "A red bird\rtwo dogs\r",
+    "separators.txt": "A red\u2028bird\n" + "two\vdogs",
+    "separators.jsonl": '{"text": "A red\u2028bird"}\n{"text": "two\u2029dogs"}\n',
+    "null.jsonl":
+        '{"caption": null, "prompt": "A red bird"}\n{"caption": " ", "text": "two dogs"}\n',
+    "invisible.txt":
+        "a red bird\n&nbsp;\n\u200b\n \ufeff\n\u2060\u00a0\n&#8203;\n\u3164\ntwo dogs\n",
 }
 
 
@@ -51,6 +67,21 @@ def test_every_kind_of_file(name, content, tmp_path):
     ("other.jsonl", b'{"prompt": "a"}\n{"title": "b"}',
      r"other.jsonl, record 2: no caption there, nor under caption, prompt, text"),
     ("numbers.json", b"[1]", "record 1: no caption there"),
+    ("null.json", b'[{"caption": null, "text": null}]', "record 1: no caption there"),
+    ("number.json", b'[{"caption": 1, "text": "a"}]', "record 1: no caption there"),
+    ("nbsp.json", b'["&nbsp;"]', "record 1: no caption there"),
+    ("invisible.txt", "\ufeff\n\u200b\n&nbsp;".encode(), "holds no captions"),
+    ("broken.jsonl", b'"a"\n"b', "broken.jsonl, line 2 is not JSON"),
+    ("deep.json", b"[" * 100_000, "deep.json is not JSON"),
+    ("table.csv", b"caption\na red bird\n", "table.csv: cannot read captions from .csv: write"),
+    ("table.TSV", b"caption\na red bird\n", "table.TSV: cannot read captions from .tsv"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08", "cannot read captions from .gz"),
+    ("a.yaml", b"- a red bird\n", "cannot read captions from .yaml"),
+    ("json.txt", b'a red bird\n{"prompt": "two dogs"}', "json.txt, line 2 is JSON, not a caption"),
+    ("list.txt", b'[\n  "a red bird"\n]', "list.txt, line 1 is JSON, not a caption"),
+    ("json", b'[{"prompt": "two dogs"}]', "line 1 is JSON, not a caption"),
+    ("16.txt", "a red bird\ntwo".encode("utf-16"), "line 1: byte 0xff is not UTF-8 .* iconv"),
+    ("16.jsonl", '"a red bird"'.encode("utf-16-le"), "line 1: byte 0x00 is not UTF-8 .* iconv"),
 ])
 def test_files_that_hold_no_captions(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -61,6 +92,12 @@ def test_files_that_hold_no_captions(name, content, message, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file of captions: .*nowhere.txt"):
         read_captions(tmp_path / "nowhere.txt")
+
+
+def test_brackets_are_no_json(tmp_path):
+    """Weights of words in captions for other models."""
+    (tmp_path / "a.txt").write_text("{{{two}}} dogs\n[[red]] bird\n[sic] cat\n")
+    assert read_captions(tmp_path / "a.txt") == ["{{{two}}} dogs", "[[red]] bird", "[sic] cat"]
 
 
 # --- composing -------------------------------------------------------------------------------

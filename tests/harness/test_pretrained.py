@@ -1,9 +1,12 @@
 """The published models: every format, strict loading, finding them, and ImageNet's names."""
 
 import argparse
+import datetime
 import json
+import pathlib
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, tiny_vq
@@ -74,7 +77,60 @@ def shards(save, stem, ending):
     return write
 
 
+def prefixed(prefix, weights):
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def in_capitals(write):
+    """The same file, its name in capitals."""
+
+    def renamed(weights, folder):
+        path = write(weights, folder)
+        return path.rename(path.with_name(path.name.upper()))
+
+    return renamed
+
+
+def beside(name, write):
+    """A folder with a file of this name beside the weights, whose content is no checkpoint."""
+
+    def written(weights, folder):
+        (folder / name).write_bytes(b"\0\5\26\7Mac OS X")
+        path = write(weights, folder)
+        return path if path.is_dir() else path.parent
+
+    return written
+
+
+ARGUMENTS = {
+    "out": pathlib.Path("runs/a"),
+    "pure": pathlib.PureWindowsPath("C:/runs/a"),
+    "begun": datetime.datetime(2025, 1, 2),
+    "fid": np.float64(3.5),
+}
+
 FORMATS = {
+    "model_state_dict": pt(lambda weights: {"epoch": 3, "model_state_dict": weights}),
+    "ema": pt(lambda weights: {"ema": weights, "optimizer": {"state": {}, "param_groups": []}}),
+    "any name": pt(lambda weights: {"step": torch.tensor(3), "net": {"params": weights}}),
+    "settings as model": pt(lambda weights: {"model": {"name": "GPT-B"}, "state_dict": weights}),
+    "averaged": pt(
+        lambda weights: {"n_averaged": torch.tensor(3)} | prefixed("module.", weights)
+    ),
+    "capitals": in_capitals(safetensors_file),
+    "folder in capitals": lambda *given: in_capitals(safetensors_file)(*given).parent,
+    "safetensors under another name": lambda *given: safetensors_file(*given).rename(
+        given[1] / "model.pt"
+    ),
+    "a run's folder": beside("config.json", pt(lambda weights: {"model": weights})),
+    "macOS": beside("._model.safetensors", shards(save_file, "model", "safetensors")),
+    "macOS, a run": beside("._model.pt", pt(lambda weights: {"model": weights})),
+    "paths": pt(lambda weights: {"model": weights, "args": argparse.Namespace(**ARGUMENTS)}),
+} | {
+    prefix: pt(lambda weights, prefix=prefix: {"model": prefixed(prefix, weights)})
+    for prefix in ("_orig_mod.", "module.", "model.", "module._orig_mod.", "_orig_mod.module.",
+                   "model.module._orig_mod.", "a.b.c.", "gpt_model.")
+} | {
     "bare": pt(lambda weights: weights),
     "model": pt(lambda weights: {"model": weights}),
     "module": pt(lambda weights: {"module": weights}),
@@ -121,6 +177,42 @@ def test_a_folder_of_both_models_loads_into_each(write, tmp_path):
     )
     assert_same(load_weights(tiny_model(), folder), gpt)
     assert_same(load_weights(tiny_vq(), folder), vq)
+
+
+@pytest.mark.parametrize("outer", ["", "module."])
+@pytest.mark.parametrize("inner", ["", "_orig_mod."])
+def test_a_wrapped_folder_of_both_models_loads_into_each(outer, inner, tmp_path):
+    gpt, vq = weights_of(tiny_model()), weights_of(tiny_vq())
+    folder = one_file_folder(
+        prefixed(f"{outer}gpt_model.{inner}", gpt) | prefixed(f"{outer}vq_model.", vq), tmp_path
+    )
+    assert_same(load_weights(tiny_model(), folder), gpt)
+    assert_same(load_weights(tiny_vq(), folder), vq)
+
+
+@pytest.mark.parametrize("name", ["model", "module", "state_dict", "model_state_dict"])
+def test_the_trained_weights_are_loaded_not_their_average(name, tmp_path):
+    """LlamaGen's sampler looks for "model" first.  The order in the file does not matter."""
+    trained, average = weights_of(tiny_model()), weights_of(tiny_model())
+    torch.save({"ema": average, name: trained}, tmp_path / "model.pt")
+    assert_same(load_weights(tiny_model(), tmp_path / "model.pt"), trained)
+
+
+class Made:
+    """Pickled as make(*given), whether or not that can be made here."""
+
+    def __init__(self, make, *given):
+        self.made = make, given
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("make", [pathlib.PosixPath, pathlib.WindowsPath])
+def test_a_path_of_another_system(make, tmp_path):
+    weights = weights_of(tiny_model())
+    torch.save({"model": weights, "out": Made(make, "C:/", "runs")}, tmp_path / "model.pt")
+    assert_same(load_weights(tiny_model(), tmp_path / "model.pt"), weights)
 
 
 @BOTH
@@ -173,6 +265,30 @@ def test_the_first_few_of_many_problems_are_named_and_the_rest_counted(tmp_path)
     )
 
 
+def test_missing_and_unexpected_names_are_shown_side_by_side(tmp_path):
+    """A prefix that only some names have is not removed."""
+    weights = weights_of(tiny_model())
+    names = list(weights)
+    mixed = prefixed("module.", {name: weights[name] for name in names[:6]})
+    said = failure(mixed | {name: weights[name] for name in names[6:]}, tmp_path)
+    some = [f"{name} is missing" for name in names[:4]]
+    others = [f"module.{name} is unexpected" for name in names[:4]]
+    assert said.endswith(f": {'; '.join(some)} and 2 more; {'; '.join(others)} and 2 more")
+
+
+def test_a_prefix_does_not_hide_what_is_missing(tmp_path):
+    weights = weights_of(tiny_model())
+    del weights["norm.weight"]
+    assert failure(prefixed("module.", weights), tmp_path).endswith(
+        "this Transformer: norm.weight is missing"
+    )
+
+
+def test_one_name_alone_has_no_prefix(tmp_path):
+    said = failure({"norm.weight": torch.zeros(16)}, tmp_path)
+    assert "missing" in said and "unexpected" not in said
+
+
 @pytest.mark.parametrize(
     "change",
     [{"norm.weight": torch.zeros(2, 8)}, {"extra": torch.zeros(1)}, {"norm.weight": None}],
@@ -191,6 +307,25 @@ def test_the_other_kind_of_model_does_not_fit(tmp_path):
         ValueError, match="does not fit this VQModel: encoder.conv_in.weight is missing; .* more"
     ):
         load_weights(tiny_vq(), FORMATS["model"](weights_of(tiny_model()), tmp_path))
+
+
+@BOTH
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_checkpoint_that_is_not_finite_is_refused(make, value, tmp_path):
+    weights, module = weights_of(make()), make()
+    before, name = weights_of(module), list(weights)[-1]
+    weights[name].flatten()[-1] = value
+    for dtype in (torch.float32, torch.bfloat16):
+        halves = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        with pytest.raises(ValueError, match=f"model.pt holds NaN or infinite numbers in {name}: "):
+            load_weights(module, FORMATS["model"](halves, tmp_path))
+    assert_same(module, before)
+
+
+def test_what_is_too_large_for_float32_is_not_finite(tmp_path):
+    large = torch.full((16,), 1e300, dtype=torch.double)
+    weights = weights_of(tiny_model()) | {"norm.weight": large}
+    assert "infinite numbers in norm.weight: " in failure(weights, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,7 +357,7 @@ class Hostile:
 def test_a_checkpoint_cannot_run_code(hide, name, tmp_path):
     created = tmp_path / "created"
     torch.save(hide(Hostile(created)), tmp_path / name)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=rf"{name} .* \(it asks for (_?io|builtins)\.open\)"):
         load_weights(tiny_model(), tmp_path / name if name == "model.pt" else tmp_path)
     assert not created.exists()
     torch.load(tmp_path / name, weights_only=False)  # it was dangerous indeed
@@ -373,6 +508,18 @@ def test_presets_that_fit(preset, fitting, small_sizes, tmp_path):
         pretrained.presets_that_fit(FORMATS["training"](small_gpt(preset).state_dict(), tmp_path))
         == fitting
     )
+
+
+def test_presets_that_fit_under_a_prefix(small_sizes, tmp_path):
+    path = FORMATS["module._orig_mod."](small_gpt("L-256").state_dict(), tmp_path)
+    assert pretrained.presets_that_fit(path) == ["L-256", "L-384"]
+
+
+@pytest.mark.parametrize("name", pretrained.VQ_CONFIGS)
+def test_load_vq_under_a_prefix(name, small_tokenizers, tmp_path):
+    vq = VQModel(pretrained.VQ_CONFIGS[name])
+    path = FORMATS["module."](vq.state_dict(), tmp_path)
+    assert_same(pretrained.load_vq("B-256", path), weights_of(vq))
 
 
 @pytest.mark.parametrize(

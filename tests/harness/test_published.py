@@ -202,6 +202,7 @@ def test_large_pictures_are_resized_to_256():
     (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
     (["--fid-reference", "nowhere"], "--fid-reference needs --npz"),
     (["--best-of", "0"], "--best-of must be at least 1, not 0"),
+    (["--caption", "&nbsp;"], "--caption '&nbsp;' is empty"),
 ])
 def test_sample_explains_bad_options(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -4,11 +4,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rewards.__main__ import main
 from rewards.checker import scale
+from rewards.known_pictures import read_picture
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +32,93 @@ def test_errors_are_one_line(spec, picture, message, capsys):
     assert main(["--reward", spec, picture]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def ramp(dtype, white, mode=None):
+    """A grey picture 4 pixels high and 6 wide, from black to white."""
+    numbers = (np.linspace(0, 1, 24).reshape(4, 6) * white).astype(dtype)
+    return Image.fromarray(numbers) if mode is None else Image.fromarray(numbers).convert(mode)
+
+
+@pytest.mark.parametrize("name, picture", {
+    "a.png": ramp(np.uint8, 255), "b.png": ramp(np.uint16, 65535), "c.tiff": ramp(">u2", 65535),
+    "d.tiff": ramp(np.uint16, 65535), "e.tiff": ramp(np.int32, 65535),
+    "f.tiff": ramp(np.float32, 1), "g.tiff": ramp(np.float32, 255),
+    "h.tiff": ramp(np.float32, 65535), "i.pgm": ramp(np.uint16, 65535),
+    "j.tiff": ramp(np.uint8, 255, "CMYK"), "k.gif": ramp(np.uint8, 255, "P"),
+}.items())
+def test_a_picture_of_any_depth_is_from_black_to_white(name, picture, tmp_path):
+    picture.save(tmp_path / name)
+    image = read_picture(tmp_path / name)
+    assert image.shape == (3, 4, 6) and image.dtype == torch.float32
+    assert (image[1] - torch.linspace(0, 1, 24).view(4, 6)).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_turned_picture_is_turned_back(name, mode, tmp_path):
+    """Orientation 6: to be turned by a quarter to the right, so that the left side is on top."""
+    picture = Image.new(mode, (32, 16), "white")
+    picture.paste("black", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / name, exif=exif)
+    image = read_picture(tmp_path / name)
+    assert image.shape == (3, 32, 16)
+    assert image[:, :12].max() < 0.1 and image[:, -12:].min() > 0.9
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    """Its left half: by alpha, or because a grey, a colour or a place of the palette is."""
+    picture, how = Image.new("RGB", (8, 4), "#330000" if mode in ("P", "RGB") else "#333333"), {}
+    picture.paste("black", (0, 0, 4, 4))
+    if mode.endswith("A"):
+        picture.putalpha(Image.new("L", (8, 4), 255))
+        picture.paste((0, 0, 0, 0), (0, 0, 4, 4))
+        picture = picture.convert(mode)
+    else:
+        picture = picture.convert(mode)
+        how = {"transparency": picture.getpixel((0, 0))}
+    picture.save(tmp_path / "a.png", **how)
+    image = read_picture(tmp_path / "a.png")
+    assert (image[..., :4] == 1).all() and image[..., 4:].max() < 0.21
+
+
+def test_half_transparent_is_half_white(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 51)).save(tmp_path / "a.webp", lossless=True)
+    assert read_picture(tmp_path / "a.webp").mean().item() == pytest.approx(0.8, abs=0.005)
+
+
+def animation(path):
+    frames = [Image.new("L", (4, 4), grey) for grey in (0, 128, 255)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize("name, write, message", [
+    ("a.gif", animation, "it holds 3 pictures"), ("a.png", animation, "it holds 3 pictures"),
+    ("a.webp", animation, "it holds 3 pictures"), ("a.tiff", animation, "it holds 3 pictures"),
+    ("b.tiff", ramp(np.float32, 1e6).save, "numbers, from 0 to 1e+06, do not say what is white"),
+    ("c.tiff", ramp(np.float32, -1).save, "numbers, from -1 to -0, do not say what is white"),
+    ("d.tiff", ramp(np.float32, np.nan).save, "from nan to nan, do not say what is white"),
+    ("e.tiff", ramp(np.int32, 2 ** 31 - 1).save, "do not say what is white"),
+    ("f.png", lambda path: path.write_text("no picture"), "cannot identify"),
+])
+def test_what_is_not_one_picture_is_refused_in_a_line(name, write, message, tmp_path, capsys):
+    """Before anything is scored."""
+    good, bad = str(ROOT / "docs" / "toy_curves.png"), tmp_path / name
+    write(bad)
+    assert main(["--reward", "jpeg", "--device", "cpu", good, str(bad)]) == 2
+    out, error = capsys.readouterr()
+    assert not out and error.startswith(f"error: cannot read the picture {bad}: ")
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_cut_picture_is_named(tmp_path, capsys):
+    path = tmp_path / "cut.png"
+    path.write_bytes((ROOT / "docs" / "toy_curves.png").read_bytes()[:5000])
+    assert main(["--reward", "jpeg", "--device", "cpu", str(path)]) == 2
+    assert f"cannot read the picture {path}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [[], ["--reward", "jpeg"],
