@@ -9,10 +9,11 @@ import json
 import sys
 
 import torch
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from reward import build_rewards
 from rewards.checker import examine
-from rewards.known_pictures import read_picture
 
 
 def arguments(argv):
@@ -23,13 +24,18 @@ def arguments(argv):
     parser.add_argument("--reward", metavar="SPEC",
                         help="the reward, as for training: name:weight,... or file.py:function")
     parser.add_argument("--check", metavar="SPEC",
-                        help="examine this reward on pictures of the toy or its own")
+                        help="examine this reward on pictures of the toy")
     parser.add_argument("--prompt", help="the prompt of the pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if bool(args.check) == bool(args.reward) or (args.reward and not args.images):
         parser.error("give --check SPEC, or --reward SPEC with pictures")
     return args
+
+
+def read_picture(path):
+    """A file's picture: (3, H, W) in [0, 1]."""
+    return to_tensor(Image.open(path).convert("RGB"))
 
 
 def main(argv=None):

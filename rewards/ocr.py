@@ -9,7 +9,6 @@ import re
 import torch
 
 from reward import register, to_uint8
-from rewards import known_pictures
 from rewards.sources import optional
 
 # Straight or curly double quotes around a text that is not blank.
@@ -80,10 +79,6 @@ class Ocr:
         """Raises ValueError for a prompt without a quoted text."""
         for prompt in prompts:
             quoted_texts(prompt)
-
-    def examples(self):
-        """Drawn texts for `python -m rewards --check`."""
-        return known_pictures.text_groups()
 
     def __call__(self, images, prompts):
         wanted, scores = [quoted_texts(prompt) for prompt in prompts], []

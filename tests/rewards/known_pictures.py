@@ -1,7 +1,4 @@
-"""Pictures of which it is known what they show: for `python -m rewards --check`, and the tests.
-
-A group is (prompt, [(what it shows, image (3, 256, 256) in [0, 1]), ...]), the best picture first.
-"""
+"""Pictures of which it is known what they show: (3, 256, 256) in [0, 1]."""
 
 import importlib.util
 from pathlib import Path
@@ -9,6 +6,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms import functional as vision
+
+from rewards.__main__ import read_picture
 
 SIDE = 256                                       # pixels
 
@@ -22,18 +21,9 @@ PHOTOS = {
 }
 
 
-def read_picture(path):
-    """A file's picture: (3, H, W) in [0, 1]."""
-    return vision.to_tensor(Image.open(path).convert("RGB"))
-
-
 def packaged_file(package, path):
     """The file of an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise ImportError(f"the photographs come with the package {package}: "
-                          "pip install -r requirements-rewards.txt")
-    return Path(spec.origin).parent / path
+    return Path(importlib.util.find_spec(package).origin).parent / path
 
 
 def photo(name):
@@ -57,26 +47,3 @@ def drawn_text(text, height=32, ink=(0, 0, 0), ground=(255, 255, 255), font="Dej
     ImageDraw.Draw(picture).text((SIDE / 2, SIDE / 2), text, fill=ink, anchor="mm",
                                  font=ImageFont.truetype(str(file), height))
     return vision.to_tensor(picture)
-
-
-def photo_groups():
-    """Photographs, the same with noise, and one of another class."""
-    names, groups = list(PHOTOS), []
-    for name, other in zip(names, names[1:] + names[:1]):
-        groups.append((f"a photo of {name}", [
-            ("the photo", photo(name)),
-            ("the photo with noise", noisy(photo(name))),
-            (f"a photo of {other}", photo(other)),
-        ]))
-    return groups
-
-
-def text_groups():
-    """Texts as the prompt quotes them, with a letter wrong, another text, and none."""
-    groups = []
-    for right, wrong, other in (("Hello World", "Hella World", "Good morning"),
-                                ("Open", "Oxen", "Sale"), ("COFFEE 24", "COFFEE 21", "Tea")):
-        shown = {f'"{text}"': drawn_text(text) for text in (right, wrong, other)}
-        shown["no text"] = torch.ones(3, SIDE, SIDE)
-        groups.append((f'a sign that says "{right}"', list(shown.items())))
-    return groups
