@@ -234,24 +234,17 @@ def some_of(prompts):
 # The rewards that are known so far: name -> factory, (device) -> reward, or (device, model).
 REGISTRY = {}
 
-# The rewards whose file is imported when they are asked for: name -> module that registers it.
-MODULES = {
-    "shapes": "rewards.shapes",
-    "clip": "rewards.clip",
-    "clip_bin": "rewards.clip",
-    "hpsv2": "rewards.clip",
-    "hpsv2_bin": "rewards.clip",
-    "pickscore": "rewards.clip",
-    "clip_iqa": "rewards.quality",
-    "aesthetic": "rewards.quality",
-    "maniqa": "rewards.quality",
-    "qwen_label": "rewards.vlm",
-    "qwen_fake": "rewards.vlm",
-    "qwen_weird": "rewards.vlm",
-    "geneval": "rewards.geneval",
-    "imagenet": "rewards.imagenet",
-    "ocr": "rewards.ocr",
+# The files of rewards/, each imported when one of its rewards is asked for: module -> their names.
+FAMILIES = {
+    "rewards.shapes": ("shapes",),
+    "rewards.clip": ("clip", "clip_bin", "hpsv2", "hpsv2_bin", "pickscore"),
+    "rewards.quality": ("clip_iqa", "aesthetic", "maniqa"),
+    "rewards.vlm": ("qwen_label", "qwen_fake", "qwen_weird"),
+    "rewards.geneval": ("geneval",),
+    "rewards.imagenet": ("imagenet",),
+    "rewards.ocr": ("ocr",),
 }
+MODULES = {name: module for module, names in FAMILIES.items() for name in names}
 WITH_MODELS = ("imagenet",)      # of these a model can be chosen, name:model, as imagenet:resnet50
 
 # Names for several rewards: the paper's eight, each with weight 1, and those of them that
