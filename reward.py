@@ -156,6 +156,9 @@ class RewardSet:
 
 # A student of the method can stop reading here: what follows are error messages and names.
 
+ERRORS = (Exception, SystemExit)                 # of anybody's code, which may call exit()
+
+
 def equal(a, b):
     """Whether two tensors hold the same numbers, NaN included."""
     return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
@@ -167,7 +170,7 @@ def ask(name, reward, images, prompts):
         return reward(images, prompts)
     except (BadReward, torch.OutOfMemoryError):  # for memory, `harness` has advice
         raise
-    except Exception as error:
+    except ERRORS as error:
         raise BadReward(f"reward {name!r} failed for the prompts {some_of(prompts)}: "
                         f"{described(error)}") from error
 
@@ -200,7 +203,7 @@ def refusal(reward, prompts):
             reward.check_prompts(prompts)
     except ValueError as error:
         return (str(error).strip() or "no reason given").splitlines()[0]
-    except Exception as error:                   # a bug in the user's check
+    except ERRORS as error:                      # a bug in the user's check
         return described(error)
     return None
 
@@ -208,16 +211,16 @@ def refusal(reward, prompts):
 def described(error):
     """An error in one line: its type, the first line of its text, and where it was raised.
 
-    Of the calls that led there, that is the innermost one outside of installed packages, such as
-    the line of the user's file that called torch."""
-    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen")
+    Of the calls that led there, that is the innermost one outside of installed packages and of this
+    file, such as the line of the user's file that called torch."""
+    others = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen", __file__)
     calls = [(call.filename, call.lineno) for call in traceback.extract_tb(error.__traceback__)
-             if not call.filename.startswith(installed)]
+             if not call.filename.startswith(others)]
     if isinstance(error, SyntaxError) and error.filename:
         calls.append((error.filename, error.lineno))
-    file, line = calls[-1]
+    place = " ({}, line {})".format(*calls[-1]) if calls else ""
     text = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {text} ({file}, line {line})"
+    return f"{type(error).__name__}: {text}{place}"
 
 
 def some_of(prompts):
@@ -234,24 +237,17 @@ def some_of(prompts):
 # The rewards that are known so far: name -> factory, (device) -> reward, or (device, model).
 REGISTRY = {}
 
-# The rewards whose file is imported when they are asked for: name -> module that registers it.
-MODULES = {
-    "shapes": "rewards.shapes",
-    "clip": "rewards.clip",
-    "clip_bin": "rewards.clip",
-    "hpsv2": "rewards.clip",
-    "hpsv2_bin": "rewards.clip",
-    "pickscore": "rewards.clip",
-    "clip_iqa": "rewards.quality",
-    "aesthetic": "rewards.quality",
-    "maniqa": "rewards.quality",
-    "qwen_label": "rewards.vlm",
-    "qwen_fake": "rewards.vlm",
-    "qwen_weird": "rewards.vlm",
-    "geneval": "rewards.geneval",
-    "imagenet": "rewards.imagenet",
-    "ocr": "rewards.ocr",
+# The files of rewards/, each imported when one of its rewards is asked for: module -> their names.
+FAMILIES = {
+    "rewards.shapes": ("shapes",),
+    "rewards.clip": ("clip", "clip_bin", "hpsv2", "hpsv2_bin", "pickscore"),
+    "rewards.quality": ("clip_iqa", "aesthetic", "maniqa"),
+    "rewards.vlm": ("qwen_label", "qwen_fake", "qwen_weird"),
+    "rewards.geneval": ("geneval",),
+    "rewards.imagenet": ("imagenet",),
+    "rewards.ocr": ("ocr",),
 }
+MODULES = {name: module for module, names in FAMILIES.items() for name in names}
 WITH_MODELS = ("imagenet",)      # of these a model can be chosen, name:model, as imagenet:resnet50
 
 # Names for several rewards: the paper's eight, each with weight 1, and those of them that
@@ -341,7 +337,7 @@ def load_file(path, stamp):
     sys.path.insert(0, str(path.parent))
     try:
         file_spec.loader.exec_module(module)
-    except Exception as error:                   # it is anybody's code
+    except ERRORS as error:
         raise ValueError(f"{path.name} cannot be loaded: {described(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
@@ -350,7 +346,7 @@ def load_file(path, stamp):
 
 def load_function(file, name):
     """The function or class `name` of a Python file."""
-    path = Path(file).resolve()
+    path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"no such reward file: {file} (looked in {Path.cwd()})")
     module = load_file(path, (path.stat().st_mtime_ns, path.stat().st_size))
@@ -366,10 +362,20 @@ def instance_of(cls, device):
     """A class of the user's, called with the device.  Its own exception becomes a ValueError."""
     try:
         return cls(device)
-    except Exception as error:
+    except ERRORS as error:
         line = inspect.getsourcelines(cls)[1]
         raise ValueError(f"{cls.__name__!r} (line {line}) cannot be made with a device as its only "
                          f"argument: {described(error)}") from error
+
+
+def check_call(name, reward):
+    """Raises ValueError if the reward cannot be called with images and prompts."""
+    try:
+        inspect.signature(reward).bind("images", "prompts")
+    except TypeError as error:
+        raise ValueError(f"{name!r} is no reward, called with (images, prompts): {error}") from None
+    except ValueError:
+        return                                   # compiled code does not say what it takes
 
 
 def factory_of(file, name):
@@ -410,4 +416,5 @@ def build_rewards(spec, device):
     rewards = {}
     for name, (factory, weight) in wanted.items():
         rewards[name] = factory(device), weight
+        check_call(name, rewards[name][0])
     return RewardSet(rewards)

@@ -1,1 +1,1 @@
-"""Rewards that need a model or a world, one file a family; `reward.MODULES` says which is where."""
+"""Rewards that need a model or a world, one file a family: see `reward.FAMILIES`."""

@@ -8,11 +8,13 @@ import argparse
 import json
 import sys
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import to_tensor
 
 from reward import build_rewards
 from rewards.checker import examine
-from rewards.known_pictures import read_picture
 
 
 def arguments(argv):
@@ -23,13 +25,46 @@ def arguments(argv):
     parser.add_argument("--reward", metavar="SPEC",
                         help="the reward, as for training: name:weight,... or file.py:function")
     parser.add_argument("--check", metavar="SPEC",
-                        help="examine this reward on pictures of the toy or its own")
+                        help="examine this reward on pictures of the toy")
     parser.add_argument("--prompt", help="the prompt of the pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if bool(args.check) == bool(args.reward) or (args.reward and not args.images):
         parser.error("give --check SPEC, or --reward SPEC with pictures")
     return args
+
+
+def whitest(pixels, mode):
+    """What is white in a picture of one channel of integers or floats: the depth of PNG's 16 bits,
+    or for floats the first of the usual ranges that holds them.  Raises ValueError for others."""
+    low, high = pixels.min(), pixels.max()
+    for white in (65535,) if mode.startswith("I") else (1, 255, 65535):
+        if 0 <= low and high <= white:
+            return white
+    raise ValueError(f"its numbers, from {low:g} to {high:g}, do not say what is white: save it "
+                     "with 8 or 16 bits")
+
+
+def read_picture(path):
+    """A file's picture: (3, H, W) in [0, 1], turned as its EXIF says, on white where transparent.
+
+    Raises ValueError, naming the file, for what is no picture, or several."""
+    try:
+        # Opened here, for PIL turns no TIFF of 8 bits that it opens by name (13.0).
+        with open(path, "rb") as data, Image.open(data) as file:
+            if getattr(file, "is_animated", False) and file.format != "MPO":   # a phone's has depth
+                raise ValueError(f"it holds {file.n_frames} pictures: save one of them by itself")
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode[0] in "IF":              # 16 or 32 bits, which PIL would clip
+            pixels = np.asarray(picture, dtype=np.float32)
+            return torch.from_numpy(pixels / whitest(pixels, picture.mode)).expand(3, -1, -1)
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        return to_tensor(Image.alpha_composite(ground, picture).convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:                   # Pillow's have many types, and often no name
+        raise ValueError(f"cannot read the picture {path}: {error}") from error
 
 
 def main(argv=None):

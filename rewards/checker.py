@@ -1,11 +1,10 @@
 """Examines a reward: `python -m rewards --check SPEC`, and a part of `--selftest`.
 
-A reward is examined on pictures that the toy draws before training, or, if it has a method
-`examples()`, on those that it brings along: [(prompt, [(what it shows, image (3, H, W)), ...]),
-...], as many pictures for each prompt, the best first.  Each finding says in plain words whether
-the reward does what training relies on: one finite number per image, the same for the same image,
-whatever else is in the batch; and different ones within a group, for otherwise there is nothing to
-learn from, by more than training can tell from none.
+A reward is examined on pictures that the toy draws before training, or, in a selftest, on those of
+the chosen model.  Each finding says in plain words whether the reward does what training relies on:
+one finite number per image, the same for the same image, whatever else is in the batch; and
+different ones within a group, for otherwise there is nothing to learn from, by more than training
+can tell from none.
 """
 
 import math
@@ -15,19 +14,19 @@ import torch
 
 import toy
 from argrpo import Prompts, draw_images, group_advantages, rng_for
+from reward import BadReward
 
 PROMPTS, SAMPLES = 4, 8                          # of the toy's pictures: groups, and images of each
 
 
-def toy_examples():
-    """Pictures of the toy, (3, 24, 24) each, as a reward's own `examples()`."""
+def toy_pictures():
+    """Pictures of the toy, (32, 3, 24, 24), and their prompts."""
     model, vq = toy.load("c2i")
     classes = Prompts(toy.CLASSES, torch.arange(len(toy.CLASSES)))
     index = torch.linspace(0, len(toy.CLASSES) - 1, PROMPTS).long()
     _, _, images = draw_images(model, vq, classes, index, rng_for("cpu", "check"),
                                samples_per_prompt=SAMPLES)
-    return [(toy.CLASSES[k], [("a draw", image) for image in group])
-            for k, group in zip(index.tolist(), images.split(SAMPLES))]
+    return images, [toy.CLASSES[k] for k in index.repeat_interleave(SAMPLES).tolist()]
 
 
 def same(scores, total):
@@ -101,42 +100,26 @@ def findings(rewards, images, prompts, group_size):
     yield from scale(total, group_size)
 
     others = prompts[group_size:] + prompts[:group_size]
-    reads_prompts = others != prompts and not same(rewards(images, others)[0], total)
-    finding = "depends on the prompt" if reads_prompts else "does not depend on the prompt"
-    yield "prompt", True, finding
+    if others != prompts:
+        unread = same(rewards(images, others)[0], total)
+        yield "prompt", True, "does not depend on the prompt" if unread else "depends on the prompt"
     yield "speed", True, f"{milliseconds:.2f} ms per image, the first time, on {images.device}"
 
 
-def ranking(rewards, groups, device):
-    """Prints what each of a reward's own pictures scores.  The finding: do the best score best?"""
-    right = 0
-    for prompt, pictures in groups:
-        images = torch.stack([image for _, image in pictures]).to(device)
-        scores = rewards(images, [prompt] * len(images))[0].tolist()
-        print(prompt)
-        for (what, _), score in zip(pictures, scores):
-            print(f"    {score:8.3f}  {what}")
-        right += scores[0] > max(scores[1:])
-    finding = f"the first picture scores best for {right} of {len(groups)} prompts"
-    return "ranking", right == len(groups), finding
-
-
 def examine(rewards, prompt, device):
-    """Prints the findings on the pictures that a reward brings along, or on the toy's.
+    """Prints the findings on the toy's pictures, as pictures of the prompt if one is given.
 
     Returns how many are bad."""
-    own = [name for name, (reward, _) in rewards.rewards.items() if hasattr(reward, "examples")]
-    if own and len(rewards.rewards) > 1:
-        raise ValueError(f"{', '.join(own)}: examine each by itself, on pictures of its own")
-    groups = rewards.rewards[own[0]][0].examples() if own else toy_examples()
-    images = torch.stack([image for _, group in groups for _, image in group]).to(device)
-    prompts = [prompt or text for text, group in groups for _ in group]
-    rewards.check_prompts(prompts)
-    found = []
-    if own and not prompt:
-        found.append(ranking(rewards, groups, device))
-    found += findings(rewards, images, prompts, len(groups[0][1]))
-    for what, good, finding in found:
+    images, prompts = toy_pictures()
+    if prompt:
+        prompts = [prompt] * len(prompts)
+    try:
+        rewards.check_prompts(prompts)
+    except BadReward as error:
+        raise ValueError(f"{error}; give one that it can judge with --prompt") from None
+    bad = 0
+    for what, good, finding in findings(rewards, images.to(device), prompts, SAMPLES):
         mark = "ok " if good else "BAD"
         print(f"{mark}  {what:<10}  {finding}")
-    return sum(not good for _, good, _ in found)
+        bad += not good
+    return bad

@@ -20,7 +20,6 @@ from torchvision import models
 
 from pretrained import imagenet_classes, load_weights
 from reward import register
-from rewards import known_pictures
 from rewards.clip import preprocess
 from rewards.sources import optional, with_weights
 
@@ -118,10 +117,6 @@ class ImageNet:
         """Raises ValueError for a prompt that names no class, or more than one."""
         for prompt in prompts:
             classes_of(prompt)
-
-    def examples(self):
-        """Photographs for `python -m rewards --check`."""
-        return known_pictures.photo_groups()
 
     def logits(self, images):
         """images (B, 3, H, W) in [0, 1] -> (B, 1000)."""

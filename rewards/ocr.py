@@ -9,7 +9,6 @@ import re
 import torch
 
 from reward import register, to_uint8
-from rewards import known_pictures
 from rewards.sources import optional
 
 # Straight or curly double quotes around a text that is not blank.
@@ -45,44 +44,24 @@ def spelled(wanted, read):
 class Reader:
     """Reads a batch: images (B, 3, H, W) in [0, 1] -> for each of the B the lines of text in it.
 
-    Lines are looked for in each picture by itself, and those of all pictures are read together."""
-
-    # Lines of at most this width over height are padded to the same width.  So they can share a
-    # batch without changing each other's reading.
-    ASPECT = 320 / 48
+    Each line is read by itself.  In a batch it would be padded to the widest one's width, and so
+    depend on the others."""
 
     def __init__(self):
         optional("onnxruntime", "ocr")
         rapidocr = optional("rapidocr", "ocr")
         self.engine = rapidocr.RapidOCR(params={
             "Global.log_level": "error",
+            "Global.use_cls": False,             # no line is upside down
+            "Global.text_score": 0,              # what it is unsure of counts, too
             "Det.limit_side_len": 256,           # pictures of 256 pixels are searched as they are
+            "Rec.rec_batch_num": 1,
             "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
         })
 
-    def lines(self, pixels):
-        """The lines of text in one picture (H, W, BGR), top to bottom: cut out, not yet read."""
-        from rapidocr.main import RapidOCRError
-        try:
-            return self.engine.detect_and_crop(*self.engine.preprocess_img(pixels))[0]
-        except RapidOCRError:                    # which says that there is no text
-            return []
-
-    def read(self, lines):
-        """The texts of lines that were cut out."""
-        short = [k for k, line in enumerate(lines) if line.shape[1] <= self.ASPECT * line.shape[0]]
-        batches = [short] if short else []
-        batches += [[k] for k in range(len(lines)) if k not in short]
-        texts = {}
-        for batch in batches:
-            texts |= zip(batch, self.engine.recognize_txt([lines[k] for k in batch]).txts)
-        return [texts[k] for k in range(len(lines))]
-
     def __call__(self, images):
         pixels = to_uint8(images).flip(-1).contiguous()                  # (B, H, W, BGR)
-        found = [self.lines(picture) for picture in pixels.numpy()]
-        texts = iter(self.read([line for lines in found for line in lines]))
-        return [[next(texts) for _ in lines] for lines in found]
+        return [self.engine(picture).txts or () for picture in pixels.numpy()]
 
 
 @register("ocr")
@@ -100,10 +79,6 @@ class Ocr:
         """Raises ValueError for a prompt without a quoted text."""
         for prompt in prompts:
             quoted_texts(prompt)
-
-    def examples(self):
-        """Drawn texts for `python -m rewards --check`."""
-        return known_pictures.text_groups()
 
     def __call__(self, images, prompts):
         wanted, scores = [quoted_texts(prompt) for prompt in prompts], []

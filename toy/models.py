@@ -9,6 +9,7 @@ import torch
 from argrpo import GPTConfig, Transformer
 from pretrained import load_weights
 from toy.scenes import CLASSES, COUNT_PROMPT, COUNTS, PAIR_PROMPT, PALETTE, PLACES, SHAPES, parse
+from toy.verifier import mean_if_any
 from vqgan import VQConfig, VQModel
 
 FOLDER = Path(__file__).parent / "weights"       # the shipped checkpoints
@@ -63,16 +64,13 @@ CONFIGS = {
 
 def shipped_spread(task, texts):
     """The spread of the shipped model's right pictures, {part: mean over the texts}, as
-    `verifier.spread` gives it, but from 128 pictures of each text: `python -m toy --spread`
+    `verifier.spread` gives it, but from 128 pictures of each text: `tests/toy/measure_spread.py`
     measured it once.  None if one of the texts is not among those measured."""
     known = json.loads((FOLDER / "spread.json").read_text())[task]
     if not set(texts) <= set(known["texts"]):
         return None
-    means = {}
-    for part, values in known["parts"].items():
-        some = [values[text] for text in texts if text in values]
-        means[part] = sum(some) / len(some) if some else None
-    return means
+    return {part: mean_if_any([values[text] for text in texts if text in values])
+            for part, values in known["parts"].items()}
 
 
 def load(task, folder=FOLDER, gpt_path="", vq_path=""):

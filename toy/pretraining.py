@@ -3,7 +3,6 @@
 Shapes: M pictures in all, b of them in a batch, N tokens a picture, V codes, C numbers a code.
 """
 
-import json
 import math
 import random
 from math import isqrt
@@ -12,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from argrpo import Prompts, Transformer, draw_images, rng_for, to_images
+from argrpo import Prompts, Transformer, to_images
 from pretrained import load_weights
-from toy.models import CONFIGS, VQ_CONFIG, encode_captions, load
-from toy.scenes import CLASSES, GROUND, PAIRS, SEEN_CLASSES, SEEN_PAIRS, make_scene, mixed, render
-from toy.verifier import spread_by_prompt, verify
+from toy.models import CONFIGS, VQ_CONFIG, encode_captions
+from toy.scenes import CLASSES, GROUND, SEEN_CLASSES, SEEN_PAIRS, make_scene, render
+from toy.verifier import verify
 from vqgan import VQModel
 
 # The transformers stop early enough to leave reinforcement learning something to do.
@@ -186,27 +185,3 @@ def pretrain_toy(folder, seed=0, scenes=16000, only=None):
         rng = random_stream(seed, task)
         gpt = pretrain_gpt(Transformer(CONFIGS[task]), tokens, prompts, rng, STEPS[task])
         save(gpt, folder / f"toy_{task}.pt")
-
-
-# ---------------------------------------------------------------------------------------------
-# How varied they are
-# ---------------------------------------------------------------------------------------------
-
-def measure_spread(folder, samples=128):
-    """Writes spread.json into the folder: what `spread_by_prompt` says of the right ones among
-    `samples` pictures of each prompt that a run's D looks at."""
-    evaluated = mixed(PAIRS, CLASSES)
-    texts = {"c2i": CLASSES,
-             "t2i": [evaluated[k] for k in torch.linspace(0, len(evaluated) - 1, 27).long()]}
-    result = {}
-    for task, some in texts.items():
-        gpt, vq = load(task, folder)
-        prompts, parts = as_prompts(task, some), {}
-        for k in range(len(some)):
-            _, _, images = draw_images(gpt, vq, prompts, torch.tensor([k]),
-                                       rng_for("cpu", "spread", task, k), micro_batch=64,
-                                       samples_per_prompt=samples)
-            for part, values in spread_by_prompt(images, [some[k]] * samples).items():
-                parts.setdefault(part, {}).update(values)
-        result[task] = {"texts": some, "samples": samples, "parts": parts}
-    (folder / "spread.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -204,10 +204,13 @@ def spread(images, prompts):
 
     images (B, 3, SIZE, SIZE) in [0, 1].  Returns the means over prompts of `spread_by_prompt`, or
     None where there are too few right pictures."""
-    means = {}
-    for name, values in spread_by_prompt(images, prompts).items():
-        means[name] = sum(values.values()) / len(values) if values else None
-    return means
+    parts = spread_by_prompt(images, prompts)
+    return {name: mean_if_any(list(values.values())) for name, values in parts.items()}
+
+
+def mean_if_any(values):
+    """The mean of a list of numbers, or None if it is empty."""
+    return sum(values) / len(values) if values else None
 
 
 def spread_by_prompt(images, prompts):

@@ -220,13 +220,13 @@ def test_prompts_alike_but_for_case_are_one(tmp_path):
     lines = [dict(tag="colors", prompt=f"a photo of a red {name}")
              for name in ("TV remote", "bus", "tv remote")]
     path.write_text("\n".join(map(json.dumps, lines)))
-    settings = evaluate.Settings(preset="t2i-XL-256", prompts=str(path))
-    texts, tags, _ = evaluate.choose_prompts(settings, "t2i")
+    settings = evaluate.EvaluateSettings(preset="t2i-XL-256", prompts=str(path))
+    texts, tags = evaluate.choose_texts(settings)
     assert texts == ["a photo of a red tv remote", "a photo of a red bus"]
     assert tags == ["colors", "colors"]
     path.write_text(path.read_text().replace('"colors"', '"counting"', 1))
     with pytest.raises(ValueError, match="has 3 tags for 2 different prompts"):
-        evaluate.choose_prompts(settings, "t2i")
+        evaluate.choose_texts(settings)
 
 
 @pytest.mark.slow

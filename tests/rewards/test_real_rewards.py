@@ -5,6 +5,8 @@
 
 Without these packages the tests are skipped, unless they are asked for by this mark."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def packages(request):
 
 @pytest.fixture(scope="module")
 def pictures(packages):
-    from rewards import known_pictures
+    import known_pictures
     return known_pictures
 
 
@@ -156,6 +158,14 @@ def test_drawn_text_of_any_height_is_read(height, ocr, pictures):
         assert (scores == 1).float().mean() >= 15 / 16, scores
 
 
+def test_what_is_quoted_is_spelled_better_than_another_text(ocr, pictures):
+    for right, wrong, other in (("Hello World", "Hella World", "Good morning"),
+                                ("Open", "Oxen", "Sale"), ("COFFEE 24", "COFFEE 21", "Tea")):
+        images = torch.stack([pictures.drawn_text(text) for text in (right, wrong, other, "")])
+        scores, _ = ocr(images, [f'a sign that says "{right}"'] * 4)
+        assert scores[0] > scores[1:].max(), (right, scores)
+
+
 def test_exact_one_letter_wrong_and_not_at_all(ocr, pictures):
     texts = ["Hello World", "Hella World", "Good morning", ""]
     images = torch.stack([pictures.drawn_text(text) for text in texts])
@@ -169,8 +179,8 @@ def test_the_reader_gets_blue_first(packages, pictures):
     image = pictures.drawn_text("x", ground=(255, 255, 0))
     seen = []
     reader = Reader()
-    reader.lines = lambda pixels: seen.append(pixels) or []
-    assert reader(image[None]) == [[]]
+    reader.engine = lambda pixels: seen.append(pixels) or SimpleNamespace(txts=None)
+    assert reader(image[None]) == [()]
     assert seen[0].shape == (256, 256, 3) and seen[0][0, 0].tolist() == [0, 255, 255]
 
 
@@ -217,18 +227,15 @@ def test_a_batch_scores_as_its_images_do_one_by_one(imagenet, ocr, pictures):
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, group", [("imagenet", 3), ("ocr", 4)])
-def test_the_examination_uses_pictures_that_the_reward_can_judge(name, group, capsys, packages):
-    assert main(["--check", name, "--device", "cpu"]) == 0
+def test_a_reward_that_cannot_judge_the_toys_prompts_is_examined_with_another(capsys, packages):
+    assert main(["--check", "imagenet", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "'one red circle' names no class of ImageNet" in error
+    assert error.endswith("; give one that it can judge with --prompt\n")
+    assert main(["--check", "imagenet", "--prompt", "a photo of otter", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
-    assert "BAD" not in output and "ok   ranking     the first picture scores best for" in output
-    scores = [line for line in output.splitlines() if line.startswith("    ")]
-    assert len(scores) % group == 0 and len(scores) >= 3 * group
-
-
-def test_rewards_with_pictures_of_their_own_are_examined_one_by_one(capsys, packages):
-    assert main(["--check", "imagenet,ocr", "--device", "cpu"]) == 2
-    assert "imagenet, ocr: examine each by itself" in capsys.readouterr().err
+    assert "ok   spread " in output and "BAD" not in output
+    assert "on the prompt" not in output, "with one prompt nobody can tell"
 
 
 @pytest.mark.slow

@@ -461,3 +461,88 @@ def test_functions_of_one_name_in_two_files_are_two_rewards(tmp_path):
     assert total.item() == 21 and list(parts) == [f"{a}:jpeg", f"{b}:jpeg", "jpeg"]
     with pytest.raises(ValueError, match="named twice"):
         build_rewards(f"{a}:jpeg,{a}:jpeg", CPU)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("import sys\nsys.exit()\n", r"cannot be loaded: SystemExit: no message .*bad\.py, line 2"),
+    ("class score:\n    def __init__(self, device):\n        exit(0)\n",
+     r"'score' .*SystemExit: 0 .*bad\.py, line 3"),
+    ("class score:\n    def __init__(self, device):\n        pass\n",
+     r"'score' is no reward, called with \(images, prompts\): .*not a callable"),
+    ("def score(images):\n    return images\n", "no reward.*: too many positional arguments"),
+    ("def score(images, prompts, seed):\n    return images\n", "no reward.*argument: 'seed'"),
+    ("score = 3\n", "has no function 'score'"),
+    ("", "has no function 'score'; it has none"),
+])
+def test_what_is_no_reward_is_refused_when_it_is_built(text, message, tmp_path):
+    """Before models are loaded and pictures drawn; and no exit() ends a run as if all was well."""
+    written(tmp_path, bad=text)
+    with pytest.raises(ValueError, match=message) as error:
+        build_rewards(f"{tmp_path}/bad.py:score", CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_reward_that_exits_is_a_bad_reward(tmp_path):
+    written(tmp_path, bad="def score(images, prompts):\n    exit(0)\n"
+                          "score.check_prompts = lambda prompts: exit(0)\n")
+    rewards = build_rewards(f"{tmp_path}/bad.py:score", CPU)
+    with pytest.raises(reward.BadReward, match=r"SystemExit: 0 .*bad\.py, line 2"):
+        rewards(IMAGES, PROMPTS)
+    with pytest.raises(reward.BadReward, match=r"SystemExit: 0 .*bad\.py, line 3"):
+        rewards.check_prompts(PROMPTS)
+
+
+@pytest.mark.parametrize("signature", ["images, prompts", "images, prompts, scale=1", "*arguments"])
+def test_a_reward_may_take_more_than_images_and_prompts(signature, tmp_path):
+    written(tmp_path, mine=f"import torch\ndef score({signature}):\n    return torch.ones(4)\n")
+    assert build_rewards(f"{tmp_path}/mine.py:score", CPU)(IMAGES, PROMPTS)[0].tolist() == [1] * 4
+
+
+def test_compiled_code_that_does_not_say_what_it_takes_is_a_reward(monkeypatch):
+    monkeypatch.setitem(REGISTRY, "compiled", lambda device: min)       # has no signature
+    assert list(build_rewards("compiled", CPU).rewards) == ["compiled"]
+
+
+@pytest.mark.parametrize("name", ["random", "reward", "torch", "toy"])
+def test_a_reward_file_may_be_named_like_another_module(name, tmp_path):
+    import random
+    written(tmp_path, **{name: "import random\nimport torch\nimport reward\n"
+                               "def score(images, prompts):\n"
+                               "    assert random.random() < 1 and reward.build_rewards\n"
+                               "    return torch.ones(len(prompts))\n"})
+    assert build_rewards(f"{tmp_path}/{name}.py:score", CPU)(IMAGES, PROMPTS)[0].sum() == 4
+    assert sys.modules["reward"] is reward and sys.modules["random"] is random
+    assert sys.modules["torch"] is torch
+
+
+BRIGHT = "NAME = 'caf\u00e9'\ndef score(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
+
+
+@pytest.mark.parametrize("first, encoding", [
+    ("", "utf-8"), ("", "utf-8-sig"), ("# coding: latin-1\n", "latin-1")])
+def test_encodings_of_a_reward_file(first, encoding, tmp_path):
+    """A byte-order mark does no harm, and a file may say what it is."""
+    (tmp_path / "mine.py").write_bytes((first + BRIGHT).encode(encoding))
+    total, _ = build_rewards(f"{tmp_path}/mine.py:score", CPU)(IMAGES, PROMPTS)
+    torch.testing.assert_close(total, IMAGES.mean(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_reward_file_in_another_encoding_is_refused_in_one_line(encoding, tmp_path):
+    (tmp_path / "mine.py").write_bytes(BRIGHT.encode(encoding))
+    with pytest.raises(ValueError, match=r"mine\.py cannot be loaded: \w+: ") as error:
+        build_rewards(f"{tmp_path}/mine.py:score", CPU)
+    assert "\n" not in str(error.value) and "reward.py" not in str(error.value)
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    """A shell writes it out only at the beginning of a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, mine=BRIGHT)
+    assert list(build_rewards("jpeg,~/mine.py:score", CPU).rewards) == ["jpeg", "score"]
+
+
+def test_a_folder_is_no_reward_file(tmp_path):
+    (tmp_path / "mine.py").mkdir()
+    with pytest.raises(ValueError, match="no such reward file"):
+        build_rewards(f"{tmp_path}/mine.py:score", CPU)

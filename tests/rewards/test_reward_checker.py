@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards.__main__ import main
+from rewards.__main__ import main, read_picture
 from rewards.checker import scale
-from rewards.known_pictures import read_picture
 
 ROOT = Path(__file__).parents[2]
 

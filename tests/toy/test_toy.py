@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
+from measure_spread import measure_spread
 
 import toy
 import toy.pretraining
 from argrpo import Prompts, draw_images, rng_for, to_images
-from toy.pretraining import measure_spread
 
 PROMPTS = toy.CLASSES + toy.PAIRS
 
