@@ -4,6 +4,9 @@
     python report.py runs/one runs/two                 # compares runs: comparison.html
     python report.py --doctor runs/train_c2i-toy       # only what the doctor says
 
+For one run it makes anew all that is drawn at the end of a run: curves.png, before_after.png and
+progress.gif, too.  With --out it writes only the page, there.
+
 It reads the run's files and loads no model: it works while a run is going, and after it was killed.
 """
 
@@ -12,14 +15,14 @@ import sys
 from pathlib import Path
 
 from harness import doctor
-from harness.page import read_run, write_page
+from harness.page import plain, read_run, show, write_page
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run", type=Path)
     parser.add_argument("--doctor", action="store_true", help="print what is wrong, if anything")
     parser.add_argument("--out", type=Path, help="the page; default RUN/report.html, or "
                                                  "comparison.html for several runs")
@@ -28,16 +31,23 @@ def main(argv=None):
         if args.doctor:
             for folder in args.runs:
                 run = read_run(folder)
-                lines = doctor.report(run.metrics, run.settings, run.summary)
-                print(f"{folder}:", *lines, sep="\n")
-            return
-        single = Path(args.runs[0]) / "report.html"
-        path = args.out or (single if len(args.runs) == 1 else Path("comparison.html"))
-        write_page(args.runs, path)
-        print(f"wrote {path}")
+                say(f"{folder}:", *doctor.report(run.metrics, run.settings, run.summary))
+        elif args.out or len(args.runs) > 1:
+            path = args.out or Path("comparison.html")
+            write_page(args.runs, path)
+            say(f"wrote {path}")
+        else:
+            say(*(f"wrote {path}" for path in show(args.runs[0])))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def say(*lines):
+    """Prints lines, with a question mark for each character that the terminal does not know."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in lines:
+        print(plain(line).encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

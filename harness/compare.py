@@ -22,7 +22,7 @@ from tqdm import tqdm
 import argrpo
 import toy
 from harness.checkpoints import write_atomically, write_json
-from harness.gallery import sheet
+from harness.page import sheet
 from reward import to_uint8
 
 SHARD = 64                                       # pictures of a file
@@ -360,6 +360,6 @@ def draw_grid(path, folders, texts, index, labels, prompts=8, each=4):
     for k in torch.linspace(0, len(texts) - 1, min(prompts, len(texts))).long().tolist():
         numbers = (index == k).nonzero()[:each, 0].tolist()
         for folder in folders:
-            blocks.append((texts[k], as_images(read_pictures(folder, numbers)), ()))
-    side = blocks[0][1].shape[-1]
+            blocks.append((texts[k], read_pictures(folder, numbers), ()))
+    side = blocks[0][1].shape[2]
     sheet(blocks, len(labels), side * max(1, 72 // side), labels).save(path)

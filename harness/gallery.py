@@ -1,7 +1,6 @@
-"""The pictures of a run: before and after, progress, and what its page is made from.
+"""What a run's models draw for `harness.page` to show.
 
-    before_after.png    the same prompts and seeds, with their rewards
-    progress.gif        the same prompts and seeds every few steps, as the policy changes
+    progress/           the same prompts and seeds every few steps, as the policy changes
     report.npz          pictures and scores before and after; and, token by token for some of them,
                         where the policy changed its mind: how sure it was of a code, how likely it
                         found the one that was drawn, and which five it found likeliest, with what
@@ -18,62 +17,18 @@ from math import isqrt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import argrpo
 from harness.before_after import draw_like_rollout
 from harness.checkpoints import write_atomically
+from harness.page import SMALL, sheet
 from reward import to_uint8
 
-GAP, LINE, HEAD = 4, 20, 30                      # pixels: between pictures, of texts, of titles
-SMALL, LARGE = 72, 144                           # pixels of a side, for small pictures, else
+LARGE = 144                                      # pixels of a side, but for SMALL pictures
 SHARE = 0.05                                     # of a run's time that pictures of progress take
 SAMPLES = 4                                      # pictures of each prompt of theirs
 TOP = 5                                          # likeliest codes of a token that are kept
 SECONDS = 20                                     # for painting codes
-
-
-# ---------------------------------------------------------------------------------------------
-# Sheets of pictures
-# ---------------------------------------------------------------------------------------------
-
-def sheet(blocks, columns, cell, titles):
-    """Blocks of pictures as one picture, `columns` of them side by side, and the titles on top.
-
-    A block is (text, images (n, 3, H, W) in [0, 1], notes): its text stands above its pictures,
-    which are `cell` pixels wide, and a note below each, if there are notes."""
-    font, large = ImageFont.load_default(13), ImageFont.load_default(17)
-    columns = min(columns, len(blocks))
-    _, images, notes = blocks[0]
-    width, height = len(images) * (cell + GAP) + 2 * GAP, LINE + cell + 2 * GAP
-    if notes:
-        height += LINE
-    resampling = Image.Resampling.NEAREST
-    if images.shape[-1] > cell:
-        resampling = Image.Resampling.LANCZOS
-    size = columns * width + GAP, -(-len(blocks) // columns) * height + HEAD
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(titles):
-        draw.text((column * width + 2 * GAP, 5), title, "black", large)
-    for k, (text, images, notes) in enumerate(blocks):
-        left, top = k % columns * width + 2 * GAP, k // columns * height + HEAD
-        draw.text((left, top), text[:width // 6], "black", font)
-        for i, pixels in enumerate(to_uint8(images).numpy()):
-            x = left + i * (cell + GAP)
-            canvas.paste(Image.fromarray(pixels).resize((cell, cell), resampling), (x, top + LINE))
-            if notes:
-                draw.text((x + cell // 2, top + LINE + cell), notes[i], "black", font, anchor="ma")
-    return canvas
-
-
-def draw_before_after(path, before, after, rows=8):
-    """Pictures before and after side by side: a row a prompt, the same seeds, with the rewards."""
-    blocks = []
-    for i in torch.linspace(0, len(before) - 1, min(rows, len(before))).long().tolist():
-        for shown in (before[i], after[i]):
-            blocks.append((shown.text, shown.images, [f"{score:.2f}" for score in shown.rewards]))
-    sheet(blocks, 2, 96, ["before", "after"]).save(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,7 +65,8 @@ class Progress:
                                                 SAMPLES, "progress")
         title = f"step {done} of {s.steps}:   {self.score(images, texts)}"
         kind, cell = ("png", SMALL) if images.shape[-1] <= SMALL else ("jpeg", LARGE)
-        blocks = [(text, some, ()) for text, some in zip(texts[::SAMPLES], images.split(SAMPLES))]
+        pixels = to_uint8(images).numpy()
+        blocks = [(texts[i], pixels[i:i + SAMPLES], ()) for i in range(0, len(texts), SAMPLES)]
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{done:06}.{kind}"
         picture = sheet(blocks, 2, cell, [title])
@@ -123,23 +79,9 @@ class Progress:
         """What a picture's corner says of its images."""
         measured = self.measure(images, texts)
         if "verified" in measured:
-            return f"{measured['verified'].mean():.0%} right"
+            return f"{measured['verified'].nanmean():.0%} right"
         total, _ = self.reward_fn(images, texts)
         return f"reward {total.nanmean():.3f}"
-
-
-def write_animation(folder, path):
-    """The pictures in the folder as one animation, which stands still at its end, for 3 seconds.
-
-    Returns whether there were any."""
-    frames = [Image.open(file) for file in sorted(folder.glob("*.*g"))]
-    if not frames:
-        return False
-    frames = [frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
-    times = [400] * (len(frames) - 1) + [3000]                               # milliseconds
-    write_atomically(path, lambda file: frames[0].save(
-        file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0))
-    return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,7 +114,7 @@ def most_changed(before, after, count):
     gains = []
     for row, (old, new) in enumerate(zip(before, after)):
         moved = (new.images - old.images).abs().mean(dim=(1, 2, 3)).tolist()
-        gain = np.nan_to_num(np.array(new.rewards) - np.array(old.rewards)).tolist()
+        gain = np.nan_to_num(np.subtract(new.rewards, old.rewards)).tolist()
         best = max(range(len(gain)), key=lambda i: (gain[i], moved[i]))
         gains.append((gain[best], moved[best], row, best))
     return [(row, sample) for *_, row, sample in sorted(gains, reverse=True)[:count]]

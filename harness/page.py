@@ -1,7 +1,16 @@
-"""The page of a run, or of several: one HTML file that needs nothing else.
+"""What a run shows of itself: the pictures, the curves and the page, from its files alone.
 
-It is made from the files in the run's folder, whatever is there of them, and loads no model and no
-reward: so it can also be made of a run that is still going or was killed.
+    report.html         the whole run on one page that needs nothing else; or several runs compared
+    curves.png          reward by component, KL, entropy and diversity over the steps
+    before_after.png    the same prompts and seeds, with their rewards
+    progress.gif        the same prompts and seeds every few steps, as the policy changes
+
+`show` makes all of them, of whatever is in the run's folder.  Torch, a model or a reward are never
+loaded: so it can also be done while a run is going, or after it was killed.  matplotlib and jinja2
+are loaded when something is drawn.
+
+Texts are data: prompts, names of rewards and of runs may hold anything.  Values that are missing or
+infinite are left out of the curves, and shown as a dash in tables.
 """
 
 import base64
@@ -11,46 +20,75 @@ from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from harness import curves, doctor
+from harness import doctor
 
 RunData = namedtuple("RunData", "name folder config settings metrics summary arrays")
 SMALL = 72                                       # pixels: smaller images are shown as they are
+GAP, LINE, HEAD = 4, 20, 30                      # pixels: between pictures, of texts, of titles
 ROWS, SAMPLES, PICKED = 32, 3, 6                 # prompts on the page, pairs of each; best, worst
+TRIVIAL = {"ratio_max": {1.0}, "clip_frac": {0.0}, "missing": {0.0}}    # these need no chart
+STYLE = {                                        # of a chart: small, and the same every time
+    "svg.fonttype": "none", "svg.hashsalt": "curves", "savefig.transparent": True,
+    "text.parse_math": False, "font.size": 8, "font.sans-serif": "DejaVu Sans",
+    "xtick.color": "#6b7280", "ytick.color": "#6b7280", "axes.grid": True,
+    "axes.grid.axis": "y", "grid.color": "#e5e7eb", "axes.edgecolor": "none",
+}
+NAMELESS = dict.fromkeys(("Creator", "Date", "Format", "Type"))      # no date, so equal to the byte
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading
+# Files and texts
 # ---------------------------------------------------------------------------------------------
 
 def read_run(folder):
-    """What is in a run's folder.  Raises FileNotFoundError if it holds no run."""
+    """What is in a run's folder.  Raises FileNotFoundError if it holds no run, and ValueError for
+    a damaged file."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no run: there is no {folder / 'config.json'}")
-    config = json.loads((folder / "config.json").read_text())
-    summary, arrays = {}, {}
-    if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text())
-    if (folder / "report.npz").exists():
-        with np.load(folder / "report.npz") as file:
-            arrays = dict(file)
+    config = read(folder / "config.json", json.load)
     settings = config["settings"] | {"device": config.get("device", "")}
-    name = folder.resolve().name
-    metrics = read_log(folder / "metrics.jsonl")
-    return RunData(name, folder, config, settings, metrics, summary, arrays)
+    return RunData(folder.resolve().name, folder, config, settings,
+                   read(folder / "metrics.jsonl", read_log) or [],
+                   read(folder / "summary.json", json.load) or {},
+                   read(folder / "report.npz", lambda file: dict(np.load(file))) or {})
 
 
-def read_log(path):
+def read(path, parse):
+    """What parse(file) makes of a file, or None if there is none."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        try:
+            return parse(file)
+        except Exception as error:                   # a damaged file can fail anywhere
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_log(file):
     """The metrics of all steps in the log.  A last line that was being written is left out."""
     metrics = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in file.read().decode(errors="replace").split("\n"):
         try:
             metrics.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return metrics
+
+
+def write(path, content):
+    """Bytes, into a temporary file, which then takes the name: returns the path."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    return temporary.replace(path)
+
+
+def plain(text):
+    """The text in one line that can be drawn and printed: a space for each line end, control
+    character or half of a character."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def names_apart(runs):
@@ -61,8 +99,61 @@ def names_apart(runs):
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures as text
+# Pictures
 # ---------------------------------------------------------------------------------------------
+
+def sheet(blocks, columns, cell, titles):
+    """Blocks of pictures as one picture, `columns` of them side by side, and the titles on top.
+
+    A block is (text, pictures (n, H, W, 3) uint8, notes): its text stands above its pictures, which
+    are `cell` pixels wide, and a note below each, if there are notes."""
+    font, large = ImageFont.load_default(13), ImageFont.load_default(17)
+    columns = min(columns, len(blocks))
+    _, pictures, notes = blocks[0]
+    width, height = len(pictures) * (cell + GAP) + 2 * GAP, LINE + cell + 2 * GAP
+    if notes:
+        height += LINE
+    resampling = Image.Resampling.NEAREST
+    if pictures.shape[-2] > cell:
+        resampling = Image.Resampling.LANCZOS
+    size = columns * width + GAP, -(-len(blocks) // columns) * height + HEAD
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        draw.text((column * width + 2 * GAP, 5), plain(title), "black", large)
+    for k, (text, pictures, notes) in enumerate(blocks):
+        left, top = k % columns * width + 2 * GAP, k // columns * height + HEAD
+        draw.text((left, top), plain(text)[:width // 6], "black", font)
+        for i, pixels in enumerate(pictures):
+            x = left + i * (cell + GAP)
+            canvas.paste(Image.fromarray(pixels).resize((cell, cell), resampling), (x, top + LINE))
+            if notes:
+                draw.text((x + cell // 2, top + LINE + cell), notes[i], "black", font, anchor="ma")
+    return canvas
+
+
+def before_after(arrays, rows=8):
+    """Pictures before and after side by side: a row a prompt, the same seeds, with the rewards."""
+    blocks, count = [], len(arrays["texts"])
+    for i in np.linspace(0, count - 1, min(rows, count)).astype(int):
+        for when in ("before", "after"):
+            notes = [f"{score:.2f}" for score in arrays[f"scores_{when}"][0, i]]
+            blocks.append((arrays["texts"][i], arrays[when][i], notes))
+    return sheet(blocks, 2, 96, ["before", "after"])
+
+
+def frames_of(folder):
+    """The files of progress, in order.  Hidden ones, as of macOS, are none."""
+    return sorted((Path(folder) / "progress").glob("[!.]*.*g"))
+
+
+def animation(files):
+    """The pictures in the files as one GIF, which stands still at its end, for 3 seconds."""
+    frames = [Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE) for file in files]
+    times = [400] * (len(frames) - 1) + [3000]                               # milliseconds
+    return as_file(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=times,
+                   loop=0)
+
 
 def file_uri(content, kind):
     """A file's bytes as an address inside the page."""
@@ -74,21 +165,123 @@ def is_small(pixels):
     return min(pixels.shape[-3:-1]) <= SMALL
 
 
+def as_file(picture, kind, **how):
+    """A PIL picture as a file's bytes."""
+    file = io.BytesIO()
+    picture.save(file, kind, **how)
+    return file.getvalue()
+
+
 def data_uri(pixels, sharp=None):
     """Pixels (H, W, 3), uint8, as the address of a picture.  It loses nothing if it is to be sharp,
     which small ones are unless that says otherwise."""
     if sharp is None:
         sharp = is_small(pixels)
     kind = "png" if sharp else "jpeg"
+    return file_uri(as_file(Image.fromarray(pixels), kind, quality=88), kind)
+
+
+# ---------------------------------------------------------------------------------------------
+# Curves
+# ---------------------------------------------------------------------------------------------
+
+def figure(*size):
+    """An empty matplotlib figure of that size in inches, which needs no display."""
+    from matplotlib.figure import Figure
+    return Figure(figsize=size, layout="constrained")
+
+
+def saved(fig, **how):
+    """The figure as a file's bytes."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, quality=88)
-    return file_uri(file.getvalue(), kind)
+    fig.savefig(file, **how)
+    return file.getvalue()
 
 
-def frames(folder):
-    """The pictures of progress, as addresses."""
-    files = sorted((folder / "progress").glob("*.*g"))
-    return [file_uri(file.read_bytes(), file.suffix[1:]) for file in files]
+def plot(ax, points, *how, **more):
+    """The points [(step, value), ...] as a line; there may be none."""
+    line, = ax.plot(*np.reshape(points, (-1, 2)).T, *how, **more)
+    return line
+
+
+def add_legend(owner, lines, labels, **how):
+    """A legend of any labels.  matplotlib leaves out those that begin with an underscore, so they
+    are put in last."""
+    legend = owner.legend(lines, ["?"] * len(labels), **how)
+    for text, label in zip(legend.get_texts(), labels):
+        text.set_text(plain(label))
+
+
+def smooth(points):
+    """A running mean of up to a twentieth of the points to either side."""
+    reach, (steps, values) = len(points) // 20, zip(*points)
+    return [(step, doctor.mean(values[max(0, i - reach):i + reach + 1]))
+            for i, step in enumerate(steps)]
+
+
+def metrics_like(pattern, runs):
+    """The metrics that a pattern means, in the order in which they first come up.  A star at its
+    end stands for anything."""
+    if not pattern.endswith("*"):
+        return [pattern]
+    known = dict.fromkeys(name for run in runs for m in run.metrics for name in m)
+    names = [name for name in known if name.startswith(pattern[:-1])]
+    if pattern == "reward/*" and len(names) == 1:
+        return []                                # it is the reward itself
+    return names
+
+
+def charts(pattern, runs):
+    """[(metric, SVG), ...] of the metrics that a pattern means and that have something to show."""
+    shown = []
+    for name in metrics_like(pattern, runs):
+        lines = [(run.name, doctor.points(run.metrics, name)) for run in runs]
+        lines = [(label, points) for label, points in lines if points]
+        values = {value for _, points in lines for _, value in points}
+        if lines and not (name in TRIVIAL and values <= TRIVIAL[name]):
+            shown.append((name, chart(lines, len(runs) > 1)))
+    return shown
+
+
+def chart(lines, labelled):
+    """An SVG of lines [(label, points), ...]: each as it is, pale, and smoothed."""
+    import matplotlib
+    with matplotlib.rc_context(STYLE):
+        fig = figure(3.8, 1.9)
+        ax, strong = fig.subplots(), []
+        for i, (_, points) in enumerate(lines):
+            plot(ax, points, f"C{i}", alpha=0.3, linewidth=0.8)
+            strong.append(plot(ax, smooth(points), f"C{i}", marker="o" if len(points) == 1 else ""))
+        ax.tick_params(length=0)
+        ax.locator_params(axis="x", nbins=5, integer=True)
+        ax.locator_params(axis="y", nbins=5)
+        if labelled:
+            labels = [label for label, _ in lines]
+            add_legend(fig, strong, labels, loc="outside lower left", frameon=False)
+        return saved(fig, format="svg", metadata=NAMELESS)
+
+
+def curves(metrics):
+    """Reward by component, KL, entropy, diversity and, where it was measured, D, as a PNG."""
+    import matplotlib
+    names = dict.fromkeys(name for m in metrics for name in m)
+    rewards = [name for name in names if name.startswith("reward/")]
+    if len(rewards) != 1:
+        rewards = ["reward", *rewards]
+    panels = {"reward": rewards, "kl": ["kl"], "entropy": ["entropy"], "diversity": ["diversity"]}
+    if doctor.points(metrics, "diversity_kept"):
+        panels["diversity_kept"] = ["diversity_kept"]
+    with matplotlib.rc_context({"text.parse_math": False}):
+        fig = figure(2.8 * len(panels), 2.8)
+        for ax, (title, names) in zip(fig.subplots(1, len(panels)), panels.items()):
+            lines = [plot(ax, doctor.points(metrics, name), linewidth=1) for name in names]
+            ax.set_title(title, fontsize=9)
+            ax.set_xlabel("step", fontsize=8)
+            ax.tick_params(labelsize=7)
+            if title == "reward":
+                labels = [name.removeprefix("reward/") for name in names]
+                add_legend(ax, lines, labels, fontsize=7)
+        return saved(fig, dpi=110)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -96,59 +289,49 @@ def frames(folder):
 # ---------------------------------------------------------------------------------------------
 
 def results(run):
-    """[(name, before, after), ...]: of the evaluations, or else of the first and last steps."""
+    """{name: (before, after)}: of the evaluations, or else of the first and last steps."""
     if run.summary:
         before, after = run.summary["before"], run.summary["after"]
-        return [(name, before.get(name), value) for name, value in after.items()
-                if not isinstance(value, dict)]
-    few = max(1, min(10, len(run.metrics) // 4))
-    rows = []
+        return {name: (before.get(name), value) for name, value in after.items()
+                if not isinstance(value, dict)}
+    few, found = max(1, min(10, len(run.metrics) // 4)), {}
     for name in ("reward", "kl", "entropy", "diversity"):
-        values = [m[name] for m in run.metrics if m.get(name) is not None]
+        values = [value for _, value in doctor.points(run.metrics, name)]
         if values:
-            rows.append((name, sum(values[:few]) / few, sum(values[-few:]) / few))
-    return rows
+            found[name] = doctor.mean(values[:few]), doctor.mean(values[-few:])
+    return found
 
 
 def all_results(runs):
-    """[(name, [before of the first run, after of each]), ...]."""
-    tables = [{name: (before, after) for name, before, after in results(run)} for run in runs]
-    names = dict.fromkeys(name for table in tables for name in table)
+    """[(name, [before of the first run that knows, after of each]), ...]."""
+    tables = [results(run) for run in runs]
     rows = []
-    for name in names:
-        before = next((t[name][0] for t in tables if name in t), None)
-        rows.append((name, [before] + [t.get(name, (None, None))[1] for t in tables]))
+    for name in dict.fromkeys(name for table in tables for name in table):
+        pairs = [table.get(name, (None, None)) for table in tables]
+        before = next(table[name][0] for table in tables if name in table)
+        rows.append((name, [before] + [after for _, after in pairs]))
     return rows
 
 
-def score_names(arrays):
-    """Which scores stand below a picture."""
-    names = [n for n in arrays["names"].tolist() if n not in ("entropy", "diversity")]
+def shown_scores(arrays):
+    """[(its number in the arrays, name), ...] of the scores that stand below a picture."""
+    names = arrays["names"].tolist()
+    column = dict(zip(names, arrays["scores_before"]))
+    hidden = {"entropy", "diversity"}
     if sum(name.startswith("reward/") for name in names) == 1:
-        names.remove("reward")                   # it is that part's, but for a weight
-    column = dict(zip(arrays["names"].tolist(), arrays["scores_before"]))
-    if "verified" in names and np.array_equal(column["verified"], column.get("reward/shapes")):
-        names.remove("verified")                 # the reward says it
-    return [n for n in names if not n.startswith("verified/")]
+        hidden.add("reward")                     # it is that part's, but for a weight
+    if "verified" in column and "reward/shapes" in column and np.array_equal(
+            column["verified"], column["reward/shapes"], equal_nan=True):
+        hidden.add("verified")                   # the reward says it
+    return [(k, name.removeprefix("reward/")) for k, name in enumerate(names)
+            if name not in hidden and not name.startswith("verified/")]
 
 
-def pair(arrays, row, sample):
-    """A picture before and after, with its prompt and scores."""
-    names, scores = arrays["names"].tolist(), []
-    for name in score_names(arrays):
-        k = names.index(name)
-        two = [arrays[f"scores_{when}"][k, row, sample] for when in ("before", "after")]
-        scores.append((name.removeprefix("reward/"), *map(float, two)))
-    return {"text": str(arrays["texts"][row]), "scores": scores,
-            "before": data_uri(arrays["before"][row, sample]),
-            "after": data_uri(arrays["after"][row, sample])}
-
-
-def pairs(arrays):
-    """{title: pairs}: best, worst and most changed, by the reward, then all prompts evenly."""
-    if "after" not in arrays:
-        return {}
-    old, new = (np.nan_to_num(arrays[f"scores_{when}"][0]) for when in ("before", "after"))
+def choices(arrays):
+    """{title: [(row, sample), ...]}: the best, worst and most changed pairs, by the reward, then
+    those of all prompts evenly."""
+    old, new = (np.nan_to_num(arrays[f"scores_{when}"][0].astype(float))
+                for when in ("before", "after"))
     moved = np.abs(arrays["after"].astype(int) - arrays["before"]).mean(axis=(2, 3, 4))
     moved = moved / (1 + moved.max())            # below 1: it only orders what is otherwise equal
     tiny = 1e-6 * (1 + np.abs(new).max())
@@ -158,36 +341,15 @@ def pairs(arrays):
     for title, order in orders.items():
         best = order.argmin(axis=1)              # of each prompt, so that prompts differ
         rows = order.min(axis=1).argsort(kind="stable")[:PICKED]
-        shown[title] = [pair(arrays, row, best[row]) for row in rows]
+        shown[title] = [(row, best[row]) for row in rows]
     count, samples = new.shape
     rows = np.linspace(0, count - 1, min(ROWS, count)).astype(int)
-    shown["All prompts"] = [
-        pair(arrays, row, i) for row in rows for i in range(min(SAMPLES, samples))]
+    shown["All prompts"] = [(row, i) for row in rows for i in range(min(SAMPLES, samples))]
     return shown
 
 
-def minds(arrays):
-    """Where the policy changed its mind, for the page's script, or None."""
-    if "mind_kl" not in arrays:
-        return None
-    a = {name.removeprefix("mind_"): value for name, value in arrays.items()}
-    pictures = []
-    for q in range(len(a["kl"])):
-        pictures.append({
-            "text": str(a["texts"][q]), "drawn": ("before", "after")[q % 2],
-            "image": data_uri(a["pictures"][q]), "kl": rounded(a["kl"][q]),
-            "entropy": rounded(a["entropy"][:, q]), "logp": rounded(a["logp"][:, q]),
-            "tokens": a["tokens"][q].tolist(), "codes": a["top"][:, q].tolist(),
-            "chance": rounded(np.exp(a["top_logp"][:, q])), "patch": a["patch_of"][:, q].tolist()})
-    sheet, columns = sprite(a["patches"])
-    height, width = a["patches"].shape[1:3]
-    patch = a["pictures"].shape[1] / a["tokens"].shape[1] ** 0.5     # pixels, without the margin
-    return {"pictures": pictures, "sprite": data_uri(sheet, sharp=width <= SMALL // 2),
-            "columns": columns, "width": width, "height": height, "inner": patch / width}
-
-
 def rounded(values):
-    return np.asarray(values, float).round(4).tolist()
+    return values.astype(float).round(4).tolist()
 
 
 def sprite(patches):
@@ -209,23 +371,11 @@ def differing(runs):
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def side_by_side(runs):
-    """[(text, [(label, address), ...]), ...]: the first pictures of each prompt in all runs.
-
-    Of the prompts that every run evaluated; before training, and after each run."""
-    done = [run for run in runs if "after" in run.arrays]
-    if len(done) < 2:
-        return []
-    texts = [run.arrays["texts"].tolist() for run in done]
-    common = [text for text in texts[0] if all(text in other for other in texts)][:ROWS // 2]
-    rows = []
-    for text in common:
-        pictures = [("before", data_uri(done[0].arrays["before"][texts[0].index(text), 0]))]
-        for run, own in zip(done, texts):
-            for i in range(min(2, run.arrays["after"].shape[1])):
-                pictures.append((run.name, data_uri(run.arrays["after"][own.index(text), i])))
-        rows.append((text, pictures))
-    return rows
+def common_prompts(runs):
+    """[(text, its row in each run), ...]: of the prompts that every run evaluated."""
+    texts = [run.arrays["texts"].tolist() for run in runs]
+    common = [text for text in texts[0] if all(text in other for other in texts)]
+    return [(text, [own.index(text) for own in texts]) for text in common[:ROWS // 2]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,28 +394,34 @@ def number(value):
 def page(runs):
     """The HTML of one run's page, or of several runs'."""
     import jinja2
-    runs = names_apart(runs)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters |= {"number": number, "short": "{:.2f}".format, "uri": data_uri}
-    content = dict(
-        runs=runs, results=all_results(runs), is_small=is_small, most=ROWS,
-        panels=[(title, file_uri(svg.encode(), "svg+xml"), sentence) for title, svg, sentence
-                in curves.panels([(run.name, run.metrics) for run in runs])],
+    environment.filters |= {"number": number, "short": "{:.2f}".format, "uri": data_uri,
+                            "file_uri": file_uri, "exp": np.exp, "rounded": rounded}
+    environment.globals |= {f.__name__: f for f in (
+        all_results, charts, choices, common_prompts, differing, frames_of, is_small, shown_scores,
+        sprite)}
+    one = runs[0] if len(runs) == 1 else None
+    return environment.get_template("report.html.j2").render(
+        runs=names_apart(runs), one=one, most=ROWS, small=SMALL,
         diagnoses=[doctor.diagnose(run.metrics, run.settings, run.summary) for run in runs])
-    if len(runs) == 1:
-        one, = runs
-        content |= dict(one=one, frames=frames(one.folder), pairs=pairs(one.arrays),
-                        minds=minds(one.arrays))
-    else:
-        content |= dict(differing=differing(runs), pictures=side_by_side(runs))
-    return environment.get_template("report.html.j2").render(content)
 
 
 def write_page(folders, path):
-    """Writes the page of the runs in the folders; replaces what was there."""
-    text = page([read_run(folder) for folder in folders])
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """The page of the runs in the folders."""
+    return write(path, page([read_run(folder) for folder in folders]).encode(errors="replace"))
+
+
+def show(folder):
+    """Makes everything that a run shows, of whatever is in its folder; returns the paths."""
+    paths = [write_page([folder], folder / "report.html")]
+    run, frames = read_run(folder), frames_of(folder)
+    if run.metrics:
+        paths.append(write(folder / "curves.png", curves(run.metrics)))
+    if "after" in run.arrays:
+        content = as_file(before_after(run.arrays), "png")
+        paths.append(write(folder / "before_after.png", content))
+    if frames:
+        paths.append(write(folder / "progress.gif", animation(frames)))
+    return paths

@@ -27,7 +27,6 @@ from harness import doctor, processes
 from harness.before_after import describe, diversity_kept, evaluate_all, known_mean
 from harness.checkpoints import Record, save_weights, write_json
 from harness.choices import build_features
-from harness.curves import draw_curves
 from harness.device import (
     Sampler,
     Stopwatch,
@@ -41,15 +40,9 @@ from harness.device import (
     packed,
     print_memory,
 )
-from harness.gallery import (
-    Progress,
-    draw_before_after,
-    gallery_arrays,
-    mind_arrays,
-    write_animation,
-    write_arrays,
-)
+from harness.gallery import Progress, gallery_arrays, mind_arrays, write_arrays
 from harness.options import images_of, one_line_errors
+from harness.page import show
 from harness.processes import Interrupted, OtherProcessFailed, StopRequest, failing_together
 from harness.selftest import selftest
 from reward import BadReward
@@ -148,7 +141,7 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
                 bar.update()
     if stop.everywhere():
         if rank == 0:
-            write_page(out)
+            show(out)
         raise Interrupted
     trained = time.perf_counter()
     if rank > 0:
@@ -163,7 +156,7 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     summary = {"before": before, "after": after, "seconds": seconds}
     write_json(out / "summary.json", summary)
     minds = mind_arrays(reference, model, vq, eval_prompts, gallery_before, gallery_after, settings)
-    draw(out, gallery_before, gallery_after, minds, record.metrics)
+    draw(out, gallery_before, gallery_after, minds)
     logs.numbers(settings.steps, {f"evaluation/{name}": value for name, value in after.items()})
     logs.picture(settings.steps, "before_after", out / "before_after.png")
     logs.close()
@@ -235,20 +228,11 @@ def warn_of_mismatch(metrics, settings, device):
             f"(largest {metrics['mismatch']:.4f})")
 
 
-def draw(out, before, after, minds, metrics):
+def draw(out, before, after, minds):
     """The pictures of a finished run, and its page: before and after are galleries."""
-    draw_before_after(out / "before_after.png", before, after)
-    draw_curves(out / "curves.png", metrics)
     write_arrays(out / "report.npz", gallery_arrays(before, "before")
                  | gallery_arrays(after, "after") | minds)
-    write_page(out)
-
-
-def write_page(out):
-    """progress.gif and report.html, from what is in the folder."""
-    from harness import page  # with jinja2, which a run needs late
-    write_animation(out / "progress", out / "progress.gif")
-    page.write_page([out], out / "report.html")
+    show(out)
 
 
 def configuration(settings, device=""):
