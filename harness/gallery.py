@@ -10,7 +10,6 @@ A gallery is what `evaluate` returns: a list of Shown, the pictures of a prompt 
 Shapes: M prompts, n pictures of each, Q pictures looked at closely, N tokens, K painted patches.
 """
 
-import io
 import time
 from math import isqrt
 
@@ -90,9 +89,7 @@ class Progress:
 
 def write_arrays(path, arrays):
     """Arrays by name, compressed."""
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    write_atomically(path, lambda out: out.write(file.getvalue()))
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def gallery_arrays(gallery, when):

@@ -78,6 +78,13 @@ def read_log(file):
     return metrics
 
 
+def content_of(save, **how):
+    """The bytes that save(file, ...) writes, such as a PIL picture's."""
+    file = io.BytesIO()
+    save(file, **how)
+    return file.getvalue()
+
+
 def write(path, content):
     """Bytes, into a temporary file, which then takes the name: returns the path."""
     temporary = path.with_name(path.name + ".tmp")
@@ -151,8 +158,8 @@ def animation(files):
     """The pictures in the files as one GIF, which stands still at its end, for 3 seconds."""
     frames = [Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE) for file in files]
     times = [400] * (len(frames) - 1) + [3000]                               # milliseconds
-    return as_file(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=times,
-                   loop=0)
+    return content_of(frames[0].save, format="GIF", save_all=True, append_images=frames[1:],
+                      duration=times, loop=0)
 
 
 def file_uri(content, kind):
@@ -165,44 +172,18 @@ def is_small(pixels):
     return min(pixels.shape[-3:-1]) <= SMALL
 
 
-def as_file(picture, kind, **how):
-    """A PIL picture as a file's bytes."""
-    file = io.BytesIO()
-    picture.save(file, kind, **how)
-    return file.getvalue()
-
-
 def data_uri(pixels, sharp=None):
     """Pixels (H, W, 3), uint8, as the address of a picture.  It loses nothing if it is to be sharp,
     which small ones are unless that says otherwise."""
     if sharp is None:
         sharp = is_small(pixels)
     kind = "png" if sharp else "jpeg"
-    return file_uri(as_file(Image.fromarray(pixels), kind, quality=88), kind)
+    return file_uri(content_of(Image.fromarray(pixels).save, format=kind, quality=88), kind)
 
 
 # ---------------------------------------------------------------------------------------------
 # Curves
 # ---------------------------------------------------------------------------------------------
-
-def figure(*size):
-    """An empty matplotlib figure of that size in inches, which needs no display."""
-    from matplotlib.figure import Figure
-    return Figure(figsize=size, layout="constrained")
-
-
-def saved(fig, **how):
-    """The figure as a file's bytes."""
-    file = io.BytesIO()
-    fig.savefig(file, **how)
-    return file.getvalue()
-
-
-def plot(ax, points, *how, **more):
-    """The points [(step, value), ...] as a line; there may be none."""
-    line, = ax.plot(*np.reshape(points, (-1, 2)).T, *how, **more)
-    return line
-
 
 def add_legend(owner, lines, labels, **how):
     """A legend of any labels.  matplotlib leaves out those that begin with an underscore, so they
@@ -245,25 +226,26 @@ def charts(pattern, runs):
 
 def chart(lines, labelled):
     """An SVG of lines [(label, points), ...]: each as it is, pale, and smoothed."""
-    import matplotlib
-    with matplotlib.rc_context(STYLE):
-        fig = figure(3.8, 1.9)
-        ax, strong = fig.subplots(), []
+    from matplotlib import figure, rc_context
+    with rc_context(STYLE):
+        fig, strong = figure.Figure(figsize=(3.8, 1.9), layout="constrained"), []
+        ax = fig.subplots()
         for i, (_, points) in enumerate(lines):
-            plot(ax, points, f"C{i}", alpha=0.3, linewidth=0.8)
-            strong.append(plot(ax, smooth(points), f"C{i}", marker="o" if len(points) == 1 else ""))
+            ax.plot(*zip(*points), f"C{i}", alpha=0.3, linewidth=0.8)
+            marker = "o" if len(points) == 1 else ""
+            strong += ax.plot(*zip(*smooth(points)), f"C{i}", marker=marker)
         ax.tick_params(length=0)
         ax.locator_params(axis="x", nbins=5, integer=True)
         ax.locator_params(axis="y", nbins=5)
         if labelled:
             labels = [label for label, _ in lines]
             add_legend(fig, strong, labels, loc="outside lower left", frameon=False)
-        return saved(fig, format="svg", metadata=NAMELESS)
+        return content_of(fig.savefig, format="svg", metadata=NAMELESS)
 
 
 def curves(metrics):
     """Reward by component, KL, entropy, diversity and, where it was measured, D, as a PNG."""
-    import matplotlib
+    from matplotlib import figure, rc_context
     names = dict.fromkeys(name for m in metrics for name in m)
     rewards = [name for name in names if name.startswith("reward/")]
     if len(rewards) != 1:
@@ -271,17 +253,18 @@ def curves(metrics):
     panels = {"reward": rewards, "kl": ["kl"], "entropy": ["entropy"], "diversity": ["diversity"]}
     if doctor.points(metrics, "diversity_kept"):
         panels["diversity_kept"] = ["diversity_kept"]
-    with matplotlib.rc_context({"text.parse_math": False}):
-        fig = figure(2.8 * len(panels), 2.8)
+    with rc_context({"text.parse_math": False}):
+        fig = figure.Figure(figsize=(2.8 * len(panels), 2.8), layout="constrained")
         for ax, (title, names) in zip(fig.subplots(1, len(panels)), panels.items()):
-            lines = [plot(ax, doctor.points(metrics, name), linewidth=1) for name in names]
+            known = [name for name in names if doctor.points(metrics, name)]
+            lines = [line for name in known
+                     for line in ax.plot(*zip(*doctor.points(metrics, name)), linewidth=1)]
             ax.set_title(title, fontsize=9)
             ax.set_xlabel("step", fontsize=8)
             ax.tick_params(labelsize=7)
             if title == "reward":
-                labels = [name.removeprefix("reward/") for name in names]
-                add_legend(ax, lines, labels, fontsize=7)
-        return saved(fig, dpi=110)
+                add_legend(ax, lines, [name.removeprefix("reward/") for name in known], fontsize=7)
+        return content_of(fig.savefig, dpi=110)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -420,7 +403,7 @@ def show(folder):
     if run.metrics:
         paths.append(write(folder / "curves.png", curves(run.metrics)))
     if "after" in run.arrays:
-        content = as_file(before_after(run.arrays), "png")
+        content = content_of(before_after(run.arrays).save, format="png")
         paths.append(write(folder / "before_after.png", content))
     if frames:
         paths.append(write(folder / "progress.gif", animation(frames)))

@@ -2,12 +2,13 @@
 healthy run.
 
 The runs were made by this repository and lie in tests/data/, their numbers rounded: those with a
-fault by assignments/faults.py (24 steps of the c2i toy), the healthy ones by the training scripts,
-with the settings that stand in them; some were stopped before their last step. `pytest --slow -m
-slow` makes the faulty ones anew.
+fault by assignments/faults.py (24 steps of the c2i toy), but for tiny_reward and huge_reward, which
+the training scripts made as the healthy ones, with the settings that stand in them; some were
+stopped before their last step. `pytest --slow -m slow` makes the faulty ones anew.
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ FAULTY = sorted((DATA / "faulty").glob("*.json"))
 HEALTHY = sorted((DATA / "healthy").glob("*.json"))
 
 # The fault that was put in -> the rule that names it.
-RULE = {
+SCALES = {"tiny_reward": "the reward's scale", "huge_reward": "the reward's scale"}
+RULE = SCALES | {
     "no_spread": "no spread within groups",
     "saturated_reward": "constant reward",
     "clones": "identical images",
@@ -51,7 +53,7 @@ def read(path):
 
 
 def test_every_fault_of_the_course_has_a_run_and_a_rule():
-    assert set(RULE) == set(FAULTS) == {path.stem for path in FAULTY}
+    assert set(RULE) == {*FAULTS, *SCALES} == {path.stem for path in FAULTY}
     untested = {rule.name for rule in doctor.RULES if rule.kind == "fault"} - set(RULE.values())
     # These have tests of their own, below.
     assert untested == {"the reward does not rise", "training and evaluation disagree"}
@@ -71,6 +73,14 @@ def test_no_rule_fires_on_a_healthy_run(path):
         assert early_warning(metrics[:steps]) is None
 
 
+@pytest.mark.parametrize("path", HEALTHY, ids=lambda path: path.stem)
+def test_the_papers_recipe_loses_diversity_and_the_other_does_not(path):
+    metrics, settings = read(path)
+    lost = [f for f in diagnose(metrics, settings) if f.name == "less varied"]
+    assert len(lost) == (settings["recipe"] == "paper")
+    assert all(f.kind == "note" and "--recipe diverse" in f.advice for f in lost)
+
+
 def test_the_healthy_runs_are_of_all_kinds():
     settings = [read(path)[1] for path in HEALTHY]
     assert len(settings) >= 10
@@ -80,12 +90,23 @@ def test_the_healthy_runs_are_of_all_kinds():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", RULE)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_rule_finds_its_fault_in_a_run_made_now(fault, tmp_path):
     make_run(tmp_path, fault, seed=1, steps=24)
     metrics = read_metrics(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert RULE[fault] in faults_of(metrics, config["settings"])
+
+
+@pytest.mark.parametrize("path", FAULTY, ids=lambda path: path.stem)
+@pytest.mark.parametrize("lost", [None, math.nan])
+def test_a_step_without_rewards_silences_no_rule(lost, path):
+    """One in the middle, and one at the end: as a reward leaves it that fails for a moment."""
+    metrics, settings = read(path)
+    for t in (len(metrics) // 2, len(metrics) - 1):
+        metrics[t] = metrics[t] | {name: lost for name in metrics[t] if name.startswith("reward")}
+        metrics[t] |= {"reward_std": 0.0, "flat_groups": 1.0, "missing": 1.0, "verified": lost}
+    assert RULE[path.stem] in faults_of(metrics, settings)
 
 
 # --- what no short run of the toy shows --------------------------------------------------------
@@ -167,6 +188,69 @@ def test_a_watched_reward_that_falls_is_hacking_and_one_that_rises_is_not():
     assert faults_of(healthy(**rises), SETTINGS) == []
 
 
+@pytest.mark.parametrize("spread, flat, wrong", [
+    (0.5, 0.0, False), (1e-3, 0.0, False), (1e-5, 0.0, True), (1e15, 0.0, False), (1e19, 0.0, True),
+    (math.inf, 0.5, True), (1e-4, 0.9, False), (1e-6, 0.9, True), (0.0, 1.0, False),
+])
+def test_the_scale_that_training_can_use(spread, flat, wrong):
+    """Of the groups that have a spread: flat ones count as 0 in reward_std."""
+    metrics = healthy(reward_std=lambda i: spread, flat_groups=lambda i: flat)
+    assert ("the reward's scale" in faults_of(metrics, SETTINGS)) == wrong
+    unscaled = SETTINGS | {"scale_advantages": False}
+    assert "the reward's scale" not in faults_of(metrics, unscaled)
+
+
+def test_the_scale_is_said_with_what_to_do():
+    metrics = healthy(reward_std=lambda i: 5e-7, flat_groups=lambda i: 0.0)
+    line, *_ = doctor.report(metrics, SETTINGS)
+    assert "the reward's scale: rewards differ by 5e-07 within a group" in line
+    assert "advantages have 0.5% of their size" in line and "multiply the weight" in line
+
+
+def test_lost_diversity_is_measured_by_the_best_that_is_known():
+    metrics = healthy(diversity=lambda i: 0.1 if i < 30 else 0.05)
+
+    def said(metrics, **summary):
+        return " ".join(f.what for f in diagnose(metrics, SETTINGS, summary))
+
+    assert "50% of the diversity" in said(metrics)
+    before, after = {"diversity": 0.1}, {"diversity": 0.04}
+    assert "60% of the diversity" in said(metrics, before=before, after=after)
+    rough = [m | {"diversity_kept": 0.3 if m["step"] % 5 == 0 else None} for m in metrics]
+    assert "70% of the diversity" in said(rough, before=before, after=after)
+    assert "79% of the diversity" in said(rough, before=before,
+                                          after=after | {"diversity_kept": 0.21})
+    assert "diversity" not in said(rough, before=before, after=after | {"diversity_kept": 0.96})
+    for unknown in (None, math.nan):
+        assert "60% of the diversity" in said(metrics, before=before,
+                                              after=after | {"diversity_kept": unknown})
+    assert "diversity" not in said(healthy(diversity=lambda i: 0.0))
+
+
+@pytest.mark.parametrize("strange", [None, math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_missing_or_infinite_is_left_out(strange):
+    """In a step, or always."""
+    metrics = healthy(72, reward=lambda i: 0.5 + 0.05 * (-1) ** i)
+    names = [name for name in metrics[0] if name not in ("step", "flat_groups")]
+    for t in (0, 30, 71):
+        metrics[t] = metrics[t] | dict.fromkeys(names, strange)
+    assert faults_of(metrics, SETTINGS) == ["the reward does not rise"]
+    for name in [*names, "flat_groups", "reward_std", "verified"]:
+        diagnose(healthy(**{name: lambda i: strange}), SETTINGS)
+    diagnose([{"step": i} | dict.fromkeys(names, strange) for i in range(72)], SETTINGS)
+
+
+def test_rewards_whose_squares_overflow():
+    metrics = healthy(reward=lambda i: (-1) ** i * 1e300, reward_std=lambda i: 1e308)
+    assert "the reward's scale" in faults_of(metrics, SETTINGS)
+
+
+def test_the_step_of_a_reset_is_that_of_the_log():
+    metrics = healthy(kl=lambda i: None if i in (3, 7) else 0.0 if i == 20 else 0.1)
+    found, = [f for f in diagnose(metrics, SETTINGS) if f.name == "back at the start"]
+    assert "at step 20" in found.what
+
+
 def test_a_few_steps_say_nothing():
     assert diagnose(healthy()[:7], SETTINGS) == []
     assert diagnose([], SETTINGS) == []
@@ -185,3 +269,7 @@ def test_the_early_warning_waits_for_five_flat_steps_in_a_row():
     assert early_warning(flat[:4]) is None
     assert "nothing is learned" in early_warning(flat[:5])
     assert early_warning(flat[:5] + healthy()[5:6]) is None
+    for lost in (None, math.nan):
+        one = [*flat[:4], flat[4] | {"reward": lost}]
+        assert f"the same reward ({flat[3]['reward']:.4g} on average)" in early_warning(one)
+        assert "no image has had a reward" in early_warning([m | {"reward": lost} for m in one])

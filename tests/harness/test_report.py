@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
@@ -20,11 +23,11 @@ import argrpo
 import report
 import toy
 import train_c2i
-from harness import curves, gallery, options
+from harness import gallery, options
 from harness.before_after import evaluate
-from harness.gallery import SHARE, Progress, write_animation
+from harness.gallery import SHARE, Progress
 from harness.options import RunSettings
-from harness.page import page, read_run, sprite
+from harness.page import RunData, charts, curves, page, read_run, show, sprite
 from reward import to_uint8
 
 ROOT = Path(__file__).parents[2]
@@ -84,9 +87,10 @@ def test_the_animation_shows_every_moment_once(finished):
     assert animation.info["duration"] == 3000                    # it stands still at its end
 
 
-def test_the_animation_needs_pictures(tmp_path):
-    assert not write_animation(tmp_path / "progress", tmp_path / "progress.gif")
-    assert not list(tmp_path.iterdir())
+def test_an_animation_needs_pictures(killed):
+    shutil.rmtree(killed / "progress")
+    show(killed)
+    assert not (killed / "progress.gif").exists()
 
 
 def test_progress_takes_a_twentieth_of_the_time_at_most(monkeypatch):
@@ -227,6 +231,34 @@ def test_report_loads_no_model_and_no_reward(finished, tmp_path):
     assert (tmp_path / "page.html").read_text() == (finished / "report.html").read_text()
 
 
+PICTURES = ["report.html", "curves.png", "before_after.png", "progress.gif"]
+
+
+def test_report_makes_again_all_that_the_end_of_a_run_draws(finished, tmp_path, capsys):
+    """Equal to the byte."""
+    out = Path(shutil.copytree(finished, tmp_path / finished.name))
+    for name in PICTURES:
+        (out / name).unlink()
+    report.main([str(out)])
+    assert capsys.readouterr().out.splitlines() == [f"wrote {out / name}" for name in PICTURES]
+    for name in PICTURES:
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_damaged_file_is_named(killed, capsys):
+    for name in ("report.npz", "summary.json", "config.json"):
+        (killed / name).write_bytes(bytes(100))                  # as after a power cut
+        with pytest.raises(SystemExit) as stop:
+            report.main([str(killed)])
+        assert stop.value.code == 2 and f"{name} is damaged" in capsys.readouterr().err
+
+
+def test_a_log_that_ends_in_zeros_is_read_up_to_them(killed):
+    with open(killed / "metrics.jsonl", "ab") as log:
+        log.write(b"\n" + bytes(50))
+    assert len(read_run(killed).metrics) == 5
+
+
 def test_the_page_of_a_run_that_was_killed(killed):
     report.main([str(killed)])
     text = (killed / "report.html").read_text()
@@ -278,34 +310,122 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     assert stop.value.code == 2 and "nowhere holds no run" in capsys.readouterr().err
 
 
-def test_text_from_outside_cannot_become_markup(killed):
-    config = json.loads((killed / "config.json").read_text())
-    config["given"]["reward"] = "<script>alert(1)</script>"
-    (killed / "config.json").write_text(json.dumps(config))
-    assert "<script>alert" not in page([read_run(killed)])
+# Mathematics, markup, line ends, what terminals obey, half a character, what fonts lack.
+TEXTS = ['a menu with "$5" and "$9"', r"$\frac{$ \n ^_{}", "<script>alert(1)</script>",
+         "'><img src=x onerror=alert(1)>", "{{ 7 * 7 }} {% if %}", "two\nlines\r\u2028\x85\t",
+         "\x1b[31m\x07\x00", "half \udcff", "_hidden", "\u4e2d\u6587 \U0001f600", " ", ""]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_data(text, finished, tmp_path, capsys):
+    """As prompt, reward's name, setting and run's name: drawn, and neither obeyed nor fatal."""
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    config = json.loads((out / "config.json").read_text())
+    config["given"]["reward"] = config["settings"]["reward"] = config["device"] = text
+    (out / "config.json").write_text(json.dumps(config))
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [m | {"step": i, f"reward/{text}": 0.5, f"watch/{text}": -0.1 * i, "verified": None}
+             for i, m in enumerate(log * 2)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
+    with np.load(out / "report.npz") as file:
+        arrays = dict(file)
+    arrays["texts"] = np.array([text] * len(arrays["texts"]))
+    arrays["mind_texts"] = np.array([text] * len(arrays["mind_texts"]))
+    arrays["names"] = np.array([f"reward/{text}" if name == "reward/shapes" else name
+                                for name in arrays["names"].tolist()])
+    gallery.write_arrays(out / "report.npz", arrays)
+    report.main([str(out)])
+    report.main(["--doctor", str(out)])
+    assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
+    for name in PICTURES[1:]:
+        Image.open(out / name).load()
+    two = [read_run(out)._replace(name=name) for name in (text, "other")]
+    for html in ((out / "report.html").read_text(encoding="utf-8"), page(two)):
+        assert "<script>alert" not in html and "<img src=x" not in html and " 49 " not in html
+    for _, svg in charts("watch/*", two) + charts("reward", two):
+        ElementTree.fromstring(svg)
+
+
+def test_a_name_with_an_underscore_stands_in_the_legend():
+    run = run_of([{"step": i, "reward": i} for i in range(3)])
+    (_, svg), = charts("reward", [run._replace(name="_mine"), run._replace(name="a & $b$_2")])
+    assert b">_mine<" in svg and b">a &amp; $b$_2<" in svg
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_knows_few_characters(encoding, killed):
+    """A question mark in their place, and the status of success."""
+    out = killed.rename(killed.with_name("\u4e2d\u6587 \u00e9"))
+    for given in ([out], ["--doctor", out]):
+        done = subprocess.run([sys.executable, "report.py", *given], cwd=ROOT, text=True,
+                              env=os.environ | {"PYTHONIOENCODING": encoding}, encoding=encoding,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert "?? " in done.stdout
+
+
+@pytest.mark.parametrize("strange", [None, math.nan, math.inf, -math.inf])
+def test_a_number_that_is_missing_or_infinite_anywhere(strange, finished, tmp_path):
+    """In every metric of a step, in the evaluations, in the scores and in the closer look."""
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lost = {name: strange for name in log[3] if name != "step"}
+    steps = [m | {"step": i} for i, m in enumerate(log[:3] * 3)]
+    log = [*steps, lost | {"step": 9}, *(m | {"step": 10 + i} for i, m in enumerate(steps))]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in log))
+    summary = json.loads((out / "summary.json").read_text())
+    summary["after"] |= dict.fromkeys(("reward", "diversity_kept"), strange)
+    (out / "summary.json").write_text(json.dumps(summary))
+    with np.load(out / "report.npz") as file:
+        arrays = dict(file)
+    for name in ("scores_before", "scores_after", "mind_kl", "mind_logp"):
+        arrays[name].flat[::3] = np.nan if strange is None else strange
+    gallery.write_arrays(out / "report.npz", arrays)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.main([str(out)])
+        text = page([read_run(out), read_run(finished)])
+    assert "<td>reward</td><td>" in text
+    for name in PICTURES[1:]:
+        Image.open(out / name).load()
+    (_, svg), = charts("reward", [read_run(out)])
+    assert lines_in(svg, points=18) == 2, "the step is left out"
+
+
+def run_of(metrics, name="one"):
+    return RunData(name, None, {}, {}, metrics, {}, {})
 
 
 def test_curves_show_what_is_there():
-    metrics = [{"step": i, "reward": i / 10, "kl": None, "reward/a": 1.0, "reward/b": 2.0,
-                "ratio_max": 1.0, "watch/x": 0.5 if i % 5 == 0 else None} for i in range(20)]
-    titles = [title.split(":")[0] for title, *_ in curves.panels([("one", metrics)])]
-    assert titles == ["reward", "reward/a", "reward/b", "watch/x"]
-    _, svg, sentence = curves.panels([("one", metrics)])[0]
-    assert lines_in(svg) == 2 and "Healthy" in sentence
-    _, svg, _ = curves.panels([("one", metrics), ("$two_ & three", metrics)])[0]
-    assert lines_in(svg) == 4 and "$two_ &amp; three" in svg, "the legend, as it was given"
+    run = run_of([{"step": i, "reward": i / 10, "kl": None, "reward/a": 1.0, "reward/b": 2.0,
+                   "ratio_max": 1.0, "watch/x": 0.5 if i % 5 == 0 else None} for i in range(20)])
+    patterns = ("reward", "reward/*", "kl", "ratio_max", "watch/*", "lr")
+    names = [name for pattern in patterns for name, _ in charts(pattern, [run])]
+    assert names == ["reward", "reward/a", "reward/b", "watch/x"]
+    (_, svg), = charts("reward", [run])
+    assert lines_in(svg) == 2
+    (_, svg), = charts("reward", [run, run._replace(name="two")])
+    assert lines_in(svg) == 4 and b">two<" in svg
 
 
-def lines_in(svg):
-    """How many curves the panel has: paths of 20 points."""
+def test_curves_of_a_step_alone_or_of_no_known_number():
+    for metrics in ([{"step": 0, "reward": 0.5}], [{"step": 0, "reward": math.nan}]):
+        assert curves(metrics).startswith(b"\x89PNG")
+
+
+def lines_in(svg, points=20):
+    """How many curves of so many points the chart has."""
     assert ElementTree.fromstring(svg).tag.endswith("svg")
-    return sum(path.count("L") == 19 for path in re.findall(r' d="([^"]*)"', svg))
+    paths = re.findall(r' d="([^"]*)"', svg.decode())
+    return sum(path.count("L") == points - 1 for path in paths)
 
 
-def test_a_panel_is_equal_to_the_byte_when_it_is_drawn_again():
-    metrics = [{"step": i, "reward": 0.5} for i in range(3)]     # and a constant one
-    assert curves.panels([("one", metrics)]) == curves.panels([("one", metrics)])
-    assert "date" not in curves.panels([("one", metrics[:1])])[0][1]
+def test_a_chart_is_equal_to_the_byte_when_it_is_drawn_again():
+    run = run_of([{"step": i, "reward": 0.5} for i in range(3)])         # and a constant one
+    assert charts("reward", [run]) == charts("reward", [run])
+    (_, svg), = charts("reward", [run_of(run.metrics[:1])])
+    assert b"date" not in svg
 
 
 # --- watching and logging ----------------------------------------------------------------------
