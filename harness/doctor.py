@@ -12,7 +12,7 @@ A value that is missing (None, NaN) or infinite is left out, as if its step had 
 
 import statistics
 from collections import namedtuple
-from math import hypot, isfinite, nan
+from math import hypot, isfinite, isnan, nan
 
 Finding = namedtuple("Finding", "kind name what advice")
 Rule = namedtuple("Rule", "kind name condition advice")
@@ -173,9 +173,10 @@ def wrong_scale(r):
     that the spread within a group is near 1. python -m rewards --check NAME says by how much."""
     if not r.settings.get("scale_advantages", True):
         return None
-    spreads = [m["reward_std"] / (1 - m["flat_groups"]) for m in r.metrics
-               if m.get("reward_std") is not None and (m.get("flat_groups") or 0.0) < 1]
-    spread = median([spread for spread in spreads if spread == spread])     # of groups with any
+    share = dict(points(r.metrics, "flat_groups"))
+    spreads = [m["reward_std"] / (1 - share[m["step"]]) for m in r.metrics     # may be infinite
+               if m.get("reward_std") is not None and share.get(m["step"], 1.0) < 1]
+    spread = median([spread for spread in spreads if not isnan(spread)])
     if spread < 2e-4:
         return (f"rewards differ by {spread:.1g} within a group, and so advantages have "
                 f"{spread / (spread + 1e-4):.1%} of their size: little or nothing is learned")
