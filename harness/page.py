@@ -139,7 +139,7 @@ def sheet(blocks, columns, cell, titles):
     return canvas
 
 
-def before_after(arrays, rows=8):
+def sheet_of_pairs(arrays, rows=8):
     """Pictures before and after side by side: a row a prompt, the same seeds, with the rewards."""
     blocks, count = [], len(arrays["texts"])
     for i in np.linspace(0, count - 1, min(rows, count)).astype(int):
@@ -313,7 +313,7 @@ def shown_scores(arrays):
 def choices(arrays):
     """{title: [(row, sample), ...]}: the best, worst and most changed pairs, by the reward, then
     those of all prompts evenly."""
-    old, new = (np.nan_to_num(arrays[f"scores_{when}"][0].astype(float))
+    old, new = (np.nan_to_num(arrays[f"scores_{when}"][0]).astype(float)
                 for when in ("before", "after"))
     moved = np.abs(arrays["after"].astype(int) - arrays["before"]).mean(axis=(2, 3, 4))
     moved = moved / (1 + moved.max())            # below 1: it only orders what is otherwise equal
@@ -403,7 +403,7 @@ def show(folder):
     if run.metrics:
         paths.append(write(folder / "curves.png", curves(run.metrics)))
     if "after" in run.arrays:
-        content = content_of(before_after(run.arrays).save, format="png")
+        content = content_of(sheet_of_pairs(run.arrays).save, format="png")
         paths.append(write(folder / "before_after.png", content))
     if frames:
         paths.append(write(folder / "progress.gif", animation(frames)))
