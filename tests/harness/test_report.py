@@ -311,7 +311,7 @@ TEXTS = ['a menu with "$5" and "$9"', r"$\frac{$ \n ^_{}", "<script>alert(1)</sc
          "\x1b[31m\x07\x00", "half \udcff", "_hidden", "\u4e2d\u6587 \U0001f600", " ", ""]
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout")
 def test_texts_are_data(finished, tmp_path, capsys):
     """As prompts, names of rewards and of runs, and settings: drawn, neither obeyed nor fatal."""
     out = Path(shutil.copytree(finished, tmp_path / "run"))
