@@ -286,14 +286,13 @@ def results(run):
 
 
 def all_results(runs):
-    """[(name, [before of the first run that knows, after of each]), ...]."""
-    tables = [results(run) for run in runs]
-    rows = []
-    for name in dict.fromkeys(name for table in tables for name in table):
-        pairs = [table.get(name, (None, None)) for table in tables]
-        before = next(table[name][0] for table in tables if name in table)
-        rows.append((name, [before] + [after for _, after in pairs]))
-    return rows
+    """[(name, [before of the first run that has it, after of each]), ...]."""
+    rows = {}
+    for k, run in enumerate(runs, 1):
+        for name, (before, after) in results(run).items():
+            row = rows.setdefault(name, [before] + [None] * len(runs))
+            row[k] = after
+    return list(rows.items())
 
 
 def shown_scores(arrays):
@@ -340,10 +339,10 @@ def sprite(patches):
     K, h, w, _ = patches.shape
     columns = max(1, min(K, 2048 // w))
     rows = -(-K // columns)
-    sheet = np.zeros((rows * columns, h, w, 3), np.uint8)
-    sheet[:K] = patches
-    sheet = sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2)
-    return sheet.reshape(rows * h, columns * w, 3), columns
+    cells = np.zeros((rows * columns, h, w, 3), np.uint8)
+    cells[:K] = patches
+    cells = cells.reshape(rows, columns, h, w, 3).swapaxes(1, 2)
+    return cells.reshape(rows * h, columns * w, 3), columns
 
 
 def differing(runs):
