@@ -24,7 +24,7 @@ import report
 import toy
 import train_c2i
 from harness import gallery, options
-from harness.before_after import evaluate
+from harness.before_after import Shown, evaluate
 from harness.gallery import SHARE, Progress
 from harness.options import RunSettings
 from harness.page import RunData, charts, curves, page, read_run, sprite
@@ -176,6 +176,16 @@ def test_a_code_is_painted_in_its_place_in_the_picture(closely):
             if code == tokens[q, place]:
                 assert np.abs(patch - here).max() <= 1
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("lost", [None, math.nan])
+def test_a_picture_without_a_reward_has_gained_nothing(lost):
+    def shown(*rewards):
+        return Shown("a", torch.zeros(2, 3, 4, 4), rewards, {"reward": rewards}, None, 0)
+
+    before, after = [shown(0.1, lost), shown(lost, 0.5)], [shown(0.3, 9.0), shown(9.0, 0.9)]
+    assert gallery.most_changed(before, after, 2) == [(1, 1), (0, 0)]
+    assert np.isnan(gallery.gallery_arrays(before, "before")["scores_before"]).sum() == 2
 
 
 def test_patches_that_took_too_long_are_marked(closely, monkeypatch):
