@@ -46,9 +46,10 @@ def read_run(folder):
     """What is in a run's folder.  Raises FileNotFoundError if it holds no run, and ValueError for
     a damaged file."""
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no run: there is no {folder / 'config.json'}")
-    config = read(folder / "config.json", json.load)
+    config = read(folder / "config.json", json.load) or {}
+    if "settings" not in config:                 # a model of Hugging Face has such a file, too
+        raise FileNotFoundError(f"{folder} holds no run: there is no {folder / 'config.json'} with "
+                                "a run's settings")
     settings = config["settings"] | {"device": config.get("device", "")}
     return RunData(folder.resolve().name, folder, config, settings,
                    read(folder / "metrics.jsonl", read_log) or [],

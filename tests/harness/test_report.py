@@ -313,6 +313,10 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         report.main([str(tmp_path / "nowhere")])
     assert stop.value.code == 2 and "nowhere holds no run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2 and "holds no run" in capsys.readouterr().err
 
 
 # Mathematics, markup, line ends, what terminals obey, half a character, what fonts lack.
