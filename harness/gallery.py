@@ -111,7 +111,8 @@ def most_changed(before, after, count):
     gains = []
     for row, (old, new) in enumerate(zip(before, after)):
         moved = (new.images - old.images).abs().mean(dim=(1, 2, 3)).tolist()
-        gain = np.nan_to_num(np.subtract(new.rewards, old.rewards)).tolist()
+        gain = np.array(new.rewards, float) - np.array(old.rewards, float)
+        gain = np.nan_to_num(gain).tolist()      # nothing, where a reward is missing
         best = max(range(len(gain)), key=lambda i: (gain[i], moved[i]))
         gains.append((gain[best], moved[best], row, best))
     return [(row, sample) for *_, row, sample in sorted(gains, reverse=True)[:count]]

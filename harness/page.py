@@ -46,9 +46,10 @@ def read_run(folder):
     """What is in a run's folder.  Raises FileNotFoundError if it holds no run, and ValueError for
     a damaged file."""
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no run: there is no {folder / 'config.json'}")
-    config = read(folder / "config.json", json.load)
+    config = read(folder / "config.json", json.load) or {}
+    if "settings" not in config:                 # a model of Hugging Face has such a file, too
+        raise FileNotFoundError(f"{folder} holds no run: there is no {folder / 'config.json'} with "
+                                "a run's settings")
     settings = config["settings"] | {"device": config.get("device", "")}
     return RunData(folder.resolve().name, folder, config, settings,
                    read(folder / "metrics.jsonl", read_log) or [],
@@ -139,7 +140,7 @@ def sheet(blocks, columns, cell, titles):
     return canvas
 
 
-def before_after(arrays, rows=8):
+def sheet_of_pairs(arrays, rows=8):
     """Pictures before and after side by side: a row a prompt, the same seeds, with the rewards."""
     blocks, count = [], len(arrays["texts"])
     for i in np.linspace(0, count - 1, min(rows, count)).astype(int):
@@ -286,14 +287,13 @@ def results(run):
 
 
 def all_results(runs):
-    """[(name, [before of the first run that knows, after of each]), ...]."""
-    tables = [results(run) for run in runs]
-    rows = []
-    for name in dict.fromkeys(name for table in tables for name in table):
-        pairs = [table.get(name, (None, None)) for table in tables]
-        before = next(table[name][0] for table in tables if name in table)
-        rows.append((name, [before] + [after for _, after in pairs]))
-    return rows
+    """[(name, [before of the first run that has it, after of each]), ...]."""
+    rows = {}
+    for k, run in enumerate(runs, 1):
+        for name, (before, after) in results(run).items():
+            row = rows.setdefault(name, [before] + [None] * len(runs))
+            row[k] = after
+    return list(rows.items())
 
 
 def shown_scores(arrays):
@@ -313,7 +313,7 @@ def shown_scores(arrays):
 def choices(arrays):
     """{title: [(row, sample), ...]}: the best, worst and most changed pairs, by the reward, then
     those of all prompts evenly."""
-    old, new = (np.nan_to_num(arrays[f"scores_{when}"][0].astype(float))
+    old, new = (np.nan_to_num(arrays[f"scores_{when}"][0]).astype(float)
                 for when in ("before", "after"))
     moved = np.abs(arrays["after"].astype(int) - arrays["before"]).mean(axis=(2, 3, 4))
     moved = moved / (1 + moved.max())            # below 1: it only orders what is otherwise equal
@@ -340,10 +340,10 @@ def sprite(patches):
     K, h, w, _ = patches.shape
     columns = max(1, min(K, 2048 // w))
     rows = -(-K // columns)
-    sheet = np.zeros((rows * columns, h, w, 3), np.uint8)
-    sheet[:K] = patches
-    sheet = sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2)
-    return sheet.reshape(rows * h, columns * w, 3), columns
+    cells = np.zeros((rows * columns, h, w, 3), np.uint8)
+    cells[:K] = patches
+    cells = cells.reshape(rows, columns, h, w, 3).swapaxes(1, 2)
+    return cells.reshape(rows * h, columns * w, 3), columns
 
 
 def differing(runs):
@@ -403,7 +403,7 @@ def show(folder):
     if run.metrics:
         paths.append(write(folder / "curves.png", curves(run.metrics)))
     if "after" in run.arrays:
-        content = content_of(before_after(run.arrays).save, format="png")
+        content = content_of(sheet_of_pairs(run.arrays).save, format="png")
         paths.append(write(folder / "before_after.png", content))
     if frames:
         paths.append(write(folder / "progress.gif", animation(frames)))

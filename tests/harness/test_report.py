@@ -1,9 +1,9 @@
 """What a run shows of itself: progress, the page and what it is made from, watching, logging."""
 
 import dataclasses
+import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -24,10 +24,10 @@ import report
 import toy
 import train_c2i
 from harness import gallery, options
-from harness.before_after import evaluate
+from harness.before_after import Shown, evaluate
 from harness.gallery import SHARE, Progress
 from harness.options import RunSettings
-from harness.page import RunData, charts, curves, page, read_run, show, sprite
+from harness.page import RunData, charts, curves, page, read_run, sprite
 from reward import to_uint8
 
 ROOT = Path(__file__).parents[2]
@@ -85,12 +85,6 @@ def test_the_animation_shows_every_moment_once(finished):
     assert animation.size == Image.open(frames[0]).size
     animation.seek(animation.n_frames - 1)
     assert animation.info["duration"] == 3000                    # it stands still at its end
-
-
-def test_an_animation_needs_pictures(killed):
-    shutil.rmtree(killed / "progress")
-    show(killed)
-    assert not (killed / "progress.gif").exists()
 
 
 def test_progress_takes_a_twentieth_of_the_time_at_most(monkeypatch):
@@ -184,6 +178,16 @@ def test_a_code_is_painted_in_its_place_in_the_picture(closely):
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("lost", [None, math.nan])
+def test_a_picture_without_a_reward_has_gained_nothing(lost):
+    def shown(*rewards):
+        return Shown("a", torch.zeros(2, 3, 4, 4), rewards, {"reward": rewards}, None, 0)
+
+    before, after = [shown(0.1, lost), shown(lost, 0.5)], [shown(0.3, 9.0), shown(9.0, 0.9)]
+    assert gallery.most_changed(before, after, 2) == [(1, 1), (0, 0)]
+    assert np.isnan(gallery.gallery_arrays(before, "before")["scores_before"]).sum() == 2
+
+
 def test_patches_that_took_too_long_are_marked(closely, monkeypatch):
     arrays, _, _, vq, _ = closely
     monkeypatch.setattr(gallery, "SECONDS", -1)
@@ -274,6 +278,7 @@ def test_the_page_of_a_run_that_has_only_begun(killed):
     report.main([str(killed)])
     text = (killed / "report.html").read_text()
     assert "0 of 6 steps" in text and "No step is done yet" in text
+    assert {path.name for path in killed.iterdir()} == {"config.json", "report.html"}
 
 
 def test_what_was_given_stands_on_the_page_but_no_more(finished):
@@ -308,6 +313,10 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         report.main([str(tmp_path / "nowhere")])
     assert stop.value.code == 2 and "nowhere holds no run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2 and "holds no run" in capsys.readouterr().err
 
 
 # Mathematics, markup, line ends, what terminals obey, half a character, what fonts lack.
@@ -316,34 +325,39 @@ TEXTS = ['a menu with "$5" and "$9"', r"$\frac{$ \n ^_{}", "<script>alert(1)</sc
          "\x1b[31m\x07\x00", "half \udcff", "_hidden", "\u4e2d\u6587 \U0001f600", " ", ""]
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-@pytest.mark.parametrize("text", TEXTS)
-def test_texts_are_data(text, finished, tmp_path, capsys):
-    """As prompt, reward's name, setting and run's name: drawn, and neither obeyed nor fatal."""
+@pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout")
+def test_texts_are_data(finished, tmp_path, capsys):
+    """As prompts, names of rewards and of runs, and settings: drawn, neither obeyed nor fatal."""
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     config = json.loads((out / "config.json").read_text())
-    config["given"]["reward"] = config["settings"]["reward"] = config["device"] = text
+    config["given"] |= {f"setting {i}": text for i, text in enumerate(TEXTS)}
+    config["settings"]["reward"] = config["device"] = "".join(TEXTS)
     (out / "config.json").write_text(json.dumps(config))
-    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [m | {"step": i, f"reward/{text}": 0.5, f"watch/{text}": -0.1 * i, "verified": None}
-             for i, m in enumerate(log * 2)]
-    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
     with np.load(out / "report.npz") as file:
         arrays = dict(file)
-    arrays["texts"] = np.array([text] * len(arrays["texts"]))
-    arrays["mind_texts"] = np.array([text] * len(arrays["mind_texts"]))
-    arrays["names"] = np.array([f"reward/{text}" if name == "reward/shapes" else name
-                                for name in arrays["names"].tolist()])
+    for name in ("texts", "mind_texts"):
+        count = len(arrays[name])
+        arrays[name] = np.array(["".join(TEXTS[i::count]) for i in range(count)])
+    parts = {f"reward/{text}": 0.5 for text in TEXTS}
+    arrays["names"] = np.array([*parts, *arrays["names"].tolist()])
+    for name in ("scores_before", "scores_after"):
+        arrays[name] = np.concatenate([arrays[name][:1]] * len(parts) + [arrays[name]])
     gallery.write_arrays(out / "report.npz", arrays)
+    log = read_metrics(out)
+    steps = [m | parts | {"step": i, f"watch/{''.join(TEXTS)}": 1 - i / 20, "reward": i / 20}
+             for i, m in enumerate(log * 3)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
+    (out / "curves.png").unlink()
     report.main([str(out)])
     report.main(["--doctor", str(out)])
-    assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "reward hacking" in said and all(c.isprintable() or c == "\n" for c in said)
     for name in PICTURES[1:]:
         Image.open(out / name).load()
-    two = [read_run(out)._replace(name=name) for name in (text, "other")]
-    for html in ((out / "report.html").read_text(encoding="utf-8"), page(two)):
-        assert "<script>alert" not in html and "<img src=x" not in html and " 49 " not in html
-    for _, svg in charts("watch/*", two) + charts("reward", two):
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in html and "<img src=x" not in html and " 49 " not in html
+    runs = [read_run(out)._replace(name=text) for text in TEXTS]
+    for _, svg in charts("reward", runs):
         ElementTree.fromstring(svg)
 
 
@@ -354,43 +368,45 @@ def test_a_name_with_an_underscore_stands_in_the_legend():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_that_knows_few_characters(encoding, killed):
-    """A question mark in their place, and the status of success."""
+def test_a_terminal_that_knows_few_characters(encoding, killed, monkeypatch):
+    """A question mark in their place."""
     out = killed.rename(killed.with_name("\u4e2d\u6587 \u00e9"))
-    for given in ([out], ["--doctor", out]):
-        done = subprocess.run([sys.executable, "report.py", *given], cwd=ROOT, text=True,
-                              env=os.environ | {"PYTHONIOENCODING": encoding}, encoding=encoding,
-                              capture_output=True)
-        assert done.returncode == 0, done.stderr
-        assert "?? " in done.stdout
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding=encoding))
+    report.main(["--doctor", str(out)])
+    sys.stdout.flush()
+    assert b"?? " in content.getvalue()
 
 
-@pytest.mark.parametrize("strange", [None, math.nan, math.inf, -math.inf])
-def test_a_number_that_is_missing_or_infinite_anywhere(strange, finished, tmp_path):
+def test_a_number_that_is_missing_or_infinite_anywhere(finished, tmp_path):
     """In every metric of a step, in the evaluations, in the scores and in the closer look."""
-    out = Path(shutil.copytree(finished, tmp_path / "run"))
-    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    lost = {name: strange for name in log[3] if name != "step"}
-    steps = [m | {"step": i} for i, m in enumerate(log[:3] * 3)]
-    log = [*steps, lost | {"step": 9}, *(m | {"step": 10 + i} for i, m in enumerate(steps))]
+    strange, out = (None, math.nan, math.inf, -math.inf), tmp_path / "run"
+    shutil.copytree(finished, out)
+    log = [m | {"step": i} for i, m in enumerate(read_metrics(out) * 4)]
+    for i, value in enumerate(strange):
+        log[5 * i] = {"step": 5 * i} | {name: value for name in log[0] if name != "step"}
     (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in log))
     summary = json.loads((out / "summary.json").read_text())
-    summary["after"] |= dict.fromkeys(("reward", "diversity_kept"), strange)
+    names = ("reward", "diversity_kept", "entropy", "verified")
+    summary["after"] |= dict(zip(names, strange))
+    summary["before"] |= dict(zip(names, strange[::-1]))
     (out / "summary.json").write_text(json.dumps(summary))
     with np.load(out / "report.npz") as file:
         arrays = dict(file)
     for name in ("scores_before", "scores_after", "mind_kl", "mind_logp"):
-        arrays[name].flat[::3] = np.nan if strange is None else strange
+        for i, value in enumerate(strange[1:]):
+            arrays[name].flat[i::7] = value
     gallery.write_arrays(out / "report.npz", arrays)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report.main([str(out)])
-        text = page([read_run(out), read_run(finished)])
-    assert "<td>reward</td><td>" in text
+        report.main(["--doctor", str(out)])
+    assert "<tr><td>reward</td><td>-inf</td><td>\u2013</td></tr>" in (
+        out / "report.html").read_text(encoding="utf-8")
     for name in PICTURES[1:]:
         Image.open(out / name).load()
     (_, svg), = charts("reward", [read_run(out)])
-    assert lines_in(svg, points=18) == 2, "the step is left out"
+    assert lines_in(svg, points=20) == 2, "these four steps are left out"
 
 
 def run_of(metrics, name="one"):
