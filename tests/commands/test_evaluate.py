@@ -252,7 +252,8 @@ def test_fid_is_zero_between_equal_pictures_and_grows_with_noise():
     scenes = scenes_of(texts)                    # the very scenes of the reference
     exact = fid_of_toy(Pictures(scenes), texts)["FID (toy's features)"]
     noisy = np.random.default_rng(0).integers(-40, 40, scenes.shape) + scenes
-    spoilt = fid_of_toy(Pictures(noisy.clip(0, 255).astype(np.uint8)), texts)["FID (toy's features)"]
+    noisy = Pictures(noisy.clip(0, 255).astype(np.uint8))
+    spoilt = fid_of_toy(noisy, texts)["FID (toy's features)"]
     assert abs(exact) < 1e-3 and spoilt > 0.05
 
 

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: files, resume, errors, and the result in the README."""
 
+import io
 import json
 import math
 import os
@@ -207,6 +208,15 @@ def test_a_run_does_not_go_back(finished, capsys):
     with pytest.raises(SystemExit) as stop:
         train_c2i.main(["--resume", str(finished[0]), "--steps", "3"])
     assert stop.value.code == 2 and "has been trained for 4 already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_unicode_ends_nothing(encoding, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    with options.one_line_errors():
+        print("a \u72d7, drawn", flush=True)
+    assert shown.getvalue() == b"a ?, drawn\n"
 
 
 def test_a_command_to_copy_is_quoted():
