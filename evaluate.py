@@ -26,7 +26,6 @@ import toy
 from harness import compare, fidelity, options, processes
 from harness.checkpoints import write_json
 from harness.choices import caption_encoder, checkpoint, class_prompts, load_models
-from harness.device import Sampler
 
 
 @dataclass
@@ -41,6 +40,8 @@ class EvaluateSettings(options.DrawSettings):
     reference: str = ""                  # real pictures for FID, precision and recall: a folder, or
                                          # an .npz such as ADM's (needs torch-fidelity)
     out: str = "evaluation"              # folder for pictures and results
+
+    LEAST = dict(samples=0, cfg_scale=0)
 
 
 def check(settings):
@@ -58,18 +59,17 @@ def check(settings):
     if task == "t2i" and published and not s.prompts:
         raise ValueError(f"preset {s.preset} draws captions: give it --prompts FILE, such as "
                          "GenEval's evaluation_metadata.jsonl (docs/reproduce.md)")
-    if s.reference and not Path(s.reference).exists():
-        raise ValueError(f"--reference: there is no {s.reference}")
-    if s.samples < 0 or s.temperature <= 0 or s.cfg_scale < 0:
-        raise ValueError("--samples and --cfg-scale must be at least 0, --temperature above 0, not "
-                         f"{s.samples}, {s.cfg_scale}, {s.temperature}")
-    checkpoints = {}
+    options.check_writable(s.out)
+    checkpoints, taken = {}, {"results.json", "results.md", "grid.png"}
     for spec in s.gpt_ckpt:
-        label, *place_and_seed = checkpoint(spec, s.seed)
-        if label in checkpoints:
+        label, place, seed = checkpoint(spec, s.seed)
+        if label.casefold() in taken:            # some file systems do not tell A from a
             raise ValueError(f"two checkpoints would be called {label!r} in the table: copy or "
                              "link one of them under another name")
-        checkpoints[label] = place_and_seed
+        taken.add(label.casefold())
+        if place:                                # what is missing is missed before all drawing
+            pretrained.fetch(place, pretrained.GPT_HINT)
+        checkpoints[label] = place, seed
     return task, checkpoints
 
 
@@ -96,18 +96,19 @@ def main(argv=None):
         settings.samples = settings.samples or (32 if not published else 50 if c2i else 4)
         device, out = processes.pick_device(settings.device), Path(settings.out)
         texts, tags = choose_texts(settings)
+        index = torch.arange(len(texts)).repeat_interleave(settings.samples)
+        if settings.reference:
+            fidelity.check_reference(settings.reference, len(index), "--reference")
         reward_fn = None
         if settings.rewards:
             reward_fn = reward.build_rewards(settings.rewards, device)
             reward_fn.check_prompts(texts)
         prompts = (class_prompts(settings.preset, settings.classes) if c2i else
                    caption_encoder(settings.preset, settings.t5, device)(texts))
-        index = torch.arange(len(texts)).repeat_interleave(settings.samples)
         for label, (place, seed) in checkpoints.items():
             model, vq = load_models(settings.preset, settings.task, place, settings.vq_ckpt)
-            compare.draw_shards(Sampler()(model.to(device)), vq.to(device), prompts, index,
-                                out / label, seed, shard=processes.rank_and_size(),
-                                **settings.policy())
+            compare.draw_shards(model.to(device), vq.to(device), prompts, index, out / label, seed,
+                                shard=processes.rank_and_size(), **settings.policy())
         processes.wait_for_all()
         if processes.rank_and_size()[0] > 0:
             return None
@@ -120,7 +121,7 @@ def main(argv=None):
         results = dict(settings=vars(settings), checkpoints=labels, metrics=rows, pictures=figures)
         write_json(out / "results.json", results)
         markdown = compare.as_markdown(rows, figures, labels, settings, len(texts))
-        (out / "results.md").write_text(markdown)
+        (out / "results.md").write_text(markdown, encoding="utf-8", errors="replace")
         compare.draw_grid(out / "grid.png", folders, texts, index, labels)
         print(markdown + f"wrote {out}/results.md, results.json and grid.png")
         return results

@@ -11,6 +11,7 @@ The grid has a row per class or caption.  The .npz holds `arr_0`, uint8 (images,
 the ADM evaluator reads it: classes in equal numbers, larger images resized to 256 pixels.
 """
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import captions
 import pretrained
-from harness import options
+from harness import compare, fidelity, options
 from harness.choices import caption_encoder, class_prompts, load_models
-from harness.compare import draw, draw_shards, read_shards
 from harness.device import Sampler
-from harness.fidelity import print_fid
 from harness.processes import pick_device
 
 
@@ -51,12 +51,19 @@ class SampleSettings(options.DrawSettings):
 def check(settings):
     """The task, "c2i" or "t2i", that the settings ask for.  Raises ValueError if they do not go
     together."""
-    s = settings
-    if s.fid_reference and not (s.npz and Path(s.fid_reference).exists()):
-        raise ValueError("--fid-reference needs --npz and an existing folder or .npz, not "
-                         f"{s.npz!r} and {s.fid_reference!r}")
-    if s.best_of < 1:
-        raise ValueError(f"--best-of must be at least 1, not {s.best_of}")
+    s, place = settings, Path(settings.npz or settings.out)
+    if s.npz and place.suffix != ".npz":
+        raise ValueError(f"--npz {s.npz}: its name must end with .npz")
+    if not s.npz and Image.registered_extensions().get(place.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {s.out}: its name must end as a picture's, such as .png")
+    if place.is_dir() or (place.exists() and not os.access(place, os.W_OK)):
+        raise ValueError(f"cannot write {place}: choose another name")
+    options.check_writable(place.parent)
+    if s.fid_reference:
+        if not s.npz or place.resolve() == Path(s.fid_reference).resolve():
+            raise ValueError("--fid-reference needs --npz and other pictures to compare it with, "
+                             f"not {s.npz!r} and {s.fid_reference!r}")
+        fidelity.check_reference(s.fid_reference, s.images, "--fid-reference")
     task = "t2i" if s.caption or s.prompts else "c2i"
     published = pretrained.MODELS.get(s.preset)
     if published and published.task != task:
@@ -85,25 +92,30 @@ def write_npz(model, vq, prompts, settings):
     interruption."""
     index = torch.arange(settings.images) % len(prompts.texts)
     folder = Path(settings.npz).with_suffix(".shards")
-    draw_shards(model, vq, prompts, index, folder, settings.seed, size=256, **settings.policy())
-    pictures = read_shards(folder)
+    compare.draw_shards(model, vq, prompts, index, folder, settings.seed, size=256,
+                        **settings.policy())
+    pictures = compare.read_shards(folder)
     np.savez(settings.npz, arr_0=pictures)
-    shutil.rmtree(folder)
     print(f"wrote {len(pictures)} pictures of {len(prompts.texts)} prompts to {settings.npz}")
     if settings.fid_reference:
-        print_fid(settings.npz, settings.fid_reference)
+        print(fidelity.figures(fidelity.Shards(folder, len(pictures)),
+                               fidelity.real_pictures(settings.fid_reference), "--fid-reference",
+                               isc=True))
+    shutil.rmtree(folder)
 
 
 def write_grid(model, vq, prompts, settings):
     """A row each of some prompts, as one picture."""
     from torchvision.utils import save_image
-    count = len(prompts.texts)
+    count, sampler = len(prompts.texts), Sampler()(model)
     rows = torch.linspace(0, count - 1, min(settings.rows, count)).long()
     index = rows.repeat_interleave(settings.samples)
     batches = tqdm(list(torch.arange(len(index)).split(32)), desc="sampling", unit="batch")
-    images = torch.cat([draw(model, vq, prompts, index[numbers], numbers.tolist(), settings.seed,
-                             **settings.policy())[0].cpu() for numbers in batches])
+    images = torch.cat([compare.draw(sampler, vq, prompts, index[numbers], numbers.tolist(),
+                                     settings.seed, **settings.policy())[0].cpu()
+                        for numbers in batches])
     images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))  # visible pixels
+    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     save_image(images, settings.out, nrow=settings.samples)
     print(f"wrote {settings.out}: a row each of {', '.join(prompts.texts[k] for k in rows)}")
 
@@ -116,11 +128,8 @@ def main(argv=None):
         device = pick_device(settings.device)
         prompts = choose_prompts(settings, task, device)
         model, vq = load_models(settings.preset, task, settings.gpt_ckpt, settings.vq_ckpt)
-        model, vq = Sampler()(model.to(device)), vq.to(device)
-        if settings.npz:
-            write_npz(model, vq, prompts, settings)
-        else:
-            write_grid(model, vq, prompts, settings)
+        write = write_npz if settings.npz else write_grid
+        write(model.to(device), vq.to(device), prompts, settings)
 
 
 if __name__ == "__main__":

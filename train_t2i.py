@@ -71,7 +71,7 @@ def main(argv=None):
         texts, eval_texts = choose_captions(settings)
         reward_fn = reward.build_rewards(settings.reward, device)
         reward_fn.check_prompts([*texts, *eval_texts])
-        watched = choose_watched(settings, "t2i", eval_texts, device)
+        watched = choose_watched(settings, "t2i", eval_texts, device, texts)
         model, vq = load_models(settings.preset, "t2i", settings.gpt_ckpt, settings.vq_ckpt,
                                 toy_folder(settings, "t2i"))
         encode = caption_encoder(settings.preset, settings.t5, device)

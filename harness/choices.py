@@ -1,6 +1,7 @@
 """From names to what they stand for: models, classes, captions, features, what to watch."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -33,13 +34,24 @@ def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
 def checkpoint(spec, seed):
     """What the table calls a checkpoint, what to load, "" for the preset's own, and its seed.
 
-    It is called "base", by a run's folder, or by what is behind the last /."""
-    place, at, own = spec.partition("@")
-    if at and not own.isdigit():
+    It is called "base", by a run's folder, or by what is behind the last /: a safe name of a
+    folder.  A seed is what is behind the last @ of no existing path.  Raises ValueError for what
+    has no name."""
+    place, at, own = spec, "", ""
+    if "@" in os.path.basename(spec) and not Path(spec).exists():
+        place, at, own = spec.rpartition("@")
+    if at and not re.fullmatch("[0-9]+", own):
         raise ValueError(f"--gpt-ckpt {spec}: behind the @ must be a seed such as 1, not {own!r}")
-    path = Path(place.split(":")[0])
+    path = Path(place.split(":")[0])             # repo:file
+    if Path(place).exists():
+        path = Path(os.path.abspath(place))      # of model.pt and .. the folder has a name
     name = path.parent.name if path.name == "model.pt" else path.name.removesuffix(".pt")
-    return name + at + own, "" if place == "base" else place, int(own) if at else seed
+    name = re.sub(r"[^\w.+-]", "-", name).lstrip(".")
+    if not name:
+        raise ValueError(f"--gpt-ckpt {spec!r} names no checkpoint: give a file, a folder, or a "
+                         "Hugging Face repo")
+    seed = int(own) if at else seed
+    return f"{name}@{seed}" if at else name, "" if place == "base" else place, seed
 
 
 def check_models(model, vq):
@@ -76,8 +88,9 @@ def caption_encoder(preset, t5, device):
     return T5Captions(folder, device)
 
 
-def choose_watched(settings, task, texts, device):
-    """What a run of the task reports about pictures of the texts: see `Watched`.
+def choose_watched(settings, task, texts, device, others=()):
+    """What a run of the task reports about pictures of the texts, and, while it trains, of others:
+    see `Watched`.
 
     That is, of the toy, its verifier and its spread, and "watch/<name>" of each reward that the
     setting `watch` names."""
@@ -87,6 +100,7 @@ def choose_watched(settings, task, texts, device):
         spread = toy.spread
     if settings.watch:
         watched = reward.build_rewards(settings.watch, device)
+        watched.check_prompts([*texts, *others])
 
     def measure(images, rows):
         scores = {} if verify is None else verify(images, rows)

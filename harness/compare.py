@@ -5,14 +5,23 @@ i and on its prompt: not on what is drawn beside it, on how many processes draw,
 interrupted them (but for rounding, which may differ with the number of rows).  So pictures of two
 checkpoints can be compared one by one.
 
+What is drawn or scored is kept.  It is found again by a key that holds all that it depends on,
+weights and source code included.
+
 Everything measured is first a number of each prompt: the mean over its pictures, or how much they
 differ.  So intervals are over prompts, and differences are paired prompt by prompt.
 """
 
+import ast
 import hashlib
+import inspect
 import json
 import math
 import os
+import sys
+from functools import partial
+from modulefinder import ModuleFinder
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +29,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import argrpo
+import reward
 import toy
 from harness.checkpoints import write_atomically, write_json
+from harness.device import Sampler
 from harness.page import sheet
 from reward import to_uint8
 
@@ -29,9 +40,47 @@ SHARD = 64                                       # pictures of a file
 
 
 # ---------------------------------------------------------------------------------------------
-# Drawing
+# Keys
 # ---------------------------------------------------------------------------------------------
 
+def digest(*things):
+    """A few letters that tell these tensors and texts, or whatever prints differently, from others.
+    """
+    total = hashlib.blake2b(digest_size=8)
+    for thing in things:
+        if isinstance(thing, torch.Tensor):
+            total.update(f"{thing.dtype} {tuple(thing.shape)}".encode())
+            total.update(thing.detach().cpu().flatten().view(torch.uint8).numpy())
+        else:
+            total.update(repr(thing).encode())
+    return total.hexdigest()
+
+
+def source(path):
+    """A digest of a Python file, and of all files beside it or of this house that it imports, also
+    inside functions.  Comments do not count."""
+    path = Path(path).resolve()
+    finder = ModuleFinder([str(path.parent), str(Path(__file__).parents[1])])
+    finder.run_script(str(path))
+    files = {module.__file__ for module in finder.modules.values() if module.__file__}
+    return digest(str(path), *[ast.dump(ast.parse(Path(file).read_bytes()))
+                               for file in sorted(files)])
+
+
+def file_of(thing):
+    """The file that defines a function or a class."""
+    return sys.modules[thing.__module__].__file__
+
+
+def fingerprint(module):
+    """What tells a module from others: its weights, its configuration and its source."""
+    return digest(source(file_of(type(module))), vars(module).get("config"),
+                  *module.state_dict().values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawing
+# ---------------------------------------------------------------------------------------------
 
 def draw(model, vq, prompts, index, numbers, seed, best_of=1, **policy):
     """The pictures with those numbers, of the prompts at index (B,): images (B, 3, H, W) in [0, 1]
@@ -50,41 +99,47 @@ def draw(model, vq, prompts, index, numbers, seed, best_of=1, **policy):
     return images[kept], logp[kept]
 
 
-def fingerprint(model):
-    """A few letters that tell one model's weights from another's."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, p in model.state_dict().items():
-        some = p.detach().flatten()[:64].float().cpu()
-        digest.update(f"{name} {p.float().sum().item():.6e} {some.tolist()}".encode())
-    return digest.hexdigest()
+DRAWING = inspect.getsource(draw)
+
+
+def drawing_of(model, vq, prompts, index, seed, size, **policy):
+    """Everything that pictures depend on, by name.  A device has random streams of its own."""
+    conditions = [part for k in range(len(prompts.texts))
+                  for part in prompts.pick(torch.tensor([k]), "cpu")]
+    return dict(transformer=fingerprint(model), tokenizer=fingerprint(vq),
+                prompts=digest(prompts.texts, index, *conditions), code=digest(DRAWING),
+                device=next(model.parameters()).device.type, seed=seed, size=size, shard=SHARD,
+                images=len(index), **policy)
 
 
 def draw_shards(model, vq, prompts, index, folder, seed, size=None, shard=(0, 1), **policy):
     """Draws picture i of prompt index[i], for all i, into files of SHARD pictures in the folder.
 
-    A file, such as 00003.npz, holds `images` (n, H, W, 3) uint8, at most `size` pixels wide, and
-    `entropy` (n,), -log pi a token.  Files that are there are kept: a draw goes on where it
-    stopped.  shard = (rank, count) takes this process's share of the files.
+    A file, such as 00003.npz, holds `images` (n, H, W, 3) uint8, at most `size` pixels wide,
+    `entropy` (n,), -log pi a token, and the drawing's `key`; drawn.json says what that stands for.
+    Files that are there are kept: a draw goes on where it stopped.  shard = (rank, count) takes
+    this process's share of the files.
     Raises ValueError if the folder holds pictures of another model or other settings."""
     rank, count = shard
     folder.mkdir(parents=True, exist_ok=True)
-    texts = hashlib.blake2b(repr(prompts.texts).encode(), digest_size=8).hexdigest()
-    made = dict(model=fingerprint(model), seed=seed, size=size, images=len(index), prompts=texts,
-                **policy)
-    path = folder / "drawn.json"
-    if path.exists() and json.loads(path.read_text()) != made:
-        raise ValueError(f"{folder} holds pictures of another model, other prompts or settings: "
-                         "name another folder, or remove it")
+    made, path = drawing_of(model, vq, prompts, index, seed, size, **policy), folder / "drawn.json"
+    known, key = json.loads(path.read_text()) if path.exists() else made, digest(made)
+    others = {name for name in {**made, **known} if made.get(name) != known.get(name)}
+    others |= {file.name for file in shards(folder) if str(read_shard(file, "key")) != key}
+    if others:
+        raise ValueError(f"{folder} holds pictures of another model, other prompts or settings "
+                         f"({', '.join(sorted(others))}): name another folder, or remove it")
     if rank == 0 and not path.exists():
         write_json(path, made)
     mine = list(enumerate(torch.arange(len(index)).split(SHARD)))[rank::count]
     left = [(k, numbers) for k, numbers in mine if not shard_path(folder, k).exists()]
+    sampler = Sampler()(model)
     for k, numbers in tqdm(left, desc=f"drawing {folder.name}", unit="shard", disable=rank > 0
                            or bool(os.environ.get("TQDM_DISABLE"))):
-        images, logp = draw(model, vq, prompts, index[numbers], numbers.tolist(), seed, **policy)
+        images, logp = draw(sampler, vq, prompts, index[numbers], numbers.tolist(), seed, **policy)
         arrays = dict(images=to_uint8(reduced(images.cpu(), size)),
-                      entropy=-logp.mean(1).float().cpu())
-        write_atomically(shard_path(folder, k), lambda file, a=arrays: np.savez(file, **a))
+                      entropy=-logp.mean(1).float().cpu(), key=key)
+        write_atomically(shard_path(folder, k), partial(np.savez, **arrays))
 
 
 def reduced(images, size=None):
@@ -105,8 +160,9 @@ def shards(folder):
 
 
 def read_shard(path, name="images"):
+    """An array of a shard, or None if it has none of that name."""
     with np.load(path) as file:
-        return file[name]
+        return file.get(name)
 
 
 def read_shards(folder, name="images"):
@@ -114,44 +170,53 @@ def read_shards(folder, name="images"):
     return np.concatenate([read_shard(path, name) for path in shards(folder)])
 
 
-def read_pictures(folder, numbers):
-    """The pictures with those numbers: (n, H, W, 3) uint8."""
-    return np.stack([read_shard(shard_path(folder, i // SHARD))[i % SHARD] for i in numbers])
-
-
 def as_images(pictures):
     """(n, H, W, 3) uint8 -> (n, 3, H, W) float in [0, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 255
 
 
 # ---------------------------------------------------------------------------------------------
 # Scoring: numbers of each picture, and of each prompt
 # ---------------------------------------------------------------------------------------------
 
-def score_shards(folder, texts, reward_fn, measure, device):
-    """Scores of all pictures, {name: (B,)}, in files beside the shards: each is computed once.
+def judges_of(reward_fn, spec, measure):
+    """What scores pictures: {name and source: function(images, texts) -> {name: (B,)}}.
 
-    texts are the pictures' prompts.  reward_fn is a RewardSet or None, measure(images, texts) ->
-    {name: (B,)} or None."""
+    reward_fn is the RewardSet of the spec, or None; measure is such a function, or None."""
+    judges = {}
+    if reward_fn is not None:
+        for (name, weighted), (file, own, _) in zip(reward_fn.rewards.items(),
+                                                    reward.items_of(spec), strict=True):
+            defined = source(file or reward.file_of(own.partition(":")[0]))
+            judges[f"{name} {defined}"] = partial(parts_of, reward.RewardSet({name: weighted}))
+    if measure is not None:
+        judges[f"measured {source(file_of(measure))}"] = measure
+    return judges
+
+
+def parts_of(reward_fn, images, texts):
+    return reward_fn(images, texts)[1]
+
+
+def score_shards(folder, texts, judges, device):
+    """Scores of all pictures, {name: (B,)}, in files beside the shards.  texts are their prompts.
+
+    Each is computed once, for a judge of `judges_of`, these pictures and their texts."""
     columns, first = {}, 0
-    names = [] if reward_fn is None else list(reward_fn.rewards)
     for path in shards(folder):
-        kept = path.with_suffix(".json")
+        kept, pictures = path.with_suffix(".json"), torch.from_numpy(read_shard(path))
         scores = json.loads(kept.read_text()) if kept.exists() else {}
-        pictures = read_shard(path)
         some = texts[first:first + len(pictures)]
         first += len(pictures)
-        images = as_images(pictures).to(device)
-        if set(names) - set(scores):
-            _, parts = reward_fn(images, some)
-            scores |= {name: part.tolist() for name, part in parts.items()}
-        if measure is not None and "measured" not in scores:
-            scores["measured"] = {name: part.tolist()
-                                  for name, part in measure(images, some).items()}
-        write_json(kept, scores)
-        flat = {name: scores[name] for name in names} | scores.get("measured", {})
-        for name, values in flat.items():
-            columns.setdefault(name, []).extend(values)
+        for judge, function in judges.items():
+            key = f"{judge} {digest(pictures, some)}"
+            if key not in scores:
+                images = as_images(pictures).to(device)
+                scores[key] = {name: part.tolist()
+                               for name, part in function(images, some).items()}
+                write_json(kept, scores)
+            for name, values in scores[key].items():
+                columns.setdefault(name, []).extend(values)
     columns["entropy"] = read_shards(folder, "entropy").tolist()
     return {name: torch.tensor(values) for name, values in columns.items()}
 
@@ -221,7 +286,8 @@ def columns_of(folder, texts, tags, index, reward_fn, settings, device):
         measure = toy.verify_by_kind if settings.task == "t2i" else toy.verify_all
     elif "imagenet" in rewards:
         measure = rewards["imagenet"].right_class
-    scores = score_shards(folder, drawn, reward_fn, measure, device)
+    judges = judges_of(reward_fn, settings.rewards, measure)
+    scores = score_shards(folder, drawn, judges, device)
     columns = {name: by_prompt(values, index, len(texts)) for name, values in scores.items()}
     if tags and "geneval" in columns:            # right is what meets all demands
         right = by_prompt((scores["geneval"] >= 1).double(), index, len(texts))
@@ -243,8 +309,8 @@ def columns_of(folder, texts, tags, index, reward_fn, settings, device):
 def bootstrap(statistic, *columns, rounds=2000, level=0.95, seed=0):
     """A statistic and its percentile bootstrap interval (Efron 1979): {"value", "low", "high"}.
 
-    columns are tensors (..., M) with a number for each prompt, or for each image: NaN where it is
-    not known.  statistic takes them, or with more axes before the last one, and gives a number.
+    columns are tensors (K, M) with a number for each prompt, or for each image: NaN where it is not
+    known.  statistic takes them, or (K, rounds, M), and gives a number, or (rounds,).
     What is drawn again, with replacement, are whole rows: numbers of the same prompt stay together,
     so that the difference of two columns is a paired one.  The interval holds `level` of the
     results; both ends are NaN for fewer than two rows."""
@@ -258,33 +324,21 @@ def bootstrap(statistic, *columns, rounds=2000, level=0.95, seed=0):
     return found | dict(zip(("low", "high"), results.nanquantile(tails).tolist()))
 
 
-def mean(column):
-    """The mean of what is known: (..., M) -> (...)."""
-    return column.nanmean(dim=-1)
+def mean(columns):
+    """The mean of what is known, (K, ..., M) -> (...): the same weight for each of the K columns,
+    such as GenEval's categories."""
+    return columns.nanmean(dim=-1).mean(dim=0)
 
 
 def difference(before, after):
     """How much the mean has changed, over the rows that both know."""
-    return (after - before).nanmean(dim=-1)
+    return mean(after - before)
 
 
 def ratio(before, after):
-    """The mean after over the mean before, each over the rows that it knows."""
-    return mean(after) / mean(before)
-
-
-def overall(columns):
-    """The mean of the categories' means: (K, ..., M) -> (...)."""
-    return mean(columns).mean(dim=0)
-
-
-def overall_difference(before, after):
-    return overall(after) - overall(before)
-
-
-def overall_ratio(before, after):
-    """D: the mean of the ratios of K columns after to K columns before."""
-    return ratio(before, after).mean(dim=0)
+    """D: the mean of the ratios of the K columns after to those before, each the ratio of means
+    over the rows that it knows."""
+    return (after.nanmean(dim=-1) / before.nanmean(dim=-1)).mean(dim=0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,35 +350,23 @@ def compare(tables):
 
     tables are the checkpoints' {metric: (M,)}, the first of them the base.  Of "spread/<part>" the
     ratios to the base's are reported, and as D the mean of these ratios."""
-    base, rows = tables[0], {}
-    parts = [name for name in base if name.startswith("spread/")]
-    categories = [name for name in base if name.startswith("geneval/")]
-    for name in base:
-        unknown = all(table[name].isnan().all() for table in tables)
-        if name not in parts and not unknown:
-            rows[name] = [with_change(mean, difference, base[name], table[name])
-                          for table in tables]
-    if categories:
-        columns = [stacked(table, categories) for table in tables]
-        rows["geneval/overall"] = [with_change(overall, overall_difference, columns[0], own)
-                                   for own in columns]
-    if parts:
-        columns = [stacked(table, parts) for table in tables]
-        rows["D"] = [bootstrap(overall_ratio, columns[0], own) for own in columns]
-    for name in parts:
-        rows[f"D/{name.removeprefix('spread/')}"] = [
-            bootstrap(ratio, base[name], table[name]) for table in tables]
+    parts = [name for name in tables[0] if name.startswith("spread/")]
+    known = [name for name in tables[0] if name not in parts
+             and not all(table[name].isnan().all() for table in tables)]
+    means = {name: [name] for name in known}
+    means["geneval/overall"] = [name for name in tables[0] if name.startswith("geneval/")]
+    ratios = {"D": parts} | {f"D/{name.removeprefix('spread/')}": [name] for name in parts}
+    rows = {}
+    for row, names in (means | ratios).items():
+        if not names:                            # no captions of GenEval, or not the toy
+            continue
+        columns = [torch.stack([table[name] for name in names]) for table in tables]     # (K, M)
+        if row in ratios:
+            rows[row] = [bootstrap(ratio, columns[0], own) for own in columns]
+        else:
+            rows[row] = [bootstrap(mean, own) | {"change": bootstrap(difference, columns[0], own)}
+                         for own in columns]
     return rows
-
-
-def stacked(table, names):
-    """Columns of those names as one tensor (K, M)."""
-    return torch.stack([table[name] for name in names])
-
-
-def with_change(statistic, change, base, own):
-    """The statistic of a checkpoint's column or columns, and the change to the base's."""
-    return bootstrap(statistic, own) | {"change": bootstrap(change, base, own)}
 
 
 def in_words(found, first):
@@ -342,16 +384,22 @@ def in_words(found, first):
 
 def as_markdown(rows, figures, labels, settings, count):
     """The table: rows as of `compare`, below them figures [{name: number} of each checkpoint]."""
-    cells = {name: [in_words(found, i == 0) for i, found in enumerate(row)]
-             for name, row in rows.items()}
+    cells = {"": labels}
+    cells |= {name: [in_words(found, i == 0) for i, found in enumerate(row)]
+              for name, row in rows.items()}
     cells |= {name: [f"{some[name]:.4g}" for some in figures] for name in figures[0]}
-    lines = [f"{count} prompts, {settings.samples} pictures of each, guidance "
-             f"{settings.cfg_scale:g}, temperature {settings.temperature:g}, seed {settings.seed}. "
-             "In brackets: 95% intervals, by bootstrap over prompts; in parentheses: the change to "
-             f"{labels[0]}, paired prompt by prompt.", "",
-             f"| | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
-    return "\n".join([*lines, "", ""])
+    lines = [f"| {' | '.join(map(in_a_cell, [name, *row]))} |" for name, row in cells.items()]
+    return "\n".join([
+        f"{count} prompts, {settings.samples} pictures of each, guidance {settings.cfg_scale:g}, "
+        f"temperature {settings.temperature:g}, seed {settings.seed}. In brackets: 95% intervals, "
+        "by bootstrap over prompts; in parentheses: the change to "
+        f"{labels[0]}, paired prompt by prompt.", "",
+        lines[0].replace("|  |", "| |", 1), "|---" * (len(labels) + 1) + "|", *lines[1:], "", ""])
+
+
+def in_a_cell(text):
+    """A text without what would end a cell or a row of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def draw_grid(path, folders, texts, index, labels, prompts=8, each=4):
@@ -360,6 +408,7 @@ def draw_grid(path, folders, texts, index, labels, prompts=8, each=4):
     for k in torch.linspace(0, len(texts) - 1, min(prompts, len(texts))).long().tolist():
         numbers = (index == k).nonzero()[:each, 0].tolist()
         for folder in folders:
-            blocks.append((texts[k], read_pictures(folder, numbers), ()))
+            pictures = [read_shard(shard_path(folder, i // SHARD))[i % SHARD] for i in numbers]
+            blocks.append((texts[k], np.stack(pictures), ()))
     side = blocks[0][1].shape[2]
     sheet(blocks, len(labels), side * max(1, 72 // side), labels).save(path)

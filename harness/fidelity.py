@@ -13,13 +13,18 @@ tokenizer.  Inception knows nothing of 24 pixels, and would have to be downloade
 
 import random
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import toy
-from harness.compare import SHARD, as_images, read_shard, read_shards, reduced, shards
+from harness.compare import SHARD, as_images, read_shard, reduced, shards
 from reward import to_uint8
+
+LEAST = 4                    # pictures: each has 3 neighbours
+ENDINGS = (".png", ".jpg", ".jpeg")              # of the pictures that torch-fidelity looks for
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -54,33 +59,55 @@ class Shards(torch.utils.data.Dataset):
         return self.last[1][place]
 
 
-def figures(pictures, reference, option, **how):
-    """torch-fidelity's figures of Pictures against Pictures or a folder of real images."""
-    try:
-        from torch_fidelity import calculate_metrics
-    except ImportError:
-        raise ImportError(f"{option} needs torch-fidelity: pip install torch-fidelity") from None
-    return calculate_metrics(input1=pictures, input2=reference, fid=True, verbose=False,
-                             cuda=torch.cuda.is_available(), **how)
-
-
 def real_pictures(path):
     """The Pictures of an .npz such as ADM's, or the path of a folder."""
-    return Pictures(np.load(path)["arr_0"]) if str(path).endswith(".npz") else str(path)
+    return Pictures(np.load(path)["arr_0"]) if is_npz(path) else str(path)
 
 
-def print_fid(npz, reference):
-    """FID of the .npz against a folder or an .npz of real images, and its Inception Score."""
-    print(figures(real_pictures(npz), real_pictures(reference), "--fid-reference", isc=True))
+def is_npz(path):
+    return str(path).lower().endswith(".npz")
 
 
-def fid_of_pictures(folder, count, reference):
-    """FID, Inception Score, precision and recall of a folder of shards, by name."""
-    found = figures(Shards(folder, count), real_pictures(reference), "--reference", isc=True,
-                    prc=True)
-    return {"FID": found["frechet_inception_distance"],
-            "Inception Score": found["inception_score_mean"],
-            "precision": found["precision"], "recall": found["recall"]}
+def check_reference(path, count, option):
+    """Raises ImportError or ValueError if `count` pictures cannot be compared with those at path:
+    a folder of pictures of one size, or an .npz with `arr_0` (n, H, W, 3) uint8."""
+    library(option)
+    if not Path(path).exists():
+        raise ValueError(f"{option}: there is no {path}")
+    try:
+        if is_npz(path):
+            real = np.load(path)["arr_0"]
+            known, sizes = len(real), {(real.dtype.name, *real.shape[3:])}
+            fine = sizes == {("uint8", 3)}
+        else:
+            files = [file for file in Path(path).iterdir() if file.suffix.lower() in ENDINGS]
+            known, sizes = len(files), {Image.open(file).size for file in files}
+            fine = len(sizes) <= 1
+    except Exception as error:                   # a damaged file can fail anywhere
+        raise ValueError(f"{option}: cannot read the pictures of {path} "
+                         f"({type(error).__name__}: {error})") from error
+    if not fine:
+        raise ValueError(f"{option}: {path} must hold pictures of one size, an .npz as arr_0 "
+                         f"(n, H, W, 3) of uint8, not {sorted(sizes)}")
+    if min(known, count) < LEAST:
+        raise ValueError(f"{option} compares {count} pictures with the {known} of {path}: each "
+                         f"must be at least {LEAST}")
+
+
+def library(option):
+    """torch-fidelity.  Raises ImportError, naming the option that needs it."""
+    try:
+        import torch_fidelity
+    except ImportError:
+        raise ImportError(f"{option} needs torch-fidelity: pip install torch-fidelity") from None
+    return torch_fidelity
+
+
+def figures(pictures, reference, option, **how):
+    """torch-fidelity's figures of Pictures against Pictures or a folder of real images."""
+    return library(option).calculate_metrics(
+        input1=pictures, input2=reference, fid=True, verbose=False,
+        cuda=torch.cuda.is_available(), **how)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,10 +147,10 @@ def register_features():
 
 
 def fid_of_toy(pictures, texts):
-    """FID, precision and recall of pictures (n, 24, 24, 3) uint8 with these prompts, by name."""
+    """FID, precision and recall of Pictures or Shards of the toy with these prompts, by name."""
     register_features()
-    found = figures(Pictures(pictures), Pictures(scenes_of(texts)), "FID", prc=True,
-                    feature_extractor="toy", save_cpu_ram=True)
+    found = figures(pictures, Pictures(scenes_of(texts)), "FID", prc=True, feature_extractor="toy",
+                    save_cpu_ram=True)
     return {"FID (toy's features)": found["frechet_inception_distance"],
             "precision (toy's)": found["precision"], "recall (toy's)": found["recall"]}
 
@@ -131,8 +158,13 @@ def fid_of_toy(pictures, texts):
 def figures_of(folder, texts, index, settings):
     """FID and its kin by name, of the pictures in a folder, those of texts[index[i]]: against
     settings.reference, or, of the toy, rendered scenes.  Else none."""
+    pictures = Shards(folder, len(index))
     if settings.reference:
-        return fid_of_pictures(folder, len(index), settings.reference)
-    if settings.preset == "toy" and find_spec("torch_fidelity"):
-        return fid_of_toy(read_shards(folder), [texts[k] for k in index.tolist()])
+        found = figures(pictures, real_pictures(settings.reference), "--reference", isc=True,
+                        prc=True)
+        return {"FID": found["frechet_inception_distance"],
+                "Inception Score": found["inception_score_mean"],
+                "precision": found["precision"], "recall": found["recall"]}
+    if settings.preset == "toy" and find_spec("torch_fidelity") and len(index) >= LEAST:
+        return fid_of_toy(pictures, [texts[k] for k in index.tolist()])
     return {}

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -24,11 +25,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 import argrpo
 
 # What --resume may change: all else is the run's own.
 MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "compile", "device",
               "progress_every", "log", "selftest")
+
+
+# Files and folders, which have a name if they are given.
+PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "reference",
+          "fid_reference")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -78,7 +86,8 @@ class RunSettings(argrpo.GRPOConfig):
                                          # "wandb", or both with a comma
     selftest: bool = False               # try models and rewards for a minute, and do not train
 
-    LEAST = argrpo.GRPOConfig.LEAST | dict(rehearsal_groups=1, save_every=1, eval_images=4)
+    LEAST = argrpo.GRPOConfig.LEAST | dict(rehearsal_groups=1, save_every=1, eval_images=4,
+                                           composed=1)
 
     def __post_init__(self):
         self.given = {}                  # what the command line changed: beside the options
@@ -129,6 +138,15 @@ class DrawSettings:
     seed: int = 0                        # same seed, same pictures
     device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
 
+    LEAST = dict(samples=1, rows=1, images=1, best_of=1)         # of these, as far as it has them
+
+    def __post_init__(self):
+        for name, least in self.LEAST.items():
+            if getattr(self, name, least) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, "
+                                 f"not {getattr(self, name)}")
+        argrpo.check_policy(self.cfg_scale, self.temperature, self.top_k, self.top_p)
+
     def policy(self):
         """The keywords of `argrpo.generate` that say which policy draws."""
         return dict(cfg_scale=self.cfg_scale, temperature=self.temperature, top_k=self.top_k,
@@ -171,12 +189,21 @@ def read_options(cls, argv, prog, description, epilog=""):
             text += f" (default: {field.default})"
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, **how, help=text.replace("%", "%%"))
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    for name in PLACES:
+        value = given.get(name, ())              # a text, or several
+        if "" in (value, *value):
+            raise ValueError(f"--{name.replace('_', '-')} is empty: a variable that is not set?")
+    return given
 
 
 @contextmanager
 def one_line_errors():
-    """An error while a run is set up is for the user to read: one line, and exit status 2."""
+    """An error while a run is set up is for the user to read: one line, and exit status 2.
+
+    What a terminal cannot show, then and later, is shown as "?"."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -199,15 +226,29 @@ def parse_settings(cls, default_preset, argv, description):
     if settings.prompts_per_step % size:
         raise ValueError(f"prompts_per_step {settings.prompts_per_step} cannot be shared equally "
                          f"by {size} processes: choose a multiple of {size}")
-    out = Path(settings.out)
-    check_writable(out)
     for name in settings.log.split(","):
         if name and find_spec(name) is None:
             raise ImportError(f"--log {name} needs a package: pip install {name}")
-    if not (settings.resume or settings.selftest) and (out / "config.json").exists():
-        raise FileExistsError(f"{out} already holds a run: continue it with --resume {out}, or "
-                              "give the new one a folder of its own with --out NAME")
+    check_writable(settings.out)
+    if not (settings.resume or settings.selftest):
+        check_new(settings)
     return settings
+
+
+def check_new(settings):
+    """Raises FileExistsError unless the run's folder is new or empty.
+
+    Hidden files do not count, nor weights that --from-scratch has left."""
+    out = Path(settings.out)
+    held = sorted(path.name for path in out.glob("[!.]*")
+                  if not (settings.from_scratch and path.name == "weights"))
+    if "config.json" in held:
+        raise FileExistsError(
+            f"{out} already holds a run: continue it with --resume {shlex.quote(str(out))}, or "
+            "give the new one a folder of its own with --out NAME")
+    if held:
+        raise FileExistsError(f"{out} holds {held[0]}, but no run: a run takes a new or an empty "
+                              "folder, give it one with --out NAME")
 
 
 def preset_settings(cls, default_preset, given):
@@ -229,11 +270,11 @@ def preset_settings(cls, default_preset, given):
 
 def resumed(cls, given):
     """The settings of an earlier run, and of what is given that which may change."""
-    folder = given["resume"]
-    path = Path(folder) / "config.json"
+    folder = Path(given["resume"])
+    path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume: there is no {path}")
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     if config["script"] != cls.script:
         raise ValueError(f"{folder} holds a run of {config['script']}.py: "
                          "resume it with that script")
@@ -241,14 +282,50 @@ def resumed(cls, given):
     if unknown:
         raise ValueError(f"{folder} was made by another version of this repository, "
                          f"with the setting {sorted(unknown)[0]}: resume it with that version")
-    before = cls(**config["settings"])
+    values, here, there = config["settings"], Path.cwd(), Path(config.get("folder", Path.cwd()))
+    if here != there:
+        values, given = seen_from(there, values), seen_from(here, given)
+    before = cls(**values)
     for name, value in given.items():
         if value != getattr(before, name) and name not in MAY_CHANGE:
             raise ValueError(f"--resume continues a run as it was configured: {name} was "
                              f"{getattr(before, name)!r} and cannot become {value!r}")
-    settings = dataclasses.replace(before, **({"out": folder} | given))
+    settings = dataclasses.replace(before, **(given | {"out": str(folder)}))
+    done = steps_done(folder)
+    if settings.steps < done:
+        raise ValueError(f"--steps {settings.steps}: {folder} has been trained for {done} already, "
+                         "and a run does not go back")
     settings.given = config.get("given", {}) | given
     return settings
+
+
+def seen_from(folder, values):
+    """The settings' values with their files as a command in that folder finds them: absolute."""
+    moved = dict(values)
+    for name in {"gpt_ckpt", "vq_ckpt", "prompts", "t5"} & set(values):
+        if values[name] and (folder / values[name]).exists():        # else a Hugging Face repo
+            moved[name] = str(folder / values[name])
+    for name in {"reward", "watch"} & set(values):
+        moved[name] = ",".join(str(folder / item.strip()) if ".py:" in item else item
+                               for item in values[name].split(","))
+    return moved
+
+
+def steps_done(folder):
+    """The steps of a run's checkpoint; 0 without one, and for a damaged one: that is for
+    `checkpoints.load_checkpoint` to explain."""
+    for path in (folder / "last.pt", folder / "new.pt"):
+        if path.exists():
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+            except Exception:
+                break
+    return 0
+
+
+def resume_command(settings):
+    """What a shell takes to continue a run."""
+    return shlex.join(["python", f"{settings.script}.py", "--resume", str(settings.out)])
 
 
 def images_of(settings):
@@ -257,8 +334,8 @@ def images_of(settings):
 
 
 def check_writable(folder):
-    """Raises PermissionError if a run cannot leave its files in the folder, which may not exist."""
-    candidates = [folder, *folder.absolute().parents]
+    """Raises PermissionError if files cannot be left in the folder, which may not exist."""
+    candidates = [Path(folder), *Path(folder).absolute().parents]
     existing = next(path for path in candidates if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write into {existing}: "

@@ -240,7 +240,7 @@ def configuration(settings, device=""):
     values = dataclasses.asdict(settings) | {"resume": ""}
     given = {name: value for name, value in settings.given.items() if name != "resume"}
     return {"script": settings.script, "settings": values, "given": given, "device": str(device),
-            "torch": torch.__version__, "argrpo": version()}
+            "folder": os.getcwd(), "torch": torch.__version__, "argrpo": version()}
 
 
 def version():

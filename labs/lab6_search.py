@@ -238,7 +238,8 @@ for k, ax in enumerate(raster):
     ax.imshow(sheet[1:25, 26 * k + 1:26 * k + 25], interpolation="nearest")
     for row in range(6):                         # the chance after each row of the raster
         ax.text(24.2, 4 * row + 2.5, f"{shown['curves'][k][row + 1]:.2f}", fontsize=7)
-    ax.set_title(f"{shown['texts'][k]}\n{shown['curves'][k][0]:.2f} at the start", fontsize=7)
+    ax.set_title(f"{shown['texts'][k]}\n{shown['curves'][k][0]:.2f} at the start", fontsize=7,
+                 parse_math=False)
     ax.axis("off")
 
 rows = [["", *[f"seen, pass@{k}" for k in (1, 4, KS[-1])],

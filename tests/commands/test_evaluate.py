@@ -1,5 +1,6 @@
 """Comparing checkpoints: pictures with streams of their own, in shards, and the table of them."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 
 import argrpo
 import evaluate
+import reward
 import toy
 from harness import compare, fidelity
+from harness.choices import checkpoint
 from harness.compare import draw_shards, read_shards, shards
-from harness.fidelity import Shards, fid_of_toy, scenes_of
+from harness.fidelity import Pictures, Shards, fid_of_toy, scenes_of
 
 PROMPTS = argrpo.Prompts([f"prompt {k}" for k in range(5)], torch.arange(5))
 INDEX = torch.arange(5).repeat_interleave(4)     # 20 pictures
@@ -80,8 +83,83 @@ def test_pictures_of_another_model_are_not_mixed_in(model, tmp_path, monkeypatch
     drawn(model, tmp_path / "a", monkeypatch)
     with torch.no_grad():
         model.output.weight[3] += 1
-    with pytest.raises(ValueError, match="holds pictures of another model, other prompts or"):
+    with pytest.raises(ValueError, match=r"holds pictures of another .* \(transformer"):
         drawn(model, tmp_path / "a", monkeypatch)
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "conditions", "device's drawing", "orphans"])
+def test_the_key_of_pictures_holds_all_that_they_depend_on(what, model, tmp_path, monkeypatch):
+    drawn(model, tmp_path, monkeypatch)
+    vq, prompts = Blocks(), PROMPTS
+    if what == "tokenizer":
+        vq.register_buffer("codebook", torch.ones(3))
+    elif what == "conditions":                   # two classes may have one text
+        prompts = argrpo.Prompts(PROMPTS.texts, PROMPTS.cond.flip(0))
+    elif what == "orphans":                      # nothing says whose pictures these are
+        (tmp_path / "drawn.json").unlink()
+        with torch.no_grad():
+            model.output.weight[3, 3] += 1e-6
+    else:
+        monkeypatch.setattr(compare, "DRAWING", "another way")
+    with pytest.raises(ValueError, match="name another folder, or remove it"):
+        draw_shards(model, vq, prompts, INDEX, tmp_path, 3)
+
+
+def test_a_reward_is_scored_again_when_its_source_changes(tmp_path, monkeypatch):
+    """Its own file's, or that of a neighbour which it imports; but not for a comment."""
+    np.savez(tmp_path / "00000.npz", images=np.full((2, 4, 4, 3), 255, np.uint8),
+             entropy=np.zeros(2, np.float32))
+    mine, near = tmp_path / "mine_scored.py", tmp_path / "near_scored.py"
+    asked = []
+
+    def scored(text, constant):
+        mine.write_text(text)
+        near.write_text(f"factor = {constant}\n")
+        sys.modules.pop("near_scored", None)
+        reward.load_file.cache_clear()
+        spec = f"{mine}:bright"
+        judges = compare.judges_of(reward.build_rewards(spec, "cpu"), spec, None)
+        monkeypatch.setattr(reward.RewardSet, "__call__", counted)
+        return compare.score_shards(tmp_path, ["a", "b"], judges, "cpu")["bright"][0].item()
+
+    def counted(self, images, texts, call=reward.RewardSet.__call__):
+        asked.append(len(images))
+        return call(self, images, texts)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    one = ("def bright(images, prompts):\n    from near_scored import factor\n"
+           "    return factor * images.mean(dim=(1, 2, 3))\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert scored(one, 1.0) == 1 and scored("# a comment\n" + one, 1.0) == 1
+        assert len(asked) == 1, "the same is not scored again"
+        assert scored(one.replace("return", "return 10 *"), 1.0) == 10
+        assert scored(one, 3.0) == 3, "the neighbour has changed"
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_labels_are_safe_names(tmp_path, monkeypatch):
+    folder = tmp_path / "a@b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("model.pt", "x.pt", "y@2"):
+        Path(name).write_text("")
+    assert checkpoint("model.pt", 0) == ("a@b", "model.pt", 0)
+    assert checkpoint("../a@b/x.pt", 0) == ("x", "../a@b/x.pt", 0)
+    assert checkpoint("nowhere@1/x.pt", 0) == ("x", "nowhere@1/x.pt", 0)
+    assert checkpoint("..", 0)[0] == tmp_path.name
+    assert checkpoint("y@2", 0) == ("y@2", "y@2", 0), "a file, and no seed"
+    assert checkpoint("base@01", 0) == ("base@1", "", 1)
+    assert checkpoint("some/repo|a\nb", 0)[0] == "repo-a-b"
+    with pytest.raises(ValueError, match="names no checkpoint"):
+        checkpoint("@1", 0)
+
+
+def test_a_cell_of_the_table_stays_one():
+    settings = evaluate.EvaluateSettings(samples=2)
+    rows = {"a|b\nc": [dict(value=1.0, low=1.0, high=1.0)]}
+    text = compare.as_markdown(rows, [{}], ["base|x"], settings, 3)
+    assert text.splitlines()[2:] == ["| | base\\|x |", "|---|---|", "| a\\|b c | 1 [1, 1] |", ""]
 
 
 def test_how_much_a_prompts_pictures_differ(tmp_path):
@@ -156,7 +234,7 @@ def test_the_numbers_are_those_of_the_pictures(table):
 def test_once_more_draws_and_scores_nothing(table, monkeypatch):
     _, given, results = table
     monkeypatch.setattr(compare, "draw", None)
-    monkeypatch.setattr(toy, "verify_all", None)
+    monkeypatch.setattr(toy, "verify_all", functools.wraps(toy.verify_all)(lambda: None))
     monkeypatch.setattr(evaluate.reward.RewardSet, "__call__", None)
     assert evaluate.main(given)["metrics"] == results["metrics"]
 
@@ -172,9 +250,10 @@ def test_fid_is_zero_between_equal_pictures_and_grows_with_noise():
     pytest.importorskip("torch_fidelity")
     texts = toy.CLASSES * 12
     scenes = scenes_of(texts)                    # the very scenes of the reference
-    exact = fid_of_toy(scenes, texts)["FID (toy's features)"]
+    exact = fid_of_toy(Pictures(scenes), texts)["FID (toy's features)"]
     noisy = np.random.default_rng(0).integers(-40, 40, scenes.shape) + scenes
-    spoilt = fid_of_toy(noisy.clip(0, 255).astype(np.uint8), texts)["FID (toy's features)"]
+    noisy = Pictures(noisy.clip(0, 255).astype(np.uint8))
+    spoilt = fid_of_toy(noisy, texts)["FID (toy's features)"]
     assert abs(exact) < 1e-3 and spoilt > 0.05
 
 
@@ -253,9 +332,20 @@ def test_two_processes_draw_what_one_draws(table, tmp_path):
     (["--gpt-ckpt", "base", "--task", "t3i"], "--task must be c2i or t2i, not 't3i'"),
     (["--gpt-ckpt", "base", "--preset", "M-256"], "unknown preset 'M-256'"),
     (["--gpt-ckpt", "base", "--rewards", "beauty"], "unknown reward 'beauty'"),
+    (["--gpt-ckpt", "base", "--temperature", "nan"], "a policy needs finite cfg_scale"),
+    (["--gpt-ckpt", "base", "--cfg-scale", "nan"], "a policy needs finite cfg_scale"),
+    (["--gpt-ckpt", "base", "--top-p", "0"], "a policy needs finite cfg_scale"),
+    (["--gpt-ckpt", "base", "--samples", "-1"], "--samples must be at least 0, not -1"),
+    (["--gpt-ckpt", "base", "--out", ""], "--out is empty"),
+    (["--gpt-ckpt", "base", "--out", str(Path(__file__) / "x")], "cannot write into"),
+    (["--gpt-ckpt", ""], "--gpt-ckpt is empty"),
+    (["--gpt-ckpt", "base", "--reference", str(Path(__file__).parent)], "--reference"),
+    (["--gpt-ckpt", "base", "--reference", __file__], "--reference"),
 ])
 def test_bad_options_are_one_line(given, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_models", None if "nowhere.pt" in given else
+                        evaluate.load_models)
     with pytest.raises(SystemExit) as stop:
         evaluate.main(given)
     assert stop.value.code == 2 and message in capsys.readouterr().err

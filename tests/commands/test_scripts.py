@@ -1,5 +1,6 @@
 """The scripts as a user runs them: files, resume, errors, and the result in the README."""
 
+import io
 import json
 import math
 import os
@@ -178,6 +179,61 @@ def test_an_earlier_run_is_never_overwritten(finished, capsys):
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["model.pt", "last.pt", "summary.json", "notes.txt"])
+def test_a_new_run_takes_an_empty_folder(name, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / ".hidden").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        train_c2i.main(QUICK + ["--out", str(tmp_path)])
+    assert stop.value.code == 2 and f"holds {name}, but no run" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_is_resumed_from_another_folder(another, tmp_path, monkeypatch):
+    """Its files are meant from where it began.  What is no file there stays as it is."""
+    config = json.loads((another / "config.json").read_text())
+    (tmp_path / "mine.pt").write_text("")
+    config["folder"] = str(tmp_path)
+    config["settings"] |= dict(gpt_ckpt="mine.pt", vq_ckpt="some/repo", watch="jpeg,w.py:f:2")
+    (another / "config.json").write_text(json.dumps(config))
+    (tmp_path / "elsewhere").mkdir()
+    for folder, prefix in ((tmp_path, ""), (tmp_path / "elsewhere", f"{tmp_path}/")):
+        monkeypatch.chdir(folder)
+        found = options.resumed(train_c2i.C2iSettings, {"resume": str(another)})
+        assert found.gpt_ckpt == prefix + "mine.pt" and found.vq_ckpt == "some/repo"
+        assert found.watch == f"jpeg,{prefix}w.py:f:2"
+
+
+def test_a_run_does_not_go_back(finished, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_c2i.main(["--resume", str(finished[0]), "--steps", "3"])
+    assert stop.value.code == 2 and "has been trained for 4 already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_unicode_ends_nothing(encoding, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    with options.one_line_errors():
+        print("a \u72d7, drawn", flush=True)
+    assert shown.getvalue() == b"a ?, drawn\n"
+
+
+def test_a_command_to_copy_is_quoted():
+    settings = train_c2i.C2iSettings(out="my runs/one")
+    assert options.resume_command(settings) == "python train_c2i.py --resume 'my runs/one'"
+
+
+def test_watched_rewards_are_asked_about_the_prompts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("w.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
+                            "def refuse(prompts):\n    raise ValueError('no text in quotes')\n"
+                            "f.check_prompts = refuse\n")
+    with pytest.raises(SystemExit) as stop:
+        train_c2i.main(QUICK + ["--watch", "w.py:f"])
+    assert stop.value.code == 2 and "no text in quotes" in capsys.readouterr().err
+
+
 def test_resuming_with_another_setting_is_refused(finished, capsys):
     with pytest.raises(SystemExit) as stop:
         train_c2i.main(["--resume", str(finished[0]), "--group-size", "8"])
@@ -231,6 +287,8 @@ SCALES = "eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not '1,hi
      "needs the package efficientnet_lite_pytorch: pip install -r requirements-rewards.txt"),
     (["--preset", "B-256", "--from-scratch", "--reward", "jpeg"], "--from-scratch is for the toy"),
     (["--resume", "nowhere"], "nothing to resume: there is no nowhere"),
+    (["--resume", ""], "--resume is empty"),
+    (["--out", ""], "--out is empty"),
     (["--stepps", "3"], "unrecognized arguments: --stepps 3"),
     (["--step", "3"], "unrecognized arguments: --step 3"),
     (["--inner-epochs", "2"], "unrecognized arguments: --inner-epochs 2"),

@@ -203,6 +203,18 @@ def test_large_pictures_are_resized_to_256():
     (["--fid-reference", "nowhere"], "--fid-reference needs --npz"),
     (["--best-of", "0"], "--best-of must be at least 1, not 0"),
     (["--caption", "&nbsp;"], "--caption '&nbsp;' is empty"),
+    (["--samples", "0"], "--samples must be at least 1, not 0"),
+    (["--rows", "0"], "--rows must be at least 1, not 0"),
+    (["--npz", "a.npz", "--images", "0"], "--images must be at least 1, not 0"),
+    (["--cfg-scale", "nan"], "a policy needs finite cfg_scale"),
+    (["--temperature", "nan"], "a policy needs finite cfg_scale"),
+    (["--top-k", "-1"], "a policy needs finite cfg_scale"),
+    (["--npz", "samples"], "its name must end with .npz"),
+    (["--out", "samples"], "its name must end as a picture's"),
+    (["--out", ""], "--out is empty"),
+    (["--npz", ""], "--npz is empty"),
+    (["--out", __file__ + "/x.png"], "cannot write into"),
+    (["--npz", "a.npz", "--fid-reference", __file__], "--fid-reference"),
 ])
 def test_sample_explains_bad_options(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

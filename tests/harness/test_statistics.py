@@ -14,15 +14,14 @@ from harness.compare import (
     geneval_summary,
     in_words,
     mean,
-    overall,
     ratio,
 )
 
 
 def test_an_interval_by_hand():
     """Three numbers: all 27 samples of three are known, and so are their means."""
-    column = torch.tensor([0.0, 1.0, 5.0])
-    means = torch.tensor([sum(some) / 3 for some in product(column.tolist(), repeat=3)]).double()
+    column = torch.tensor([[0.0, 1.0, 5.0]])
+    means = torch.tensor([sum(some) / 3 for some in product(*column.tolist(), repeat=3)]).double()
     right = means.quantile(torch.tensor([0.1, 0.9]).double())        # 1/3 and 11/3
     found = bootstrap(mean, column, rounds=20000, level=0.8)
     assert found["value"] == 2.0
@@ -30,7 +29,7 @@ def test_an_interval_by_hand():
 
 
 def test_a_normal_mean_has_the_textbooks_interval():
-    column = torch.randn(400, generator=torch.Generator().manual_seed(1))
+    column = torch.randn(1, 400, generator=torch.Generator().manual_seed(1))
     found, error = bootstrap(mean, column), column.std().item() / 20
     for end, sign in (("low", -1), ("high", 1)):
         right = found["value"] + sign * 1.96 * error
@@ -39,21 +38,21 @@ def test_a_normal_mean_has_the_textbooks_interval():
 
 def test_differences_are_paired():
     """What prompts differ in does not blur the difference of two checkpoints."""
-    before = 100 * torch.rand(50)
+    before = 100 * torch.rand(1, 50)
     found = bootstrap(difference, before, before + 1.0)
     assert list(found.values()) == pytest.approx([1.0, 1.0, 1.0], abs=1e-4)
 
 
 def test_what_is_unknown_is_left_out():
     """Of a difference in both; of a ratio of means in each, as D of a run does."""
-    before, after = torch.tensor([1.0, 3.0, math.nan]), torch.tensor([2.0, math.nan, 10.0])
+    before, after = torch.tensor([[1.0, 3.0, math.nan]]), torch.tensor([[2.0, math.nan, 10.0]])
     assert difference(before, after) == 1 and ratio(before, after) == 3 and mean(before) == 2
 
 
 def test_the_same_seed_gives_the_same_interval_and_one_row_none():
-    column = torch.rand(9)
+    column = torch.rand(1, 9)
     assert bootstrap(mean, column) == bootstrap(mean, column) != bootstrap(mean, column, seed=1)
-    assert math.isnan(bootstrap(mean, column[:1])["low"])
+    assert math.isnan(bootstrap(mean, column[:, :1])["low"])
 
 
 def test_the_mean_of_a_prompts_pictures():
@@ -68,11 +67,11 @@ def test_genevals_overall_score_is_the_mean_of_its_categories():
     right, tags = torch.tensor([1.0, 0.5, 0.5, 0.0, 0.5]), ["counting", "counting", "colors",
                                                             "colors", "position"]
     columns = geneval_summary(right, tags)
-    figures = {name: mean(column).item() for name, column in columns.items()}
+    figures = {name: mean(column[None]).item() for name, column in columns.items()}
     assert figures == {"geneval pictures": 0.5, "geneval prompts": pytest.approx(0.8),
                        "geneval/counting": 0.75, "geneval/colors": 0.25, "geneval/position": 0.5}
     categories = [column for name, column in columns.items() if "/" in name]
-    assert overall(torch.stack(categories)).item() == pytest.approx(0.5)
+    assert mean(torch.stack(categories)).item() == pytest.approx(0.5)
 
 
 def test_the_table_says_what_is_noise():
