@@ -23,19 +23,30 @@ Watched = namedtuple("Watched", "measure spread base_spread", defaults=(nothing,
 Shown = namedtuple("Shown", "text images rewards scores tokens prompt")
 
 
+def rollout_images(settings):
+    """How many images a pass of the rollout draws.  As many fit into the memory."""
+    return (settings.rollout_prompts or settings.prompts_per_step) * settings.group_size
+
+
 def draw_like_rollout(model, vq, prompts, index, settings, samples, *stream, cfg_scale=None):
     """Pictures of the prompts at index (P,), `samples` of each, by the policy that is trained.
 
-    stream names the random numbers.  cfg_scale replaces the rollout's guidance.  Returns the texts
-    (B strings), and tokens, log-probabilities and images as `argrpo.draw_images`."""
-    device = next(model.parameters()).device
+    No pass draws more of them than a rollout's does.  stream names the random numbers of the first
+    pass, and with the pass's number those of others.  cfg_scale replaces the rollout's guidance.
+    Returns the texts (B strings), and tokens, log-probabilities and images as
+    `argrpo.draw_images`."""
+    device, most, drawn = next(model.parameters()).device, rollout_images(settings), []
     if cfg_scale is None:
         cfg_scale = settings.cfg_scale
     texts = [prompts.texts[k] for k in index.repeat_interleave(samples).tolist()]
-    return texts, *argrpo.draw_images(
-        model, vq, prompts, index, argrpo.rng_for(device, settings.seed, *stream),
-        samples_per_prompt=samples, micro_batch=settings.micro_batch, cfg_scale=cfg_scale,
-        temperature=settings.temperature)
+    for some in index.split(max(1, most // samples)):
+        for part in torch.arange(samples).split(most):   # whole prompts, or a part of one
+            number = (len(drawn),) if drawn else ()
+            drawn.append(argrpo.draw_images(
+                model, vq, prompts, some, argrpo.rng_for(device, settings.seed, *stream, *number),
+                samples_per_prompt=len(part), micro_batch=settings.micro_batch,
+                cfg_scale=cfg_scale, temperature=settings.temperature))
+    return texts, *(torch.cat(column) for column in zip(*drawn))
 
 
 @torch.no_grad()
@@ -51,7 +62,7 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=nothing, cfg_scale
     Shown, six images at most of each prompt, for the pictures."""
     count = min(len(prompts.texts), settings.eval_images // 4)                       # of prompts
     samples = settings.eval_images // count                                          # of each
-    batch = (settings.rollout_prompts or settings.prompts_per_step) * settings.group_size
+    batch = rollout_images(settings)
     index = torch.linspace(len(prompts.texts) - 1, 0, count).long()      # evenly, the last first
     columns, gallery = {}, []                    # columns: name -> scores (B,), batch by batch
     for some in index.split(max(1, batch // samples)):                               # (P,)

@@ -9,6 +9,7 @@ says so: that is how the others, which wait for it there, learn that they must e
 """
 
 import atexit
+import math
 import os
 import re
 import signal
@@ -97,18 +98,23 @@ def failing_together():
         raise
 
 
-def average_over_processes(values, maximum=()):
+def average_over_processes(values, maximum=(), known=None):
     """Means over all processes of {name: number}, but the largest of the names in `maximum`.
 
-    A number that a process could not measure, None, is left out."""
+    Of {name: number} in `known` each is how many pictures a process's mean is over; without it, a
+    name's means count alike.  What a process could not measure, None or NaN, is left out."""
     if rank_and_size()[1] == 1:
         return values
-    answers, averages = gather(values), {}
+    answers, averages = gather(values), dict(values)
+    weights = gather(known) if known else [{}] * len(answers)
     for name in values:
-        numbers, average = [a[name] for a in answers if a[name] is not None], None
-        if numbers:
-            average = max(numbers) if name in maximum else sum(numbers) / len(numbers)
-        averages[name] = average
+        numbers = [(a[name], w.get(name, 1)) for a, w in zip(answers, weights)
+                   if a[name] is not None and not math.isnan(a[name])]
+        if numbers and name in maximum:
+            averages[name] = max(number for number, _ in numbers)
+        elif numbers:
+            total = sum(weight for _, weight in numbers)
+            averages[name] = sum(number * weight for number, weight in numbers) / total
     return averages
 
 

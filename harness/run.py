@@ -8,12 +8,13 @@ model.pt (the result, in LlamaGen's format).
 
 import dataclasses
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import argrpo
 from diversity import DiversityBonus, Rehearsal, group_diversity
 from harness import doctor, processes
 from harness.before_after import describe, diversity_kept, evaluate_all, known_mean
-from harness.checkpoints import Record, save_weights, write_json
+from harness.checkpoints import FolderLock, Record, save_weights, write_json
 from harness.choices import build_features
 from harness.device import (
     Sampler,
@@ -67,8 +68,9 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, watched):
                 choose_sizes(model, vq, settings)
             if settings.selftest:
                 sys.exit(selftest(model, vq, prompts, reward_fn, settings))
-            return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings,
-                                             watched, features, stop)
+            with own_folder(settings, next(model.parameters()).device) as (record, logs):
+                return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn,
+                                                 settings, watched, features, record, logs, stop)
         except Interrupted:
             sys.exit(128 + stop.received)
         except (BadReward, FloatingPointError, OSError, ImportError, OtherProcessFailed) as error:
@@ -76,12 +78,51 @@ def run(model, vq, prompts, eval_prompts, reward_fn, settings, watched):
             sys.exit(1)
 
 
+@contextmanager
+def own_folder(settings, device):
+    """Keeps the run's folder for this run, with all its processes, and yields its Record and Logs.
+
+    What may refuse does so here, before any work, with exit status 2.  A new run that ends before
+    its first step is over leaves the folder as it was: the corrected command may use it."""
+    out, first, record = Path(settings.out), processes.rank_and_size()[0] == 0, None
+    with one_line_errors(), failing_together():
+        if first:
+            made = not out.exists()
+            lock = FolderLock(out)
+            before = list(out.iterdir())
+    try:
+        processes.wait_for_all()
+        with failing_together():
+            record = Record(settings, writer=first)
+        with one_line_errors(), failing_together():
+            if not settings.resume and (out / "config.json").exists():
+                raise FileExistsError(f"{out} holds a run that has just begun: take another "
+                                      "folder with --out NAME")
+            if record.done > settings.steps:
+                raise ValueError(f"{out} has done {record.done} steps already: --steps must be at "
+                                 f"least {record.done}, not {settings.steps}")
+            logs = Logs(settings, configuration(settings, device), record.done, first)
+        processes.wait_for_all()
+        with closing(logs):
+            yield record, logs
+    finally:
+        if first:
+            unfinished = not settings.resume and (record is None or record.done == 0)
+            for path in set(out.iterdir()).difference(before) if unfinished else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            lock.release()
+            if unfinished and made:
+                with suppress(OSError):          # another run has come
+                    out.rmdir()
+
+
 def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, watched,
-                              features, stop):
-    """What `run` does, without its answers to errors.  features are those of the bonus."""
+                              features, record, logs, stop):
+    """What `run` does in its folder, without its answers to errors.  features are the bonus's."""
     out, device = Path(settings.out), next(model.parameters()).device
     rank, size = processes.rank_and_size()
-    sampler, started = Sampler(settings.compile), time.perf_counter()
+    sampler, started, attempt = Sampler(settings.compile), time.perf_counter(), logs.attempt
+    config, first_step = configuration(settings, device), record.done
 
     # 1. Before.  One process evaluates and writes; the others wait for it.
     with failing_together():
@@ -92,14 +133,11 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
             watched = watched._replace(base_spread=watched.base_spread or spread)
             print("before: " + describe(before), flush=True)
             # Model and rewards have shown that they work: only now the folder becomes a run's.
-            out.mkdir(parents=True, exist_ok=True)
-            config = configuration(settings, device)
             write_json(out / "config.json", config)
             write_arrays(out / "report.npz", gallery_arrays(gallery_before, "before"))
             progress = Progress(vq, eval_prompts, reward_fn, settings, watched.measure,
                                 out / "progress", started)
-            logs = Logs(settings, config)
-            logs.numbers(0, {f"evaluation/{name}": value for name, value in before.items()})
+            logs.numbers(0, {"evaluation": before})
     processes.wait_for_all()
     evaluated = time.perf_counter()
 
@@ -109,8 +147,8 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
         if settings.checkpointing:
             checkpoint_layers(model)
         seams, remembered = diverse_recipe(reference, vq, prompts, reward_fn, settings, features)
-        record = Record(settings, model, optimizer, remembered, writer=rank == 0)
-        first_step, warning, stopwatch = record.done, "", Stopwatch(model)
+        record.restore(model, optimizer, remembered)
+        warning, stopwatch = "", Stopwatch(model)
         steps = argrpo.train(model, reference, vq, prompts, stopwatch.timed(reward_fn), settings,
                              optimizer, first_step, sampler=sampler, shard=(rank, size),
                              sync=processes.average_gradients, **seams)
@@ -119,7 +157,8 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
                 initial=first_step, total=settings.steps, desc="GRPO", unit="step", **quiet) as bar:
             while True:
                 if rank == 0 and progress.is_due(record.done):
-                    path = progress.draw(sampler(model), record.done)
+                    path = attempt("the picture of progress", progress.draw, sampler(model),
+                                   record.done)
                     logs.picture(record.done, "progress", path)
                 if record.done == settings.steps or stop.everywhere():
                     break
@@ -130,10 +169,9 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
                 if record.done == first_step:
                     warn_of_mismatch(step.metrics, settings, device)
                 record.add(metrics)
-                if rank == 0:
-                    logs.numbers(metrics["step"], metrics)
+                logs.numbers(metrics["step"], metrics)
                 if rank == 0 and not warning:    # once a run
-                    warning = doctor.early_warning(record.metrics)
+                    warning = attempt("the doctor", doctor.early_warning, record.metrics)
                     if warning:
                         bar.write(f"step {record.done}: {warning}", file=sys.stderr)
                 bar.set_postfix({name: f"{metrics[name]:.4f}"
@@ -141,13 +179,13 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
                 bar.update()
     if stop.everywhere():
         if rank == 0:
-            show(out)
+            attempt("report.html", show, out)
         raise Interrupted
     trained = time.perf_counter()
     if rank > 0:
         return None
 
-    # 3. After.
+    # 3. After.  First what cannot be had again, then what shows it.
     save_weights(out / "model.pt", model)
     after, gallery_after, _ = evaluate_all(
         sampler(model), vq, eval_prompts, reward_fn, settings, watched, stop)
@@ -155,14 +193,15 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
                "training": sum(m["seconds"] for m in record.metrics), "progress": progress.spent}
     summary = {"before": before, "after": after, "seconds": seconds}
     write_json(out / "summary.json", summary)
-    minds = mind_arrays(reference, model, vq, eval_prompts, gallery_before, gallery_after, settings)
-    draw(out, gallery_before, gallery_after, minds)
-    logs.numbers(settings.steps, {f"evaluation/{name}": value for name, value in after.items()})
+    minds = attempt("the closer look", mind_arrays, reference, model, vq, eval_prompts,
+                    gallery_before, gallery_after, settings)
+    draw(attempt, out, gallery_before, gallery_after, minds or {})
+    logs.numbers(settings.steps, {"evaluation": after})
     logs.picture(settings.steps, "before_after", out / "before_after.png")
-    logs.close()
     print("before: " + describe(before) + "\nafter:  " + describe(after))
     known = config["settings"] | {"device": str(device)}
-    print(*doctor.report(record.metrics, known, summary), sep="\n")
+    findings = attempt("the doctor", doctor.report, record.metrics, known, summary)
+    print(*(findings or ()), sep="\n")
     print(f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
     return summary
 
@@ -207,13 +246,16 @@ def measured(step, seconds, settings, watched):
     it falls: rough, from the step's few images of a prompt."""
     metrics = step.metrics | seconds
     metrics["diversity"] = group_diversity(step.images, settings.group_size).mean().item()
+    scores = {"reward": step.rewards, **{f"reward/{k}": part for k, part in step.parts.items()}}
     if metrics["step"] % 5 == 0:
-        scores = watched.measure(step.images, step.texts)
-        metrics |= {name: known_mean(score) for name, score in scores.items()}
+        measures = watched.measure(step.images, step.texts)
+        metrics |= {name: known_mean(score) for name, score in measures.items()}
+        scores |= measures
         if watched.spread is not None and processes.rank_and_size()[1] == 1:
             spread = watched.spread(step.images, step.texts)
             metrics |= diversity_kept(watched.base_spread, spread)
-    return processes.average_over_processes(metrics, ("step", "ratio_max", "mismatch"))
+    known = {name: int((~score.isnan()).sum()) for name, score in scores.items()}
+    return processes.average_over_processes(metrics, ("step", "ratio_max", "mismatch"), known)
 
 
 def warn_of_mismatch(metrics, settings, device):
@@ -228,11 +270,11 @@ def warn_of_mismatch(metrics, settings, device):
             f"(largest {metrics['mismatch']:.4f})")
 
 
-def draw(out, before, after, minds):
+def draw(attempt, out, before, after, minds):
     """The pictures of a finished run, and its page: before and after are galleries."""
-    write_arrays(out / "report.npz", gallery_arrays(before, "before")
-                 | gallery_arrays(after, "after") | minds)
-    show(out)
+    arrays = gallery_arrays(before, "before") | gallery_arrays(after, "after") | minds
+    attempt("report.npz", write_arrays, out / "report.npz", arrays)
+    attempt("the page and its pictures", show, out)
 
 
 def configuration(settings, device=""):
@@ -244,50 +286,116 @@ def configuration(settings, device=""):
 
 
 def version():
-    """This repository's commit, or "unknown" outside a checkout."""
-    if shutil.which("git") is None:
+    """This repository's commit, or "unknown" outside a checkout of its own."""
+    root = Path(argrpo.__file__).resolve().parent
+    if shutil.which("git") is None or not (root / ".git").exists():
         return "unknown"
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"],
-                            cwd=Path(__file__).parent, capture_output=True, text=True)
+    answer = subprocess.run(["git", f"--git-dir={root / '.git'}", "describe", "--always",
+                             "--dirty"], cwd=root, capture_output=True, text=True)
     return answer.stdout.strip() or "unknown"
+
+
+def flattened(metrics, prefix=""):
+    """{"a": {"b": 1}, "c": None} as {"a/b": 1}."""
+    flat = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{name}/")
+        elif value is not None:
+            flat[prefix + name] = value
+    return flat
+
+
+class TensorBoard:
+    """Event files in the run's folder: tensorboard --logdir RUN.
+
+    What a resumed run writes again, from the step `first` on, replaces what is there."""
+
+    def __init__(self, settings, config, first):
+        from torch.utils.tensorboard import SummaryWriter
+        self.first = first
+        self.board = SummaryWriter(settings.out, purge_step=first if settings.resume else None)
+
+    def numbers(self, step, metrics):
+        for name, value in metrics.items() if step >= self.first else ():
+            self.board.add_scalar(name, value, step)
+
+    def picture(self, step, name, path):
+        pixels = np.array(Image.open(path).convert("RGB"))
+        self.board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self):
+        self.board.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases.
+
+    Its project is argrpo, unless WANDB_PROJECT says another; with WANDB_MODE=offline it lies in the
+    run's folder until `wandb sync` sends it."""
+
+    def __init__(self, settings, config, first):
+        import wandb
+        self.wandb = wandb
+        wandb.init(project=os.environ.get("WANDB_PROJECT", "argrpo"), dir=settings.out,
+                   name=Path(settings.out).name, config=config)
+
+    def numbers(self, step, metrics):
+        self.wandb.log(metrics, step=step)
+
+    def picture(self, step, name, path):
+        self.wandb.log({name: self.wandb.Image(str(path))}, step=step)
+
+    def close(self):
+        self.wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 class Logs:
     """What the setting `log` names, besides the run's own files.  Both packages are optional.
 
-    "tensorboard" writes event files into the run's folder: tensorboard --logdir RUN.  "wandb" is a
-    run of Weights & Biases.  Its project is argrpo, unless WANDB_PROJECT says another; with
-    WANDB_MODE=offline it lies in the run's folder until `wandb sync` sends it."""
+    A logger that cannot be opened raises ValueError.  Afterwards nothing that fails ends the run:
+    see `attempt`."""
+    kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
-    def __init__(self, settings, config):
-        self.board = self.wandb = None
-        if "tensorboard" in settings.log:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(settings.out)
-        if "wandb" in settings.log:
-            import wandb
-            self.wandb = wandb
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "argrpo"), dir=settings.out,
-                       name=Path(settings.out).name, config=config)
+    def __init__(self, settings, config, first, writer=True):
+        self.out, self.failed, self.loggers = settings.out, set(), {}
+        for name in settings.log.split(",") if settings.log and writer else ():
+            try:
+                self.loggers[name] = self.kinds[name](settings, config, first)
+            except Exception as error:           # anybody's code
+                self.close()
+                raise ValueError(f"--log {name} cannot be opened: {in_a_line(error)}") from error
+
+    def attempt(self, what, function, *given):
+        """function(*given), for what a run can do without.
+
+        Where it fails it is said, None is returned, and that is not tried again."""
+        if what in self.failed:
+            return None
+        try:
+            return function(*given)
+        except Exception as error:
+            self.failed.add(what)
+            again = f"python report.py {shlex.quote(str(self.out))}"
+            tqdm.write(f"warning: {what} failed ({in_a_line(error)}); nothing else is lost, and "
+                       f"the page can be made again with: {again}", file=sys.stderr)
+
+    def each(self, method, *given):
+        for name, logger in self.loggers.items():
+            self.attempt(f"--log {name}", getattr(logger, method), *given)
 
     def numbers(self, step, metrics):
         """The metrics of a step that are known, under their names."""
-        known = {name: value for name, value in metrics.items() if value is not None}
-        if self.board:
-            for name, value in known.items():
-                self.board.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(known, step=step)
+        self.each("numbers", step, flattened(metrics))
 
     def picture(self, step, name, path):
-        if self.board:
-            pixels = np.array(Image.open(path).convert("RGB"))
-            self.board.add_image(name, pixels, step, dataformats="HWC")
-        if self.wandb:
-            self.wandb.log({name: self.wandb.Image(str(path))}, step=step)
+        """The picture, if it could be drawn."""
+        if path and path.exists():
+            self.each("picture", step, name, path)
 
     def close(self):
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.each("close")
+
+
+def in_a_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -6,7 +6,6 @@ to do).  They work on copies of the model, and leave nothing behind.
 
 import copy
 import dataclasses
-import resource
 import sys
 import tempfile
 import time
@@ -122,6 +121,7 @@ def peak_memory(device):
     """Bytes: of the GPU since its statistics were reset, else of this process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not there on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -252,9 +252,9 @@ def observe(monkeypatch, **changes):
 SETTINGS = {
     "eval_images": (9, "texts, passes, images, spread", "streams, decoded at once"),
     "seed": (1, "streams, images, spread", ""),
-    "prompts_per_step": (4, "passes", "streams, images, decoded at once"),
-    "rollout_prompts": (1, "passes", "streams, images, decoded at once"),
-    "group_size": (3, "passes", "streams, images, decoded at once"),
+    "prompts_per_step": (4, "passes", "streams, images, spread, decoded at once"),
+    "rollout_prompts": (1, "passes", "streams, images, spread, decoded at once"),
+    "group_size": (3, "passes", "streams, images, spread, decoded at once"),
     "micro_batch": (3, "decoded at once", ""),
     "cfg_scale": (1.0, "images, spread", ""),
     "temperature": (0.7, "images, spread", "")}
