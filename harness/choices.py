@@ -46,7 +46,7 @@ def checkpoint(spec, seed):
     if Path(place).exists():
         path = Path(os.path.abspath(place))      # of model.pt and .. the folder has a name
     name = path.parent.name if path.name == "model.pt" else path.name.removesuffix(".pt")
-    name = re.sub(r"[^\w.+-]", "-", name).lstrip(".")
+    name = re.sub(r"[^\w.@+-]", "-", name).lstrip(".")
     if not name:
         raise ValueError(f"--gpt-ckpt {spec!r} names no checkpoint: give a file, a folder, or a "
                          "Hugging Face repo")
