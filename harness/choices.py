@@ -43,10 +43,10 @@ def checkpoint(spec, seed):
     if at and not re.fullmatch("[0-9]+", own):
         raise ValueError(f"--gpt-ckpt {spec}: behind the @ must be a seed such as 1, not {own!r}")
     path = Path(place.split(":")[0])             # repo:file
-    if Path(place).exists():
+    if place and Path(place).exists():
         path = Path(os.path.abspath(place))      # of model.pt and .. the folder has a name
     name = path.parent.name if path.name == "model.pt" else path.name.removesuffix(".pt")
-    name = re.sub(r"[^\w.+-]", "-", name).lstrip(".")
+    name = re.sub(r"[^\w.@+-]", "-", name).lstrip(".")
     if not name:
         raise ValueError(f"--gpt-ckpt {spec!r} names no checkpoint: give a file, a folder, or a "
                          "Hugging Face repo")

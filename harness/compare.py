@@ -125,7 +125,8 @@ def draw_shards(model, vq, prompts, index, folder, seed, size=None, shard=(0, 1)
     made, path = drawing_of(model, vq, prompts, index, seed, size, **policy), folder / "drawn.json"
     known, key = json.loads(path.read_text()) if path.exists() else made, digest(made)
     others = {name for name in {**made, **known} if made.get(name) != known.get(name)}
-    others |= {file.name for file in shards(folder) if str(read_shard(file, "key")) != key}
+    if not others and any(str(read_shard(file, "key")) != key for file in shards(folder)):
+        others = {"of an unknown drawing"}
     if others:
         raise ValueError(f"{folder} holds pictures of another model, other prompts or settings "
                          f"({', '.join(sorted(others))}): name another folder, or remove it")

@@ -83,7 +83,7 @@ def test_pictures_of_another_model_are_not_mixed_in(model, tmp_path, monkeypatch
     drawn(model, tmp_path / "a", monkeypatch)
     with torch.no_grad():
         model.output.weight[3] += 1
-    with pytest.raises(ValueError, match=r"holds pictures of another .* \(transformer"):
+    with pytest.raises(ValueError, match=r"holds pictures of another .* \(transformer\)"):
         drawn(model, tmp_path / "a", monkeypatch)
 
 
