@@ -191,8 +191,8 @@ def read_options(cls, argv, prog, description, epilog=""):
         parser.add_argument(option, **how, help=text.replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     for name in PLACES:
-        value = given.get(name, ())              # a text, or several
-        if "" in (value, *value):
+        value = given.get(name)                  # a text, or several
+        if value == "" or isinstance(value, list) and "" in value:
             raise ValueError(f"--{name.replace('_', '-')} is empty: a variable that is not set?")
     return given
 

@@ -396,15 +396,18 @@ def write_page(folders, path):
     return write(path, page([read_run(folder) for folder in folders]).encode(errors="replace"))
 
 
-def show(folder):
-    """Makes everything that a run shows, of whatever is in its folder; returns the paths."""
-    paths = [write_page([folder], folder / "report.html")]
+def show(folder, attempt=lambda what, make: make()):
+    """Makes everything that a run shows, of whatever is in its folder; returns the paths.
+
+    attempt(what, make) calls make, which returns a path."""
     run, frames = read_run(folder), frames_of(folder)
+    makers = {"report.html": lambda: write_page([folder], folder / "report.html")}
     if run.metrics:
-        paths.append(write(folder / "curves.png", curves(run.metrics)))
+        makers["curves.png"] = lambda: write(folder / "curves.png", curves(run.metrics))
     if "after" in run.arrays:
-        content = content_of(sheet_of_pairs(run.arrays).save, format="png")
-        paths.append(write(folder / "before_after.png", content))
+        makers["before_after.png"] = lambda: write(
+            folder / "before_after.png", content_of(sheet_of_pairs(run.arrays).save, format="png"))
     if frames:
-        paths.append(write(folder / "progress.gif", animation(frames)))
-    return paths
+        makers["progress.gif"] = lambda: write(folder / "progress.gif", animation(frames))
+    paths = [attempt(what, make) for what, make in makers.items()]
+    return [path for path in paths if path]

@@ -50,8 +50,8 @@ def fails(*given, **how):
 
 # --- what draws and reports ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["draw_before_after", "draw_curves", "write_animation",
-                                  "mind_arrays", "write_page", "write_arrays"])
+@pytest.mark.parametrize("name", ["sheet_of_pairs", "curves", "write_page",
+                                  "mind_arrays", "write_arrays"])
 def test_a_picture_that_fails_loses_nothing(name, tmp_path, monkeypatch, capsys):
     out = tmp_path / "my run"
     write_arrays = harness.run.write_arrays
@@ -60,7 +60,8 @@ def test_a_picture_that_fails_loses_nothing(name, tmp_path, monkeypatch, capsys)
             return fails() if "scores_after" in arrays else write_arrays(path, arrays)
         monkeypatch.setattr(harness.run, name, fails_at_the_end)
     else:
-        monkeypatch.setattr(harness.run, name, fails)
+        monkeypatch.setattr(harness.page if hasattr(harness.page, name) else harness.run, name,
+                            fails)
     assert train(tiny(out)) == 0, "the run is finished"
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if "cannot draw" in line]
@@ -68,18 +69,20 @@ def test_a_picture_that_fails_loses_nothing(name, tmp_path, monkeypatch, capsys)
     assert lines[0].endswith(f"python report.py '{out}'") and "Traceback" not in said.err
     names = {path.name for path in out.iterdir()}
     kept = {"model.pt", "summary.json", "report.npz", "before_after.png", "curves.png"}
-    lost = {"draw_before_after": "before_after.png", "draw_curves": "curves.png"}.get(name)
+    lost = {"sheet_of_pairs": "before_after.png", "curves": "curves.png",
+            "write_arrays": "before_after.png"}.get(name)    # which is made from them
     assert names >= kept - {lost} and ".lock" not in names
     assert name == "write_page" or "report.html" in names, "the page needs none of the others"
 
 
 def test_model_and_summary_are_there_before_anything_is_drawn(tmp_path, monkeypatch):
     seen = []
-    for name in ("draw_before_after", "draw_curves", "write_animation", "mind_arrays"):
-        monkeypatch.setattr(harness.run, name, lambda *given: seen.append(
+    for module, name in ((harness.page, "sheet_of_pairs"), (harness.page, "curves"),
+                         (harness.run, "mind_arrays")):
+        monkeypatch.setattr(module, name, lambda *given: seen.append(
             {path.name for path in tmp_path.glob("run/*")}))
     train(tiny(tmp_path / "run"))
-    assert len(seen) == 4 and all({"model.pt", "summary.json"} <= names for names in seen)
+    assert len(seen) == 3 and all({"model.pt", "summary.json"} <= names for names in seen)
 
 
 def test_a_picture_of_progress_that_fails_is_told_once(tmp_path, monkeypatch, capsys):
