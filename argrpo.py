@@ -616,7 +616,7 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
     device, (rank, size), G = model.output.weight.device, shard, config.group_size
     if config.prompts_per_step % size:
         raise ValueError(f"{config.prompts_per_step} prompts cannot be shared by {size} processes")
-    if loss_fn is None:
+    if loss_fn in (None, grpo_loss):
         def loss_fn(logp, old_logp, ref_logp, advantages, entropy):
             return grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps=config.clip_eps,
                              clip_eps_high=config.clip_eps_high, kl_beta=config.kl_beta)
