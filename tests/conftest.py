@@ -258,7 +258,7 @@ class Spy:
 def no_pictures(monkeypatch):
     """Runs leave their numbers and weights, but no pictures and no page, which take seconds."""
     monkeypatch.setattr("harness.run.draw", lambda *given: None)
-    monkeypatch.setattr("harness.run.show", lambda out: None)
+    monkeypatch.setattr("harness.run.show", lambda *given: None)
 
 
 @pytest.fixture
