@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import argrpo
 from harness.before_after import draw_like_rollout
-from harness.checkpoints import write_atomically
+from harness.logs import write_atomically
 from harness.page import SMALL, sheet
 from reward import to_uint8
 

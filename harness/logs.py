@@ -1,25 +1,89 @@
-"""Logging where people look, besides the run's own files: TensorBoard, Weights & Biases.
+"""What a run writes down: files that are whole or not there, its own log, and the loggers.
 
-Both packages are optional, and imported when asked for.
+TensorBoard and Weights & Biases are optional packages, and imported when asked for.  torch is not
+needed here.
 """
 
+import json
 import os
 import shlex
 import sys
+from contextlib import suppress
+from math import isfinite, isnan
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+# ---------------------------------------------------------------------------------------------
+# Files, and the log metrics.jsonl
+# ---------------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """write(file) into a temporary file beside `path`, which replaces it once it is on the disk.
+
+    Returns the path.  Raises OSError, with what `path` held before still there, if that fails, as
+    on a full disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        return temporary.replace(path)
+    except (OSError, RuntimeError) as error:     # torch.save has errors of its own for a full disk
+        temporary.unlink(missing_ok=True)
+        before = "and there was none before"
+        if path.exists():
+            before = "what it held before is still there"
+        reason = str(error).splitlines()[0]
+        raise OSError(f"cannot write {path} ({reason}); {before}") from error
+
+
+def write_bytes(path, content):
+    return write_atomically(path, lambda file: file.write(content))
+
+
+def write_json(path, value):
+    write_bytes(path, f"{json.dumps(value, indent=2)}\n".encode())
+
+
+def in_json(metrics):
+    """A step's metrics as a line of the log.  JSON has neither NaN nor infinity: they are null."""
+    known = {name: value if value is not None and isfinite(value) else None
+             for name, value in metrics.items()}
+    return json.dumps(known) + "\n"
+
+
+def write_metrics(path, metrics):
+    """The log anew: one line of JSON a step."""
+    write_bytes(path, "".join(map(in_json, metrics)).encode())
+
+
+def read_log(path):
+    """The metrics of the log's steps, in their order.  What is no whole line is left out: after a
+    power cut a file may end in half a line, or in zeros."""
+    steps = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            metrics = json.loads(line.strip(b"\0 "))
+            if isinstance(metrics, dict) and "step" in metrics:
+                steps[metrics["step"]] = metrics
+    return [steps[step] for step in sorted(steps)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Loggers
+# ---------------------------------------------------------------------------------------------
 
 def flattened(metrics, prefix=""):
-    """{"a": {"b": 1}, "c": None} as {"a/b": 1}."""
+    """{"a": {"b": 1}, "c": None, "d": NaN} as {"a/b": 1}."""
     flat = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
             flat |= flattened(value, f"{prefix}{name}/")
-        elif value is not None:
+        elif value is not None and not isnan(value):
             flat[prefix + name] = value
     return flat
 
