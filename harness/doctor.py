@@ -41,11 +41,8 @@ def ratio(after, before):
     return after / before if after is not None and before else nan
 
 
-class Readings:
+class Readings(namedtuple("Run", "metrics settings summary")):
     """A run's metrics, as the rules ask for them."""
-
-    def __init__(self, metrics, settings, summary=None):
-        self.metrics, self.settings, self.summary = metrics, settings, summary or {}
 
     def values(self, name):
         """All known values of a metric, in the order of the steps."""
@@ -279,9 +276,9 @@ def hacking(r):
         return None
     names = dict.fromkeys(name for m in r.metrics for name in m)
     trained = {name for name in names if name.startswith("reward/")}
+    others = {"verified"} if trained != {"reward/shapes"} else set()
     for name in names:
-        is_verifier = name == "verified" and trained != {"reward/shapes"}
-        if not is_verifier and not name.startswith("watch/"):
+        if name not in others and not name.startswith("watch/"):
             continue
         values, window = r.values(name), r.window(name)
         start, end = r.first(name), r.last(name)
@@ -381,7 +378,7 @@ def diagnose(metrics, settings, summary=None):
     summary: the run's summary.json, if it is over.  Fewer than FEWEST steps say nothing."""
     if len(metrics) < FEWEST:
         return []
-    readings = Readings(metrics, settings, summary)
+    readings = Readings(metrics, settings, summary or {})
     found = [(finding, function(readings)) for function, finding in RULES.items()]
     return [finding._replace(what=finding.what.format(**numbers))
             for finding, numbers in found if numbers]
@@ -391,13 +388,11 @@ def report(metrics, settings, summary=None):
     """The diagnosis as lines of text."""
     if len(metrics) < FEWEST:
         return [f"doctor: {len(metrics)} steps are too few to say anything; {FEWEST} are needed"]
-    findings, lines = diagnose(metrics, settings, summary), []
-    if not any(f.kind == "fault" for f in findings):
-        lines.append("doctor: nothing wrong")
-    for f in findings:
-        line = f"{f.name}: {f.what}. {f.advice}".replace("?:", "?", 1)
-        lines.append(("doctor: " if f.kind == "fault" else "note: ") + line)
-    return lines
+    findings, speaker = diagnose(metrics, settings, summary), {"fault": "doctor", "note": "note"}
+    lines = [f"{speaker[f.kind]}: {f.name}: {f.what}. {f.advice}".replace("?:", "?", 1)
+             for f in findings]
+    well = [] if any(f.kind == "fault" for f in findings) else ["doctor: nothing wrong"]
+    return well + lines
 
 
 def early_warning(metrics, steps=5):

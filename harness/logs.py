@@ -78,14 +78,12 @@ def read_log(path):
 # ---------------------------------------------------------------------------------------------
 
 def flattened(metrics, prefix=""):
-    """{"a": {"b": 1}, "c": None, "d": NaN} as {"a/b": 1}."""
-    flat = {}
+    """("a/b", 1), ... of {"a": {"b": 1}, "c": None, "d": NaN}."""
     for name, value in metrics.items():
         if isinstance(value, dict):
-            flat |= flattened(value, f"{prefix}{name}/")
+            yield from flattened(value, f"{prefix}{name}/")
         elif value is not None and not isnan(value):
-            flat[prefix + name] = value
-    return flat
+            yield prefix + name, value
 
 
 class TensorBoard:
@@ -168,7 +166,7 @@ class Logs:
 
     def numbers(self, step, metrics):
         """The metrics of a step that are known, under their names."""
-        self.each("numbers", step, flattened(metrics))
+        self.each("numbers", step, dict(flattened(metrics)))
 
     def picture(self, step, name, path):
         """The picture, if it could be drawn."""

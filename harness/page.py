@@ -227,7 +227,8 @@ def plot(panels, width, height, **how):
             ax.locator_params(axis="x", nbins=5, integer=True)
             ax.locator_params(axis="y", nbins=5)
             if len(lines) > 1:
-                fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left", frameon=False)
+                fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left",
+                           ncols=len(panels), frameon=False)
         return content_of(fig.savefig, **how)
 
 
@@ -240,7 +241,7 @@ def results(run):
     beginning and at the end of the log."""
     if run.summary:
         return run.summary["before"], run.summary["after"]
-    readings = doctor.Readings(run.metrics, run.settings)
+    readings = doctor.Readings(run.metrics, run.settings, {})
     known = [name for name in ("reward", "kl", "entropy", "diversity") if readings.values(name)]
     return tuple({name: mean(name) for name in known} for mean in (readings.first, readings.last))
 
