@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from harness import doctor
-from harness.logs import write_bytes
-from harness.page import page, plain, read_run, show
+from harness.logs import plain, write_bytes
+from harness.page import page, read_run, show
 
 
 def main(argv=None):

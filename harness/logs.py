@@ -17,8 +17,18 @@ from PIL import Image
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
-# Files, and the log metrics.jsonl
+# Texts, files, and the log metrics.jsonl
 # ---------------------------------------------------------------------------------------------
+
+def plain(text):
+    """The text in one line that can be drawn and printed: a space for each line end, control
+    character or half of a character."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
+def named(error):
+    return plain(f"{type(error).__name__}: {error}")
+
 
 def write_atomically(path, write):
     """write(file) into a temporary file beside `path`, which replaces it once it is on the disk.
@@ -144,7 +154,7 @@ class Logs:
                 self.loggers[name] = self.kinds[name](settings, config, first)
             except Exception as error:           # anybody's code
                 self.close()
-                raise ValueError(f"--log {name} cannot be opened: {in_a_line(error)}") from error
+                raise ValueError(f"--log {name} cannot be opened: {named(error)}") from error
 
     def attempt(self, what, function, *given):
         """function(*given), for what a run can do without.
@@ -157,7 +167,7 @@ class Logs:
         except Exception as error:
             self.failed.add(what)
             again = f"python report.py {shlex.quote(str(self.out))}"
-            tqdm.write(f"warning: {what} failed ({in_a_line(error)}); nothing else is lost, and "
+            tqdm.write(f"warning: {what} failed ({named(error)}); nothing else is lost, and "
                        f"the page can be made again with: {again}", file=sys.stderr)
 
     def each(self, method, *given):
@@ -175,7 +185,3 @@ class Logs:
 
     def close(self):
         self.each("close")
-
-
-def in_a_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())

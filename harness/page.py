@@ -24,13 +24,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from harness import doctor
-from harness.logs import read_log, write_bytes
+from harness.logs import plain, read_log, write_bytes
 
 RunData = namedtuple("RunData", "name folder config settings metrics summary arrays")
 SMALL = 72                                       # pixels: smaller images are shown as they are
 GAP, LINE, HEAD = 4, 20, 30                      # pixels: between pictures, of texts, of titles
 ROWS, SAMPLES, PICKED = 32, 3, 6                 # prompts on the page, pairs of each; best, worst
-TRIVIAL = {"ratio_max": {1.0}, "clip_frac": {0.0}, "missing": {0.0}}    # these need no chart
+TRIVIAL = {"ratio_max": 1, "clip_frac": 0, "missing": 0}     # always so: these need no chart
 STYLE = {                                        # of curves: small, and the same every time
     "svg.fonttype": "none", "svg.hashsalt": "curves", "text.parse_math": False, "font.size": 8,
     "axes.titlesize": 9, "xtick.color": "#6b7280", "ytick.color": "#6b7280", "axes.grid": True,
@@ -73,12 +73,6 @@ def content_of(save, **how):
     file = io.BytesIO()
     save(file, **how)
     return file.getvalue()
-
-
-def plain(text):
-    """The text in one line that can be drawn and printed: a space for each line end, control
-    character or half of a character."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def names_apart(runs):
@@ -192,7 +186,7 @@ def charts(pattern, runs):
     for name in metrics_like(pattern, runs):
         lines = lines_of((run.name, run.metrics, name) for run in runs)
         values = {value for _, points in lines for _, value in points}
-        if lines and not (name in TRIVIAL and values <= TRIVIAL[name]):
+        if lines and values != {TRIVIAL.get(name)}:
             shown.append((name, plot({"": lines}, 3.8, 1.9, format="svg", metadata=NAMELESS,
                                      transparent=True)))
     return shown
@@ -336,7 +330,7 @@ def number(value):
 
 def short(score):
     """A score below a picture."""
-    return "–" if np.isnan(score) else f"{score:.2f}"
+    return "-" if np.isnan(score) else f"{score:.2f}"
 
 
 def rounded(values):
