@@ -140,13 +140,9 @@ def diversity_kept(before, after):
     D is their mean.  None where there were too few right pictures to tell."""
     kept = {}
     for name, value in before.items():
-        ratio = None
-        if value and after[name] is not None:
-            ratio = after[name] / value
-        kept[f"diversity_kept/{name}"] = ratio
-    mean = None
-    if None not in kept.values():
-        mean = sum(kept.values()) / len(kept)
+        known = value and after[name] is not None
+        kept[f"diversity_kept/{name}"] = after[name] / value if known else None
+    mean = None if None in kept.values() else sum(kept.values()) / len(kept)
     return {"diversity_kept": mean} | kept
 
 

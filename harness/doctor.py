@@ -275,11 +275,10 @@ def hacking(r):
     if r.change("reward") < SURE / 2:
         return None
     names = dict.fromkeys(name for m in r.metrics for name in m)
-    trained = {name for name in names if name.startswith("reward/")}
-    others = {"verified"} if trained != {"reward/shapes"} else set()
-    for name in names:
-        if name not in others and not name.startswith("watch/"):
-            continue
+    held_out = [name for name in names if name.startswith("watch/")]
+    if [name for name in names if name.startswith("reward/")] != ["reward/shapes"]:
+        held_out = ["verified", *held_out]
+    for name in held_out:
         values, window = r.values(name), r.window(name)
         start, end = r.first(name), r.last(name)
         falls = r.change(name) < -SURE and start - end > 0.1 * abs(start)

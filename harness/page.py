@@ -75,13 +75,6 @@ def content_of(save, **how):
     return file.getvalue()
 
 
-def names_apart(runs):
-    """The same runs, those of equal names renamed to their whole paths."""
-    names = [run.name for run in runs]
-    return [run._replace(name=str(run.folder)) if names.count(run.name) > 1 else run
-            for run in runs]
-
-
 # ---------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------
@@ -345,10 +338,12 @@ def page(*runs):
     environment.filters |= {function.__name__: function for function in (
         all_results, charts, choices, common_prompts, data_uri, differing, file_uri, frames_of,
         is_small, number, rounded, short, shown_scores, sprite)}
+    if len({run.name for run in runs}) < len(runs):
+        runs = [run._replace(name=str(run.folder)) for run in runs]
     one = runs[0] if len(runs) == 1 else None
     diagnoses = [doctor.diagnose(run.metrics, run.settings, run.summary) for run in runs]
     html = environment.get_template("report.html.j2").render(
-        runs=names_apart(runs), one=one, most=ROWS, diagnoses=diagnoses)
+        runs=runs, one=one, most=ROWS, diagnoses=diagnoses)
     return html.encode(errors="replace")
 
 
