@@ -1,10 +1,6 @@
-"""The files that a run writes, how it continues from them, and the lock of its folder.
-
-A write never leaves half a file behind: it goes into a temporary file, which then takes the name.
-"""
+"""The checkpoints that a run writes, how it continues from them, and the lock of its folder."""
 
 import errno
-import json
 import os
 import platform
 import shlex
@@ -16,36 +12,7 @@ from pathlib import Path
 
 import torch
 
-
-def write_atomically(path, write):
-    """write(file) into a temporary file beside `path`, which replaces it once it is on the disk.
-
-    Raises OSError, with what `path` held before still there, if that fails, as on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:     # torch.save has errors of its own for a full disk
-        temporary.unlink(missing_ok=True)
-        before = "and there was none before"
-        if path.exists():
-            before = "what it held before is still there"
-        reason = str(error).splitlines()[0]
-        raise OSError(f"cannot write {path} ({reason}); {before}") from error
-
-
-def write_json(path, value):
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_metrics(path, metrics):
-    """The log anew: one line of JSON a step."""
-    text = "".join(json.dumps(m) + "\n" for m in metrics)
-    write_atomically(path, lambda file: file.write(text.encode()))
+from harness.logs import in_json, read_log, write_atomically, write_metrics
 
 
 def save_weights(path, model):
@@ -96,18 +63,6 @@ def load_checkpoint(path, model, optimizer, remembered=None):
         for name, memory in (remembered or {}).items():
             memory.update(state["remembered"].get(name, {}))
         return state["step"]
-
-
-def read_log(path):
-    """The metrics of the log's steps, in their order.  What is no whole line is left out: after a
-    power cut a file may end in half a line, or in zeros."""
-    steps = {}
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            metrics = json.loads(line.strip(b"\0 "))
-            if isinstance(metrics, dict) and "step" in metrics:
-                steps[metrics["step"]] = metrics
-    return [steps[step] for step in sorted(steps)]
 
 
 def write_count(model, optimizer):
@@ -163,7 +118,7 @@ class Record:
             return
         saves = self.done % self.settings.save_every == 0 or self.done == self.settings.steps
         with open(self.log, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(in_json(metrics))
             if saves:                            # the log is never behind the checkpoint
                 file.flush()
                 os.fsync(file.fileno())

@@ -31,8 +31,8 @@ from tqdm import tqdm
 import argrpo
 import reward
 import toy
-from harness.checkpoints import write_atomically, write_json
 from harness.device import Sampler
+from harness.logs import write_atomically, write_json
 from harness.page import sheet
 from reward import to_uint8
 

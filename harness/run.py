@@ -23,7 +23,7 @@ import argrpo
 from diversity import DiversityBonus, Rehearsal, group_diversity
 from harness import doctor, processes
 from harness.before_after import describe, diversity_kept, evaluate_all, known_mean
-from harness.checkpoints import FolderLock, Record, save_weights, write_json
+from harness.checkpoints import FolderLock, Record, save_weights
 from harness.choices import build_features
 from harness.device import (
     Sampler,
@@ -39,7 +39,7 @@ from harness.device import (
     print_memory,
 )
 from harness.gallery import Progress, gallery_arrays, mind_arrays, write_arrays
-from harness.logs import Logs
+from harness.logs import Logs, write_json
 from harness.options import images_of, one_line_errors
 from harness.page import show
 from harness.processes import Interrupted, OtherProcessFailed, StopRequest, failing_together

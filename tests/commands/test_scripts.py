@@ -94,9 +94,9 @@ def test_the_gallery_shows_every_prompts_own_pictures(samples):
         return torch.tensor([float(text[-1]) for text in texts]), {}
     model, vq = toy.load("c2i")
     _, gallery = evaluate(model, vq, prompts, reward_fn, settings)
-    for text, pictures, rewards, *_ in gallery:
-        assert len(pictures) == len(rewards) == min(samples, 6)
-        assert set(rewards) == {float(text[-1])}
+    assert gallery["pictures"].shape[:2] == (3, min(samples, 6))
+    assert gallery["texts"].tolist() == ["prompt 2", "prompt 1", "prompt 0"]
+    assert (gallery["scores"][0] == [[2.0], [1.0], [0.0]]).all()
 
 
 def test_model_pt_is_the_trained_model_in_llamagens_format(finished):

@@ -19,9 +19,10 @@ import argrpo
 import toy
 import train_c2i
 from harness import processes
-from harness.checkpoints import load_checkpoint, save_checkpoint, write_atomically, write_count
+from harness.checkpoints import load_checkpoint, save_checkpoint, write_count
 from harness.choices import check_models
 from harness.device import frozen_copy
+from harness.logs import write_atomically
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "8",

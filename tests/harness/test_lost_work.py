@@ -50,7 +50,7 @@ def fails(*given, **how):
 
 # --- what draws and reports ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["sheet_of_pairs", "curves", "write_page",
+@pytest.mark.parametrize("name", ["sheet_of_pairs", "curves", "page",
                                   "mind_arrays", "write_arrays"])
 def test_a_picture_that_fails_loses_nothing(name, tmp_path, monkeypatch, capsys):
     out = tmp_path / "my run"
@@ -72,7 +72,7 @@ def test_a_picture_that_fails_loses_nothing(name, tmp_path, monkeypatch, capsys)
     lost = {"sheet_of_pairs": "before_after.png", "curves": "curves.png",
             "write_arrays": "before_after.png"}.get(name)    # which is made from them
     assert names >= kept - {lost} and ".lock" not in names
-    assert name == "write_page" or "report.html" in names, "the page needs none of the others"
+    assert name == "page" or "report.html" in names, "the page needs none of the others"
 
 
 def test_model_and_summary_are_there_before_anything_is_drawn(tmp_path, monkeypatch):
@@ -343,7 +343,7 @@ def test_no_pass_draws_more_images_than_a_rollouts(what, spy):
         drawn.calls.clear()
         if what == "evaluate":
             _, gallery = evaluate(model, Blocks(), prompts, brightness, settings)
-            assert len(gallery) == count and all(len(row.images) == 6 for row in gallery)
+            assert gallery["pictures"].shape[:2] == gallery["tokens"].shape[:2] == (count, 6)
         elif what == "evaluate_spread":
             evaluate_spread(model, Blocks(), prompts, settings, lambda images, texts: {})
         else:
