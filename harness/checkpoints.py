@@ -110,16 +110,6 @@ def read_log(path):
     return [steps[step] for step in sorted(steps)]
 
 
-def write_count(model, optimizer):
-    """A number that grows with every write to the weights or the optimizer's state.
-
-    torch counts the writes to each tensor."""
-    tensors = list(model.parameters())
-    for state in optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor._version for tensor in tensors)
-
-
 class Record:
     """What a run has written so far: metrics.jsonl, a line a step, and last.pt.
 
@@ -152,13 +142,16 @@ class Record:
             load_checkpoint(path, model, optimizer, remembered)
         if self.writer:
             write_metrics(self.log, self.metrics)
-        self.written = write_count(model, optimizer)
+        self.updating = False                    # whether weights have changed since the last step
+        optimizer.register_step_pre_hook(self.note_update)
+
+    def note_update(self, *given):
+        self.updating = True
 
     def add(self, metrics):
         """Logs a step that is done, and saves it if it is time to."""
         self.metrics.append(metrics)
-        self.done = metrics["step"] + 1
-        self.written = write_count(self.model, self.optimizer)
+        self.done, self.updating = metrics["step"] + 1, False
         if not self.writer:
             return
         saves = self.done % self.settings.save_every == 0 or self.done == self.settings.steps
@@ -181,8 +174,7 @@ class Record:
         A step that failed before its update has changed nothing: the steps before it are saved."""
         if not self.writer:
             return
-        unchanged = write_count(self.model, self.optimizer) == self.written
-        if self.done > self.saved and unchanged:
+        if self.done > self.saved and not self.updating:
             self.save()
         if self.done == self.settings.steps:
             return
