@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from pretrained import not_finite
+
 
 def write_atomically(path, write):
     """write(file) into a temporary file beside `path`, which replaces it once it is on the disk.
@@ -76,22 +78,27 @@ def naming_damage(path):
         raise
     except Exception as error:                       # a damaged file can fail anywhere
         previous = path.with_name("previous.pt")
-        advice = ("and there is no earlier one: "
-                  "start again without --resume, in another folder")
+        advice = "and there is no earlier one: start again without --resume, in another folder"
         if previous.exists():
-            advice = (f"the one before it is {previous}: "
-                      f"rename it to {path.name}, and resume again")
-        raise OSError(f"the checkpoint {path} is damaged or not this run's "
-                      f"({type(error).__name__}); {advice}") from error
+            advice = f"the one before it is {previous}: rename it to {path.name}, and resume again"
+        reason = error if isinstance(error, ValueError) else type(error).__name__
+        raise OSError(f"the checkpoint {path} is damaged or not this run's ({reason}); "
+                      f"{advice}") from error
 
 
 def load_checkpoint(path, model, optimizer, remembered=None):
     """Restores model, optimizer and what the recipe remembers; returns the next step's number.
 
-    Raises OSError, naming the last good checkpoint, for a damaged file or another model's."""
+    Raises OSError, naming the last good checkpoint, for a damaged file, another model's, or numbers
+    that are not finite."""
     with naming_damage(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
+        averages = [(f"the optimizer's {name}", value) for of_one in
+                    state["optimizer"]["state"].values() for name, value in of_one.items()]
+        ill = not_finite([*state["model"].items(), *averages])
+        if ill:
+            raise ValueError(f"NaN or infinite numbers in {ill[0]}")
         optimizer.load_state_dict(state["optimizer"])
         for name, memory in (remembered or {}).items():
             memory.update(state["remembered"].get(name, {}))

@@ -164,6 +164,22 @@ def test_a_truncated_checkpoint_is_named_with_the_last_good_one(keep, tmp_path):
     assert load_checkpoint(last, model, optimizer) == 2
 
 
+@pytest.mark.parametrize("where", ["tok_embeddings.weight", "the optimizer's exp_avg"])
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(where, tmp_path):
+    model = tiny_model()
+    optimizer = argrpo.make_optimizer(model, argrpo.GRPOConfig())
+    model(torch.zeros(1, 16, dtype=torch.long), torch.tensor([0])).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "last.pt", 1, model, optimizer)
+    assert load_checkpoint(tmp_path / "last.pt", model, optimizer) == 1
+    weight = model.tok_embeddings.weight
+    spoiled = weight.data if where.startswith("tok") else optimizer.state[weight]["exp_avg"]
+    spoiled[3, 0] = math.inf
+    save_checkpoint(tmp_path / "last.pt", 2, model, optimizer)
+    with pytest.raises(OSError, match=f"NaN or infinite numbers in {where}.*previous.pt: rename"):
+        load_checkpoint(tmp_path / "last.pt", model, optimizer)
+
+
 def test_a_failing_write_keeps_the_previous_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     write_atomically(path, lambda file: file.write(b"good"))
