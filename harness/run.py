@@ -223,16 +223,13 @@ def print_sizes(model, vq, prompts, settings):
 
 
 def diverse_recipe(reference, vq, prompts, reward_fn, settings, features):
-    """What the settings add to the paper's method: seams of `argrpo.train` (none with --recipe
-    paper), and what they remember, {name: {text: ...}}, for the checkpoints."""
+    """What the settings add to the paper's method: seams of `argrpo.train`, None with --recipe
+    paper, and what they remember, {name: {text: ...}}, for the checkpoints."""
     rehearsal = Rehearsal(packed(reference), vq, prompts, reward_fn, settings,
                           settings.rehearsal, settings.rehearsal_groups, features)
     bonus = DiversityBonus(rehearsal, settings.diversity_bonus, processes.gather)
-    seams = {}
-    if settings.rehearsal:
-        seams["extra_loss"] = rehearsal
-    if settings.diversity_bonus:
-        seams["advantage_fn"] = bonus
+    seams = {"extra_loss": rehearsal if settings.rehearsal else None,
+             "advantage_fn": bonus if settings.diversity_bonus else None}
     return seams, {"rehearsal": rehearsal.remembered, "features": rehearsal.described,
                    "recent": bonus.recent}
 
