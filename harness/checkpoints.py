@@ -210,9 +210,7 @@ def locked(folder):
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        who = "another process"
-        with suppress(FileNotFoundError):
-            who = holder.read_text(encoding="utf-8")
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise OSError(f"{folder} is in use by {who}: wait until that has ended, or take another "
                       "folder with --out NAME") from error
     except OSError as error:

@@ -47,10 +47,10 @@ PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "refer
 class RunSettings(argrpo.GRPOConfig):
     """The options of a training script: the loop's, and these.
 
-    A script extends it by its name, its task, its presets and those of the diverse recipe, {preset:
-    {field: value}}, and by the preset that is the default on a GPU; elsewhere that is the toy."""
+    A script extends it by its name, its task, "c2i" or "t2i", its presets and those of the diverse
+    recipe, {preset: {field: value}}, and the preset that is the default on a GPU, not the toy."""
     script: ClassVar[str]
-    task: ClassVar[str]                  # "c2i" or "t2i"
+    task: ClassVar[str]
     presets: ClassVar[dict]
     diverse: ClassVar[dict]
     on_gpu: ClassVar[str]
