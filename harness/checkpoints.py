@@ -120,7 +120,8 @@ class Record:
     """What a run has written so far: metrics.jsonl, a line a step, and last.pt.
 
     `done` is how many steps it has made: those of the checkpoint that settings.resume asks for.
-    `restore` reads the rest of that.  Only the first of several processes writes."""
+    `restore` reads the rest of that.  Only the first of several processes writes.  Raises OSError
+    for a damaged checkpoint, ValueError for one of more steps than settings.steps."""
 
     def __init__(self, settings, writer=True):
         self.settings, self.writer, self.out = settings, writer, Path(settings.out)
@@ -132,6 +133,9 @@ class Record:
             with naming_damage(self.start):      # the weights stay on the disk
                 state = torch.load(self.start, map_location="cpu", weights_only=True, mmap=True)
                 self.done = state["step"]
+            if self.done > settings.steps:
+                raise ValueError(f"{self.out} has done {self.done} steps already: --steps must be "
+                                 f"at least {self.done}, not {settings.steps}")
             # Steps that were logged but not saved run again.
             self.metrics = [m for m in read_log(self.log) if m["step"] < self.done]
         self.saved = self.done                   # steps in the last checkpoint

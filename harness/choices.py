@@ -162,9 +162,8 @@ def choose_classes(text, names):
     Raises ValueError for what is no class."""
     if text == "all":
         return list(range(len(names)))
-    index = {}
-    for k, name in enumerate(names):
-        index.setdefault(name.lower(), k)                # of two equal names the first counts
+    # Of two equal names the first counts.
+    index = {names[k].lower(): k for k in reversed(range(len(names)))}
     return [choose_class(item.strip(), index, len(names)) for item in text.split(",")]
 
 

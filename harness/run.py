@@ -100,12 +100,8 @@ def own_folder(settings):
                 if not settings.resume:
                     check_new(settings)
         processes.wait_for_all()
-        with processes.failing_together():
+        with one_line_errors(kinds=ValueError), processes.failing_together():
             record = Record(settings, writer=owner)
-        with one_line_errors():
-            if record.done > settings.steps:
-                raise ValueError(f"{out} has done {record.done} steps already: --steps must be at "
-                                 f"least {record.done}, not {settings.steps}")
         try:
             yield record
         finally:
