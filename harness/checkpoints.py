@@ -217,6 +217,8 @@ def locked(folder):
         who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise OSError(f"{folder} is in use by {who}: wait until that has ended, or take another "
                       "folder with --out NAME") from error
+    except PermissionError:                      # another user's
+        raise
     except OSError as error:
         print(f"warning: {folder} cannot be locked ({error}): take care that no second run uses it",
               file=sys.stderr)
