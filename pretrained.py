@@ -150,6 +150,11 @@ def first_few(problems):
     return "; ".join(problems[:4]) + more
 
 
+def not_finite(named):
+    """The names, of pairs (name, tensor), whose tensors hold NaN or infinite numbers."""
+    return [name for name, w in named if not torch.stack(w.aminmax()).isfinite().all()]
+
+
 def load_weights(module, path):
     """Fills a Transformer or a VQModel from any LlamaGen or AR-GRPO checkpoint, and returns it.
 
@@ -167,8 +172,7 @@ def load_weights(module, path):
     if problems:
         raise ValueError(f"{path} does not fit this {type(module).__name__}: "
                          f"{'; '.join(problems)}")
-    ill = [name for name, w in wanted.items()
-           if not torch.stack(weights[name].to(w.dtype).aminmax()).isfinite().all()]
+    ill = not_finite((name, weights[name].to(w.dtype)) for name, w in wanted.items())
     if ill:
         raise ValueError(f"{path} holds NaN or infinite numbers in {first_few(ill)}: take an "
                          "earlier checkpoint, from before that run diverged")
