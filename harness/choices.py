@@ -14,6 +14,7 @@ import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
 from harness.before_after import Watched, spread_index
+from toy.pretraining import pretrain_toy
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -73,7 +74,7 @@ def toy_folder(settings, task):
                          "a published model is not pretrained in minutes")
     folder = Path(settings.out) / "weights"
     if not (folder / f"toy_{task}.pt").exists():
-        toy.main(["--out", str(folder), "--seed", str(settings.seed)])
+        pretrain_toy(folder, settings.seed)
     return folder
 
 

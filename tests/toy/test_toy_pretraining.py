@@ -236,9 +236,9 @@ def test_scenes_are_those_of_their_texts_and_of_their_seed():
 
 def test_conditions_are_those_of_their_texts():
     texts = ["two red circles", "one blue square"]
-    assert pretraining.as_prompts("c2i", texts).cond.tolist() == [
+    assert toy.as_prompts("c2i", texts).cond.tolist() == [
         toy.CLASSES.index(text) for text in texts]
-    t2i = pretraining.as_prompts("t2i", texts)
+    t2i = toy.as_prompts("t2i", texts)
     features, mask = toy.encode_captions(texts)
     assert t2i.texts == texts and torch.equal(t2i.cond, features)
     assert torch.equal(t2i.cond_mask, mask)
