@@ -69,7 +69,7 @@ class Experiment:
             if not path.exists():
                 sys.exit(f"error: --stored: there is no {path}, for this lab has not been run for "
                          "docs/labs yet; run it without --stored")
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text("utf-8"))
             self.measured, self.stored_note = stored["measured"], stored["runs"]
 
     def seconds(self):
@@ -109,10 +109,10 @@ class Experiment:
         fig.savefig(path.with_suffix(".png"), dpi=110)
         lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
         text = "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-        path.with_suffix(".md").write_text(f"{text}\n\n{note}\n")
+        path.with_suffix(".md").write_text(f"{text}\n\n{note}\n", "utf-8")
         if not self.options.stored:
             numbers = json.dumps({"runs": note, "measured": self.measured}, indent=1)
-            path.with_suffix(".json").write_text(numbers + "\n")
+            path.with_suffix(".json").write_text(numbers + "\n", "utf-8")
         print(f"\n{text}\n\n{path}.png and .md; {self.seconds()}")
         if not NOTEBOOK:
             plt.close(fig)
