@@ -137,17 +137,16 @@ def prompts_of(task, texts=None, plain=False):
 
     Plain, a caption's words have one feature for which word it is and another for where it stands,
     and none for both together, nor for the relation in which the caption puts things."""
-    if task == "c2i":
-        texts = toy.CLASSES if texts is None else texts
-        return argrpo.Prompts(texts, torch.tensor([toy.CLASSES.index(text) for text in texts]))
-    texts = [*toy.SEEN_CLASSES, *toy.SEEN_PAIRS] if texts is None else texts
-    features, mask = toy.encode_captions(texts)
+    if texts is None:
+        texts = toy.CLASSES if task == "c2i" else [*toy.SEEN_CLASSES, *toy.SEEN_PAIRS]
+    prompts = toy.as_prompts(task, texts)
     if plain:
-        each = rearrange(features, "b t (context place word) -> b t context place word",
+        each = rearrange(prompts.cond, "b t (context place word) -> b t context place word",
                          place=toy.CAPTION_LENGTH, word=len(toy.WORDS)).sum(2)
         separate = torch.cat([each.sum(2), each.sum(3)], dim=2)      # words, places
-        features = torch.nn.functional.pad(separate, (0, features.shape[2] - separate.shape[2]))
-    return argrpo.Prompts(texts, features, mask)
+        missing = toy.CAPTION_DIM - separate.shape[2]
+        prompts.cond = torch.nn.functional.pad(separate, (0, missing))
+    return prompts
 
 
 def every(step, pairs):
