@@ -160,30 +160,24 @@ def save(model, path):
     torch.save({"model": weights}, path)
 
 
-def pretrain_toy(folder, seed=0, scenes=16000, only=None):
-    """Writes toy_vq.pt, toy_c2i.pt and toy_t2i.pt, or only the one named, into the folder.
-
-    scenes: pictures per task."""
-    folder.mkdir(parents=True, exist_ok=True)
+def pretrain_toy(out, seed=0, scenes=16000):
+    """Writes toy_vq.pt, toy_c2i.pt and toy_t2i.pt into a folder.  scenes: pictures per task."""
+    out.mkdir(parents=True, exist_ok=True)
     texts = choose_texts(seed, scenes)
-    if only in (None, "vq"):
-        images = torch.cat([draw_scenes(task, texts[task], seed) for task in texts])
-        vq = pretrain_vq(images, random_stream(seed, "tokenizer"), STEPS["vq"])
-        save(vq, folder / "toy_vq.pt")
+    images = {task: draw_scenes(task, texts[task], seed) for task in texts}
+    vq = pretrain_vq(torch.cat([*images.values()]), random_stream(seed, "tokenizer"), STEPS["vq"])
+    save(vq, out / "toy_vq.pt")
     # Read back in half precision, as everybody will have it.
-    vq = load_weights(VQModel(VQ_CONFIG), folder / "toy_vq.pt").requires_grad_(False)
+    vq = load_weights(VQModel(VQ_CONFIG), out / "toy_vq.pt").requires_grad_(False)
     for task in texts:
-        if only not in (None, task):
-            continue
-        images = draw_scenes(task, texts[task], seed)
-        tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images.split(256)])
+        tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images[task].split(256)])
         right = verify(to_images(vq, tokens[:2000], micro_batch=16), texts[task][:2000]).mean()
         print(f"{task}: the verifier finds {right:.1%} of the tokenizer's reconstructions right")
         prompts = as_prompts(task, texts[task])
         rng = random_stream(seed, task)
         gpt = pretrain_gpt(Transformer(CONFIGS[task]), tokens, prompts, rng, STEPS[task])
-        save(gpt, folder / f"toy_{task}.pt")
-    print(f"wrote {', '.join(map(str, sorted(folder.glob('toy_*.pt'))))}")
+        save(gpt, out / f"toy_{task}.pt")
+    print(f"wrote toy_vq.pt, toy_c2i.pt and toy_t2i.pt into {out}")
 
 
 def main(argv=None):
@@ -193,7 +187,4 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=16000,
                         help="pictures per task (default: 16000)")
-    parser.add_argument("--only", choices=("vq", "c2i", "t2i"),
-                        help="remake this one, with the tokenizer in --out")
-    args = parser.parse_args(argv)
-    pretrain_toy(args.out, args.seed, args.scenes, args.only)
+    pretrain_toy(**vars(parser.parse_args(argv)))
