@@ -14,6 +14,7 @@ import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
 from harness.before_after import Watched, spread_index
+from toy.pretraining import pretrain_toy
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -42,7 +43,7 @@ def starting_models(settings):
                              "a published model is not pretrained in minutes")
         folder = Path(settings.out) / "weights"
         if not (folder / f"toy_{settings.task}.pt").exists():
-            toy.main(["--out", str(folder), "--seed", str(settings.seed)])
+            pretrain_toy(folder, settings.seed)
     return load_models(settings.preset, settings.task, settings.gpt_ckpt, settings.vq_ckpt, folder)
 
 
