@@ -82,7 +82,7 @@ def random_crops(images, crops=20, size=225):
 
 
 @contextmanager
-def left_alone(device):
+def private_settings(device):
     """Allows TF32 on a GPU inside.  Restores that, and numpy's random numbers, afterwards."""
     cuda = torch.device(device).type == "cuda"
     flags = (torch.backends.cuda.matmul, torch.backends.cudnn) if cuda else ()
@@ -109,7 +109,7 @@ def maniqa(device):
 
     def reward(images, prompts):
         crops = random_crops(images)                                     # (B, 20, 3, 225, 225)
-        with left_alone(device):
+        with private_settings(device):
             scores = in_parts(score, crops.flatten(0, 1), 40)
         return 2 * scores.view(crops.shape[:2]).mean(dim=1)
 
