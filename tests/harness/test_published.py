@@ -234,7 +234,8 @@ def random_tower(name, device):
 def test_gpt_b_256_at_full_size(tmp_path, capsys, monkeypatch):
     """The whole way of a published model: load, sample 8 images with guidance, score them with the
     default reward, one GRPO step, export, load again."""
-    monkeypatch.setattr(clip, "open_clip_tower", random_tower)
+    for module in ("rewards.quality", "rewards.clip"):
+        monkeypatch.setattr(f"{module}.open_clip_tower", random_tower)
     gpt, vq = argrpo.Transformer(pretrained.gpt_config("B-256")), VQModel(VQConfig())
     torch.nn.init.normal_(gpt.output.weight, std=0.02)
     torch.save({"model": gpt.half().state_dict(), "steps": 1}, tmp_path / "gpt.pt")
