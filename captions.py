@@ -160,19 +160,18 @@ def with_article(name):
 
 def random_composition(rng):
     """One caption of each of the six templates, over two random objects and two colours."""
-    one, two = rng.sample(list(coco_objects()), 2)
-    colour_one, colour_two = rng.sample(COLOUR_NAMES, 2)
+    objects = rng.sample(list(coco_objects()), 2)
+    colours = rng.sample(COLOUR_NAMES, 2)
     number, position = rng.choice(list(NUMBERS)), rng.choice(POSITIONS)
-    a_one, a_two = with_article(one), with_article(two)
-    coloured_one = with_article(f"{colour_one} {one}")
-    coloured_two = with_article(f"{colour_two} {two}")
+    one, two = map(with_article, objects)
+    red, blue = [with_article(" ".join(pair)) for pair in zip(colours, objects)]
     texts = [
-        a_one,                                   # one object
-        f"{a_one} and {a_two}",                  # two
-        f"{number} {plural(one)}",               # counted
-        coloured_one,                            # coloured
-        f"{a_one} {position} {a_two}",           # placed
-        f"{coloured_one} and {coloured_two}",    # coloured pair
+        one,                                     # one object
+        f"{one} and {two}",                      # two
+        f"{number} {plural(objects[0])}",        # counted
+        red,                                     # coloured
+        f"{one} {position} {two}",               # placed
+        f"{red} and {blue}",                     # coloured pair
     ]
     return [f"a photo of {text}" for text in texts]
 
