@@ -16,16 +16,10 @@ from math import ceil, hypot
 
 import torch
 import torch.nn as nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import argrpo
 from harness.processes import gather, rank_and_size
-
-# For decoding steps on a GPU.  Recent versions of torch prefer cuDNN's attention on H100 and H200,
-# and it makes a new plan for every number of keys: decoding has one more at each step.
-DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
 
 # ---------------------------------------------------------------------------------------------
 # What a device computes in
@@ -55,27 +49,16 @@ def describe_dtype(device):
 # Copies that draw the rollouts
 # ---------------------------------------------------------------------------------------------
 
-class DecodesWithoutCudnn(argrpo.Transformer):
-    """A transformer whose decoding steps leave out cuDNN's attention.  All else may use it."""
-
-    def decode_step(self, *args):
-        with sdpa_kernel(DECODING_KERNELS):
-            return super().decode_step(*args)
-
-
 def frozen_copy(model, dtype=None):
     """A copy for reading only: the reference pi_ref, and what draws the rollouts on a GPU.
 
     Its matrices are in dtype, by default `matrix_dtype`.  Autocast would round them to that for
-    every product anyway: under it the copy computes the very same numbers, in half the memory.
-    On a GPU its decoding steps choose among DECODING_KERNELS."""
+    every product anyway: under it the copy computes the very same numbers, in half the memory."""
     frozen = copy.deepcopy(model).requires_grad_(False)
     dtype = dtype or matrix_dtype(model.output.weight.device)
     for module in frozen.modules():
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
-    if on_gpu(model):
-        frozen.__class__ = DecodesWithoutCudnn   # not a method: a copy would call this one's layers
     return frozen
 
 

@@ -43,6 +43,9 @@ def pick_device(name):
     device = torch.device(name or ("cuda" if "cuda" in kinds else "cpu"))
     if device.index:                             # the first is the current one anyway
         torch.get_device_module(device).set_device(device)
+    # On H100 and H200 torch prefers cuDNN's attention, which makes a new plan for every number of
+    # keys: decoding has one more at each token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         device = join_processes(device)
     return device
