@@ -31,12 +31,12 @@ from harness.device import (
     allowed_mismatch,
     checkpoint_layers,
     choose_sizes,
+    describe_dtype,
     frozen_copy,
-    memory_estimate,
+    matrix_dtype,
     optimizer_of_device,
     out_of_memory_advice,
     packed,
-    print_memory,
 )
 from harness.gallery import Progress, gallery_arrays, mind_arrays, write_arrays
 from harness.logs import Logs, write_json
@@ -72,7 +72,9 @@ def run(settings, load):
                 features = None
                 if settings.diversity_bonus:
                     features = build_features(settings.bonus_features, vq, device)
-                choose_sizes(model, vq, settings)
+                if settings.checkpointing:
+                    checkpoint_layers(model)
+                choose_sizes(model, vq, prompts, settings)
                 config = configuration(settings, device)
                 logs = Logs(settings, config, record.done, record.writer)
             with closing(logs), processes.StopRequest() as stop:
@@ -139,8 +141,6 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
     # 2. Training, from the last checkpoint on if the run is resumed.
     with processes.failing_together():
         reference, optimizer = frozen_copy(model), optimizer_of_device(model, settings)
-        if settings.checkpointing:
-            checkpoint_layers(model)
         seams, remembered = diverse_recipe(reference, vq, prompts, reward_fn, settings, features)
         record.restore(model, optimizer, remembered)
         warning, stopwatch = "", Stopwatch(model)
@@ -216,7 +216,7 @@ def print_sizes(model, vq, prompts, settings):
         remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
         print(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
               f"as many as --recipe paper, and once {remembered} of the pretrained model, or fewer")
-    print_memory(memory_estimate(model, vq, s))
+    print(describe_dtype(next(model.parameters()).device), flush=True)
 
 
 def diverse_recipe(reference, vq, prompts, reward_fn, settings, features):
@@ -255,7 +255,8 @@ def warn_of_mismatch(metrics, settings, device):
 
     With log-probabilities without guidance, that is what the settings ask for."""
     on_policy = settings.logprob_cfg == "guided" or settings.cfg_scale == 1
-    if on_policy and metrics["mismatch_mean"] > allowed_mismatch(device, settings.cfg_scale):
+    if on_policy and metrics["mismatch_mean"] > allowed_mismatch(
+            matrix_dtype(device), settings.cfg_scale):
         warnings.warn(
             "the ratio should be 1 on the first pass over a rollout, but sampler and learner "
             f"differ by {metrics['mismatch_mean']:.4f} nats a token on average "

@@ -25,6 +25,7 @@ import toy
 import train_c2i
 from harness import gallery, options
 from harness.before_after import evaluate
+from harness.device import CheckpointedBlock
 from harness.gallery import SHARE, Progress
 from harness.options import RunSettings
 from harness.page import (
@@ -561,6 +562,23 @@ def test_the_selftest_of_a_healthy_choice(tmp_path, capsys):
     status, lines = selftest(tmp_path, capsys)
     assert status == 0 and all(line.startswith("ok") for line in lines.values())
     assert list(lines) == ["sampler", "accumulation", "reward", "step", "signal", "checkpoint"]
+
+
+def test_the_selftest_takes_the_passes_that_training_will_make(tmp_path, capsys, monkeypatch):
+    """None has more images, and the layers are computed again where the settings ask for it."""
+    honest, passes = argrpo.policy_logp, set()
+
+    def note(model, prompts, index, tokens, config):
+        if torch.is_grad_enabled():
+            passes.add((len(tokens), type(model.layers[0])))
+        return honest(model, prompts, index, tokens, config)
+
+    monkeypatch.setattr(argrpo, "policy_logp", note)
+    status, lines = selftest(tmp_path, capsys, "--micro-batch", "3", "--checkpointing")
+    assert status == 0 and passes == {(size, CheckpointedBlock) for size in (1, 2, 3)}
+    assert "of passes of 3 images" in lines["accumulation"]
+    _, lines = selftest(tmp_path, capsys, "--micro-batch", "1")
+    assert "nothing to compare" in lines["accumulation"]
 
 
 def test_the_selftest_finds_another_sampler(tmp_path, capsys, monkeypatch):
