@@ -350,3 +350,17 @@ def test_bad_options_are_one_line(given, message, tmp_path, monkeypatch, capsys)
         evaluate.main(given)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_right_for_geneval_only_if_it_meets_all_its_demands(tmp_path):
+    """The reward is the share of a caption's demands that are met, and a half is not right."""
+    pictures = np.zeros((4, 2, 2, 3), np.uint8)
+    np.savez(tmp_path / "00000.npz", images=pictures, entropy=np.zeros(4, np.float32))
+    met = reward.RewardSet({"geneval": (lambda *_: torch.tensor([1.0, 0.5, 0.5, 0.5]), 1.0)})
+    settings = evaluate.EvaluateSettings(preset="t2i-XL-256", task="t2i", rewards="geneval")
+    texts, tags = ["a photo of two dogs", "a photo of a red bus"], ["counting", "colors"]
+    columns = compare.columns_of(tmp_path, texts, tags, torch.tensor([0, 0, 1, 1]), met, settings,
+                                 "cpu")
+    assert columns["geneval"].tolist() == [0.75, 0.5], "the reward itself is a mean of shares"
+    assert columns["geneval pictures"].tolist() == [0.5, 0.0], "half of the demands is not right"
+    assert columns["geneval prompts"].tolist() == [1.0, 0.0], "one right picture of the first"

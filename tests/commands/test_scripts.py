@@ -330,9 +330,10 @@ def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
                                       ["--out", str(tmp_path), *given], "")
     paper, diverse = settings(), settings("--recipe", "diverse")
     mine = settings("--recipe", "diverse", "--diversity-bonus", "0.1")
-    names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step")
-    assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 16]
-    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 6.0, 16]
+    names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step", "steps", "group_size")
+    assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 16, 75, 8]
+    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 6.0, 16, 450, 16], (
+        "the recipe is laid over the preset, which has other steps and a smaller group")
     assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.3
     with pytest.raises(ValueError, match="unknown recipe 'wild'"):
         settings("--recipe", "wild")

@@ -254,3 +254,15 @@ def test_gpt_b_256_at_full_size(tmp_path, capsys, monkeypatch):
     trained = pretrained.load_gpt("B-256", str(out / "model.pt"))
     pairs = zip(trained.parameters(), gpt.float().parameters())
     assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("given, kept", [
+    (["--samples", "2"], 4), (["--npz", "a.npz", "--images", "3"], 3)], ids=["grid", "npz"])
+def test_sample_draws_as_many_as_best_of_asks_for_each_picture(given, kept, tmp_path, monkeypatch,
+                                                               spy):
+    """And keeps one of them: see test_the_likeliest_of_several_is_kept."""
+    monkeypatch.chdir(tmp_path)
+    drawn = spy(argrpo, "generate")
+    sample.main(["--classes", "0,5", "--best-of", "3", *given])
+    rows = sum(len(args[1]) * how.get("samples_per_prompt", 1) for args, how in drawn.calls)
+    assert rows == 3 * kept, f"--best-of 3 draws 3 x {kept} pictures, not {rows}"

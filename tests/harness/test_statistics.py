@@ -83,3 +83,13 @@ def test_the_table_says_what_is_noise():
     assert words[0].startswith("0.5 [") and "(" not in words[0]
     assert words[1].endswith("(no difference beyond noise)") and words[2].endswith("(+0.5)")
     assert [found["value"] for found in rows["D"]] == [1.0, 0.5, 1.0]
+
+
+def test_genevals_categories_count_the_same_however_many_prompts_they_have():
+    """Three prompts that count, all right, and one with a colour, which is wrong: a half, not three
+    quarters.  The bootstrap's value, in the table."""
+    right, tags = torch.tensor([1.0, 1.0, 1.0, 0.0]), ["counting"] * 3 + ["colors"]
+    rows = compare([geneval_summary(right, tags)])
+    assert rows["geneval pictures"][0]["value"] == 0.75, "the mean of all pictures"
+    assert rows["geneval/overall"][0]["value"] == 0.5, (
+        "GenEval's overall score is the mean of the categories' scores, not of the prompts'")

@@ -99,6 +99,33 @@ def test_the_nucleus_is_that_of_the_temperatures_distribution():
 
 # --- the policy --------------------------------------------------------------------------------
 
+def test_the_probabilities_of_all_codes_at_a_place_add_up_to_one():
+    """Eleven images that differ in their last code alone.  So log_softmax is over the codes, the
+    last axis, in the learner and in the sampler."""
+    model, cond = tiny_model(), torch.tensor([2]).expand(11)
+    tokens = torch.randint(11, (1, 16)).repeat(11, 1)
+    tokens[:, 15] = torch.arange(11)
+    with torch.no_grad():
+        learner, _ = token_logp(model, tokens, cond)
+    _, sampler = generate(model, cond, prefix=tokens)
+    for name, logp in (("token_logp", learner), ("generate", sampler)):
+        same(logp[:, 15].exp().sum(), 1.0, f"{name}: the V codes' probabilities are not a "
+             "distribution: the softmax is over the codes, and over no other axis", atol=1e-4)
+
+
+def test_a_code_is_scored_by_the_prediction_of_its_own_place():
+    """logits[:, i] predicts token i: they are gathered at the same i, without guidance first."""
+    model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)
+    with torch.no_grad():
+        logits = model(tokens, cond)
+        ours, _ = token_logp(model, tokens, cond)
+    right = logits.log_softmax(-1)
+    for shift, says in ((1, "the next place"), (-1, "the place before")):
+        other = right.roll(-shift, dims=1).gather(-1, tokens[..., None])[..., 0]
+        assert not torch.allclose(ours[:, 1:-1], other[:, 1:-1]), f"token i is scored at {says}"
+    same(ours, right.gather(-1, tokens[..., None])[..., 0], "log p of token i is at place i")
+
+
 def test_guidance_and_temperature_by_hand():
     """softmax((null + 3 (cond - null)) / 2), gathered at the given tokens; and its entropy."""
     model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)

@@ -46,6 +46,33 @@ def test_every_step_takes_the_next_prompts():
     assert torch.cat(steps).bincount().tolist() == [3] * 5, "prompts come equally often"
 
 
+def test_the_loss_gets_a_graph_of_the_policy_alone():
+    """Old and reference log-probabilities and advantages are numbers: what they were computed from
+    is not trained.  In the first epoch, too, where pi_old is pi."""
+    def loss_fn(logp, old_logp, ref_logp, advantages, entropy):
+        assert not old_logp.requires_grad, "pi_old keeps its graph: detach it, it is a constant"
+        assert not ref_logp.requires_grad, "the reference has a graph: score it under no_grad"
+        assert not advantages.requires_grad, "advantages are numbers"
+        given.append((logp.requires_grad, entropy.requires_grad))
+        return argrpo.grpo_loss(logp, old_logp, ref_logp, advantages, kl_beta=0.3)
+    given = []
+    Loop(seams=dict(loss_fn=loss_fn)).step()
+    *updates, log = given                        # two micro-batches in each of two epochs
+    assert updates == [(True, True)] * 4, "the policy's log-probs and entropy have their gradient"
+    assert log == (False, False), "what is logged needs none"
+
+
+def test_every_update_starts_from_a_gradient_of_zero():
+    """With a learning rate of 0 the second epoch's gradient is the first one's, and so is that of a
+    second run of the same step."""
+    seen = []
+    loop = Loop(lr=0.0, seams=dict(sync=lambda model: seen.append(gradient(model))))
+    loop.step()
+    times = (seen[1] @ seen[0] / seen[0].square().sum()).item()
+    same(seen[1], seen[0], f"the second epoch's gradient is {times:.2f} times the first one's: "
+         "what an update leaves in .grad is added to the next one's", rtol=1e-3, atol=1e-6)
+
+
 @BOTH
 def test_the_reward_reads_each_images_own_prompt(model_type):
     """The model writes code k for the prompt "code k", and the reward finds all of it true."""
