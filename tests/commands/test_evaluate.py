@@ -66,7 +66,8 @@ def test_the_likeliest_of_several_is_kept(model):
         _, logp = compare.draw(model, Blocks(), PROMPTS, INDEX[:4], range(4), 3, best_of)
         return logp.sum(1)
     one, two, eight = map(logp_of, (1, 2, 8))
-    assert (two >= one - 1e-5).all() and (eight >= two - 1e-5).all() and (eight > one + 0.1).any()
+    assert (two >= one - 1e-5).all() and (eight >= two - 1e-5).all(), "the likeliest is kept"
+    assert (eight > one + 0.1).any(), "the candidates of a picture have numbers of their own"
 
 
 def test_an_interrupted_draw_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
@@ -174,7 +175,7 @@ def test_how_much_a_prompts_pictures_differ(tmp_path):
         return torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]])
 
     found = compare.distances(tmp_path, torch.tensor([0, 0, 1, 1]), 2, {"mine": mine}, "meta")
-    assert found["distance/pixels"].tolist() == [1.0, 0.0]
+    assert found["distance/pixels"].tolist() == [1.0, 0.0], "mean L1 of two different pictures"
     assert found["distance/mine"].tolist() == [1.0, 0.0], "1 minus the cosine"
     assert asked == ["meta"], "the features' model may be on a GPU, to which pictures must follow"
 
@@ -364,3 +365,9 @@ def test_a_picture_is_right_for_geneval_only_if_it_meets_all_its_demands(tmp_pat
     assert columns["geneval"].tolist() == [0.75, 0.5], "the reward itself is a mean of shares"
     assert columns["geneval pictures"].tolist() == [0.5, 0.0], "half of the demands is not right"
     assert columns["geneval prompts"].tolist() == [1.0, 0.0], "one right picture of the first"
+
+
+def test_each_of_two_processes_draws_every_second_file(model, tmp_path, monkeypatch):
+    drawn(model, tmp_path, monkeypatch, parts=((1, 2),))
+    names = [path.name for path in shards(tmp_path)]
+    assert names == ["00001.npz", "00003.npz"], "process 1 of 2 draws its share alone"

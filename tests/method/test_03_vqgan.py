@@ -68,7 +68,8 @@ def test_the_newest_codes_are_remembered():
     quantize = tiny_vq().quantize
     quantize.codebook_used = torch.arange(10.0)
     quantize.remember(torch.tensor([[21, 22], [23, 24]]))
-    assert quantize.codebook_used.tolist() == [4, 5, 6, 7, 8, 9, 21, 22, 23, 24]
+    assert quantize.codebook_used.tolist() == [4, 5, 6, 7, 8, 9, 21, 22, 23, 24], (
+        "the newest stand at the end, and as many of the oldest are gone")
     quantize.remember(torch.arange(100, 115))
     assert quantize.codebook_used.tolist() == list(range(105, 115)), "more than there is room for"
 

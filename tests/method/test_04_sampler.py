@@ -167,7 +167,8 @@ def test_the_sampled_policy_is_the_trained_policy(model_type, cfg_scale, tempera
 def test_guidance_changes_the_policy():
     model, (cond, mask) = tiny_model(), tiny_condition("c2i")
     tokens, sampled = generate(model, cond, mask, cfg_scale=3.0)
-    assert (sampled - token_logp(model, tokens, cond, mask)[0]).abs().max() > 0.1
+    assert (sampled - token_logp(model, tokens, cond, mask)[0]).abs().max() > 0.1, (
+        "guidance 3 draws from another distribution than none")
 
 
 def test_the_entropy_can_be_trained():
@@ -175,7 +176,8 @@ def test_the_entropy_can_be_trained():
     model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)
     entropy = token_logp(model, tokens, cond)[1]
     gradients = torch.autograd.grad(entropy.mean(), model.layers.parameters())
-    assert any(g.abs().max() > 0 for g in gradients)
+    assert any(g.abs().max() > 0 for g in gradients), (
+        "the entropy has no gradient: an entropy bonus would do nothing")
 
 
 def test_the_gradient_of_guided_log_probs_reaches_the_null_branch():
@@ -238,12 +240,12 @@ def test_a_prefix_is_kept_and_the_rest_is_drawn(model_type):
     prefix = torch.randint(11, (6, 5))
     tokens, sampled = generate(model, cond, mask, samples_per_prompt=2, cfg_scale=2.0,
                                prefix=prefix)
-    assert torch.equal(tokens[:, :5], prefix)
+    assert torch.equal(tokens[:, :5], prefix), "the given codes stand in front"
     with torch.no_grad():
         logp, _ = token_logp(model, tokens, repeat(cond, 2), repeat(mask, 2), cfg_scale=2.0)
     same(sampled, logp, "log-probs of given and of drawn codes are the policy's", atol=1e-4)
     whole, _ = generate(model, cond, mask, samples_per_prompt=2, prefix=tokens)
-    assert torch.equal(whole, tokens)
+    assert torch.equal(whole, tokens), "where all codes are given none is drawn"
     with pytest.raises(ValueError, match="6 rows"):
         generate(model, cond, mask, samples_per_prompt=2, prefix=prefix[:3])
 

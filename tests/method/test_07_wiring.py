@@ -226,7 +226,7 @@ def test_the_reference_stays_and_the_policy_leaves_it():
     kls = [step.metrics["kl"] for step in loop.steps]
     assert torch.equal(weights(loop.reference), weights(loop.start)), "the reference must not learn"
     assert all(p.grad is None for p in loop.reference.parameters()), "nor get a gradient"
-    assert not torch.equal(weights(loop.model), weights(loop.start))
+    assert not torch.equal(weights(loop.model), weights(loop.start)), "four steps change the policy"
     assert abs(kls[0]) < 1e-6, "the policy starts at its reference, KL 0"
     assert min(kls[1:]) > 1e-3, f"after a step the policy differs from the reference: KL {kls}"
 
@@ -244,10 +244,12 @@ def test_the_loop_leaves_its_inputs_alone():
     for step in loop.steps:
         rewards, its_copy, images, their_copy = returned[-1]
         assert step.rewards is rewards and torch.equal(rewards, its_copy), "rewards are not changed"
-        assert torch.equal(images, their_copy) and torch.equal(step.images, images)
-    assert loop.config == config and loop.prompts.texts == prompts.texts
-    assert torch.equal(loop.prompts.cond, prompts.cond)
-    assert torch.equal(loop.prompts.cond_mask, prompts.cond_mask)
+        assert torch.equal(images, their_copy) and torch.equal(step.images, images), (
+            "a Step has the images that the reward saw, unchanged")
+    assert loop.config == config and loop.prompts.texts == prompts.texts, (
+        "the loop changes no setting and no text")
+    assert torch.equal(loop.prompts.cond, prompts.cond), "conditions are not changed"
+    assert torch.equal(loop.prompts.cond_mask, prompts.cond_mask), "masks are not changed"
 
 
 def test_nothing_of_the_graph_is_left_in_a_step():
@@ -256,7 +258,8 @@ def test_nothing_of_the_graph_is_left_in_a_step():
     step = loop.step()
     for name, value in step._asdict().items():
         assert not getattr(value, "requires_grad", False), f"Step.{name} still has its graph"
-    assert all(isinstance(value, (int, float)) for value in step.metrics.values())
+    assert all(isinstance(value, (int, float)) for value in step.metrics.values()), (
+        "metrics are plain numbers")
     assert all(p.grad is None for p in loop.model.parameters()), (
         "gradients are freed after the update: the next rollout needs their memory")
 
@@ -292,7 +295,8 @@ def test_the_order_of_a_step(monkeypatch):
     epoch = ["policy", "extra loss", "sync", "clip", "optimizer", "zero_grad"]
     step = ["sampler", "rollout", "reward", "advantages", "reference", *epoch, *epoch]
     loop.step()
-    assert events == ["zero_grad", *step]
+    assert events == ["zero_grad", *step], (
+        "rollout, reward, advantages, reference once, then the epochs")
     events.clear()
     loop.step()
     assert events == step, "the second step, like the first, draws anew from the present weights"
@@ -306,7 +310,7 @@ def test_an_update_uses_its_own_steps_learning_rate():
         loop.optimizer.register_step_pre_hook(
             lambda optimizer, *_, into=rates: into.append(optimizer.param_groups[0]["lr"]))
         numbers = [step.metrics["step"] for step in loop.steps]
-        assert numbers == list(range(first_step, 4))
+        assert numbers == list(range(first_step, 4)), "a resumed run begins at its first_step"
         right = [argrpo.learning_rate(loop.config, k) for k in numbers for _ in range(2)]
         assert rates == pytest.approx(right), "learning_rate(config, step), set before the update"
 
@@ -381,4 +385,5 @@ def test_bfloat16_is_for_the_transformer_alone(monkeypatch, spy):
               "loss": False}
     for name, on in inside:
         assert on == wanted[name], f"{name} {'without' if wanted[name] else 'under'} autocast"
-    assert step.logp.dtype == step.ref_logp.dtype == torch.float32
+    assert step.logp.dtype == step.ref_logp.dtype == torch.float32, (
+        "log-probabilities are float32 again")
