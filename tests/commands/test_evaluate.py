@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -328,7 +329,9 @@ def test_two_processes_draw_what_one_draws(table, tmp_path):
     (["--gpt-ckpt", "base", "--gpt-ckpt", "base"], "two checkpoints would be called 'base'"),
     (["--gpt-ckpt", "base@x"], "behind the @ must be a seed such as 1, not 'x'"),
     (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
-    (["--gpt-ckpt", "base", "--reference", "nowhere"], "--reference: there is no nowhere"),
+    pytest.param(["--gpt-ckpt", "base", "--reference", "nowhere"],
+                 "--reference: there is no nowhere", marks=pytest.mark.skipif(
+                     find_spec("torch_fidelity") is None, reason="needs torch-fidelity")),
     (["--gpt-ckpt", "base", "--preset", "t2i-XL-256"], "give it --prompts FILE"),
     (["--gpt-ckpt", "base", "--task", "t3i"], "--task must be c2i or t2i, not 't3i'"),
     (["--gpt-ckpt", "base", "--preset", "M-256"], "unknown preset 'M-256'"),
@@ -371,3 +374,33 @@ def test_each_of_two_processes_draws_every_second_file(model, tmp_path, monkeypa
     drawn(model, tmp_path, monkeypatch, parts=((1, 2),))
     names = [path.name for path in shards(tmp_path)]
     assert names == ["00001.npz", "00003.npz"], "process 1 of 2 draws its share alone"
+
+
+@pytest.mark.parametrize("what, change", [("seed", dict(seed=4)), ("size", dict(size=1)),
+                                          ("temperature", dict(temperature=0.5))])
+def test_pictures_of_other_settings_are_not_mixed_in(what, change, model, tmp_path, monkeypatch):
+    drawn(model, tmp_path, monkeypatch, temperature=1.0)
+    how = dict(seed=3, temperature=1.0) | change
+    with pytest.raises(ValueError, match=f"holds pictures of another .*{what}"):
+        draw_shards(model, Blocks(), PROMPTS, INDEX, tmp_path, **how)
+
+
+def test_each_picture_is_scored_with_its_own_text_and_again_when_it_changes(tmp_path):
+    """Five pictures in two files; the judge reads the text."""
+    texts, said = ["1", "2", "3", "4", "5"], []
+
+    def judge(images, texts):
+        said.append(texts)
+        return {"text": torch.tensor([float(text) for text in texts]),
+                "light": images.mean(dim=(1, 2, 3))}
+
+    def scores(brightness):
+        for k, count in enumerate((3, 2)):
+            np.savez(tmp_path / f"{k:05}.npz", entropy=np.zeros(count, np.float32),
+                     images=np.full((count, 2, 2, 3), 255 * brightness, np.uint8))
+        return compare.score_shards(tmp_path, texts, {"judge": judge}, "cpu")
+    found = scores(0)
+    assert found["text"].tolist() == [1, 2, 3, 4, 5], "the second file's pictures have later texts"
+    assert said == [texts[:3], texts[3:]], "each picture comes with the text it was drawn for"
+    assert scores(0)["light"].tolist() == [0] * 5 and len(said) == 2, "the same is not scored again"
+    assert scores(1)["light"].tolist() == [1] * 5, "other pictures, and the old scores"

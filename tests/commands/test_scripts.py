@@ -452,3 +452,11 @@ def test_the_default_run_reaches_what_the_readme_says(tmp_path):
     before, after = summary["before"], summary["after"]
     assert before["verified"] <= 0.65 and after["verified"] >= 0.88
     assert 0 < after["diversity"] < before["diversity"] and 0 < after["entropy"] < before["entropy"]
+
+
+def test_a_resumed_run_still_knows_what_its_command_line_had_changed(finished):
+    """The page shows it: what was given at first, and what --resume was given."""
+    found = options.resumed(train_c2i.C2iSettings, {"resume": str(finished[0]), "steps": 6})
+    assert found.given["group_size"] == 4 and found.given["reward"] == "shapes,jpeg:0.01", (
+        "the changes of the first command are kept")
+    assert found.given["steps"] == found.steps == 6, "and those of this one are added"

@@ -13,7 +13,7 @@ import diversity
 import harness.run
 from argrpo import Prompts
 from harness.before_after import Watched
-from harness.checkpoints import Record
+from harness.checkpoints import Record, write_count
 from reward import RewardSet
 from train_c2i import C2iSettings
 
@@ -78,14 +78,24 @@ def test_a_checkpoint_is_made_every_so_many_steps_and_after_the_last(tmp_path):
 def test_what_is_resumed_are_the_weights_after_the_last_saved_step(tmp_path):
     run = Run(tmp_path)
     run.step(0), run.step(1)
-    weights, moments = run.model.output.weight.clone(), run.optimizer.state_dict()["state"]
+    weights = run.model.output.weight.clone()
+    average = run.optimizer.state[run.model.output.weight]["exp_avg"].clone()
     run.step(2)
     again = Run(tmp_path, resume=True)
-    assert again.record.done == 2
-    assert torch.equal(again.model.output.weight, weights), "weights of the checkpoint"
-    for key, state in again.optimizer.state_dict()["state"].items():
-        assert state["step"] == 2, "AdamW counts its updates: they go on from the checkpoint's"
-        assert state["exp_avg"].shape == moments[key]["exp_avg"].shape
+    assert again.record.done == 2, "the next step is number 2"
+    assert torch.equal(again.model.output.weight, weights), "the checkpoint's weights"
+    state = again.optimizer.state[again.model.output.weight]
+    assert state and state["step"] == 2, "AdamW goes on counting: it does not start anew"
+    assert torch.equal(state["exp_avg"], average), "with its averages of the gradient"
+
+
+def test_of_a_step_that_stands_twice_in_the_log_the_newer_line_counts(tmp_path):
+    run = Run(tmp_path)
+    run.step(0), run.step(1)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "reward": 7.0}\n')
+    Run(tmp_path, resume=True)
+    assert in_log(tmp_path) == [(0, 0.0), (1, 7.0)], "a step that ran again has replaced the first"
 
 
 # --- what is saved when a run ends early -------------------------------------------------------
@@ -110,6 +120,15 @@ def test_steps_before_one_that_failed_without_an_update_are_saved(tmp_path, caps
     run.record.close()
     assert saved_step(tmp_path) == 3, "three steps are done and their weights are whole"
     assert "stopped in step 3 of 9, saved up to there" in capsys.readouterr().err
+
+
+def test_the_optimizers_averages_are_part_of_what_an_update_changes(tmp_path):
+    run = Run(tmp_path)
+    run.step(0)
+    before = write_count(run.model, run.optimizer)
+    run.optimizer.state[run.model.output.weight]["exp_avg"].add_(1)
+    assert write_count(run.model, run.optimizer) > before, (
+        "an update that broke off before it came to the weights has changed AdamW's averages")
 
 
 # --- the diverse recipe's memory ---------------------------------------------------------------

@@ -86,8 +86,7 @@ def test_only_right_images_are_remembered(model_type):
     rehearsal.remember(torch.tensor([3, 1, 3]))
     assert list(rehearsal.remembered) == ["prompt 3", "prompt 1"], "each prompt that came up, once"
     for tokens in rehearsal.remembered.values():
-        assert 0 < len(tokens) <= 8, (              # of two groups of four
-            "some of two groups of four, not all of which are right")
+        assert 0 < len(tokens) <= 8, "some of two groups of four"
         assert dark(argrpo.to_images(Blocks(), tokens), None)[0].all(), "wrong images are forgotten"
     before = rehearsal.remembered["prompt 1"]
     rehearsal.remember(torch.tensor([1, 2]))
