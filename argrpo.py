@@ -544,14 +544,11 @@ def pick_prompts(n, step, per_step, seed):
     return torch.cat(order)[first - rounds[0] * n:][:per_step]
 
 
-def has_bfloat16(device):
-    """Whether this is a GPU with bfloat16: older ones (T4, V100) emulate it, slowly."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def autocast(device):
-    """bfloat16 for the transformer's matrix products where it is fast, else float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
+    """bfloat16 for the transformer's matrix products on a GPU, but float32 on a CPU, and on GPUs
+    before compute capability 8 (T4, V100), which only emulate bfloat16, slowly."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 @torch.no_grad()

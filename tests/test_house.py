@@ -145,6 +145,38 @@ def test_the_method_needs_little(module):
               found)
 
 
+# --- packages ----------------------------------------------------------------------------------
+
+NAMED_OTHERWISE = {"PIL": "pillow", "open_clip": "open_clip_torch"}
+OWN = {part for path in MODULES for part in path.with_suffix("").parts}
+
+
+def required(*names):
+    """The packages that files of requirements name, without those of the files that they include.
+    """
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines()]
+    return {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines if line[:1].isalpha()}
+
+
+def test_what_is_imported_is_required():
+    """Also what another package happens to bring along: one day it may not, or not new enough."""
+    always = required("requirements.txt")
+    sometimes = always | required("requirements-dev.txt", "requirements-rewards.txt")
+    found = []
+    for path in MODULES:
+        lines = (ROOT / path).read_text().splitlines()
+        for line, name in imports(path):
+            package = name.split(".")[0]
+            if package in OWN or package in sys.stdlib_module_names:
+                continue
+            at_the_top = lines[line - 1].startswith(("import", "from")) and path in HOUSE
+            if NAMED_OTHERWISE.get(package, package) not in (always if at_the_top else sometimes):
+                found.append(f"{path}:{line} imports {package}")
+    offenders("requirements.txt names each package that is imported at the top of a file, and the "
+              "oldest version that is known to do; what one option needs is imported where it is "
+              "used, and stands in requirements-dev.txt or requirements-rewards.txt.", found)
+
+
 # --- names -------------------------------------------------------------------------------------
 
 def test_no_two_modules_share_a_name():

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,8 @@ def test_the_likeliest_of_several_is_kept(model):
         _, logp = compare.draw(model, Blocks(), PROMPTS, INDEX[:4], range(4), 3, best_of)
         return logp.sum(1)
     one, two, eight = map(logp_of, (1, 2, 8))
-    assert (two >= one - 1e-5).all() and (eight >= two - 1e-5).all() and (eight > one + 0.1).any()
+    assert (two >= one - 1e-5).all() and (eight >= two - 1e-5).all(), "the likeliest is kept"
+    assert (eight > one + 0.1).any(), "the candidates of a picture have numbers of their own"
 
 
 def test_an_interrupted_draw_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
@@ -172,7 +174,7 @@ def test_how_much_a_prompts_pictures_differ(tmp_path):
         return torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]])
 
     found = compare.distances(tmp_path, torch.tensor([0, 0, 1, 1]), 2, {"mine": mine}, "meta")
-    assert found["distance/pixels"].tolist() == [1.0, 0.0]
+    assert found["distance/pixels"].tolist() == [1.0, 0.0], "mean L1 of two different pictures"
     assert found["distance/mine"].tolist() == [1.0, 0.0], "1 minus the cosine"
     assert asked == ["meta"], "the features' model may be on a GPU, to which pictures must follow"
 
@@ -325,7 +327,9 @@ def test_two_processes_draw_what_one_draws(table, tmp_path):
     (["--gpt-ckpt", "base", "--gpt-ckpt", "base"], "two checkpoints would be called 'base'"),
     (["--gpt-ckpt", "base@x"], "behind the @ must be a seed such as 1, not 'x'"),
     (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
-    (["--gpt-ckpt", "base", "--reference", "nowhere"], "--reference: there is no nowhere"),
+    pytest.param(["--gpt-ckpt", "base", "--reference", "nowhere"],
+                 "--reference: there is no nowhere", marks=pytest.mark.skipif(
+                     find_spec("torch_fidelity") is None, reason="needs torch-fidelity")),
     (["--gpt-ckpt", "base", "--preset", "t2i-XL-256"], "give it --prompts FILE"),
     (["--gpt-ckpt", "base", "--task", "t3i"], "--task must be c2i or t2i, not 't3i'"),
     (["--gpt-ckpt", "base", "--preset", "M-256"], "unknown preset 'M-256'"),
@@ -348,3 +352,53 @@ def test_bad_options_are_one_line(given, message, tmp_path, monkeypatch, capsys)
         evaluate.main(given)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_right_for_geneval_only_if_it_meets_all_its_demands(tmp_path):
+    """The reward is the share of a caption's demands that are met, and a half is not right."""
+    pictures = np.zeros((4, 2, 2, 3), np.uint8)
+    np.savez(tmp_path / "00000.npz", images=pictures, entropy=np.zeros(4, np.float32))
+    met = reward.RewardSet({"geneval": (lambda *_: torch.tensor([1.0, 0.5, 0.5, 0.5]), 1.0)})
+    settings = evaluate.EvaluateSettings(preset="t2i-XL-256", task="t2i", rewards="geneval")
+    texts, tags = ["a photo of two dogs", "a photo of a red bus"], ["counting", "colors"]
+    columns = compare.columns_of(tmp_path, texts, tags, torch.tensor([0, 0, 1, 1]), met, settings,
+                                 "cpu")
+    assert columns["geneval"].tolist() == [0.75, 0.5], "the reward itself is a mean of shares"
+    assert columns["geneval pictures"].tolist() == [0.5, 0.0], "half of the demands is not right"
+    assert columns["geneval prompts"].tolist() == [1.0, 0.0], "one right picture of the first"
+
+
+def test_each_of_two_processes_draws_every_second_file(model, tmp_path, monkeypatch):
+    drawn(model, tmp_path, monkeypatch, parts=((1, 2),))
+    names = [path.name for path in shards(tmp_path)]
+    assert names == ["00001.npz", "00003.npz"], "process 1 of 2 draws its share alone"
+
+
+@pytest.mark.parametrize("what, change", [("seed", dict(seed=4)), ("size", dict(size=1)),
+                                          ("temperature", dict(temperature=0.5))])
+def test_pictures_of_other_settings_are_not_mixed_in(what, change, model, tmp_path, monkeypatch):
+    drawn(model, tmp_path, monkeypatch, temperature=1.0)
+    how = dict(seed=3, temperature=1.0) | change
+    with pytest.raises(ValueError, match=f"holds pictures of another .*{what}"):
+        draw_shards(model, Blocks(), PROMPTS, INDEX, tmp_path, **how)
+
+
+def test_each_picture_is_scored_with_its_own_text_and_again_when_it_changes(tmp_path):
+    """Five pictures in two files; the judge reads the text."""
+    texts, said = ["1", "2", "3", "4", "5"], []
+
+    def judge(images, texts):
+        said.append(texts)
+        return {"text": torch.tensor([float(text) for text in texts]),
+                "light": images.mean(dim=(1, 2, 3))}
+
+    def scores(brightness):
+        for k, count in enumerate((3, 2)):
+            np.savez(tmp_path / f"{k:05}.npz", entropy=np.zeros(count, np.float32),
+                     images=np.full((count, 2, 2, 3), 255 * brightness, np.uint8))
+        return compare.score_shards(tmp_path, texts, {"judge": judge}, "cpu")
+    found = scores(0)
+    assert found["text"].tolist() == [1, 2, 3, 4, 5], "the second file's pictures have later texts"
+    assert said == [texts[:3], texts[3:]], "each picture comes with the text it was drawn for"
+    assert scores(0)["light"].tolist() == [0] * 5 and len(said) == 2, "the same is not scored again"
+    assert scores(1)["light"].tolist() == [1] * 5, "other pictures, and the old scores"

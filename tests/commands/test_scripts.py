@@ -326,9 +326,10 @@ def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
                                       ["--out", str(tmp_path), *given], "")
     paper, diverse = settings(), settings("--recipe", "diverse")
     mine = settings("--recipe", "diverse", "--diversity-bonus", "0.1")
-    names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step")
-    assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 16]
-    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 6.0, 16]
+    names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step", "steps", "group_size")
+    assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 16, 75, 8]
+    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 6.0, 16, 450, 16], (
+        "the recipe is laid over the preset, which has other steps and a smaller group")
     assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.3
     with pytest.raises(ValueError, match="unknown recipe 'wild'"):
         settings("--recipe", "wild")
@@ -447,3 +448,11 @@ def test_the_default_run_reaches_what_the_readme_says(tmp_path):
     before, after = summary["before"], summary["after"]
     assert before["verified"] <= 0.65 and after["verified"] >= 0.88
     assert 0 < after["diversity"] < before["diversity"] and 0 < after["entropy"] < before["entropy"]
+
+
+def test_a_resumed_run_still_knows_what_its_command_line_had_changed(finished):
+    """The page shows it: what was given at first, and what --resume was given."""
+    found = options.resumed(train_c2i.C2iSettings, {"resume": str(finished[0]), "steps": 6})
+    assert found.given["group_size"] == 4 and found.given["reward"] == "shapes,jpeg:0.01", (
+        "the changes of the first command are kept")
+    assert found.given["steps"] == found.steps == 6, "and those of this one are added"

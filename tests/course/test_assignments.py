@@ -206,22 +206,51 @@ def test_a_file_that_is_no_python_is_reported_with_its_line(tmp_path):
 HOSTILE = {
     "loop": "while True:\n    pass",
     "exit": "import sys\nsys.exit(0)",
+    "crash": "import os\nos._exit(0)",
     "fake": "print('{\"tests\": [{\"score\": 100, \"max_score\": 100}]}')\nreturn logp * 0 - 7",
     "delete": "import os, shutil\nfor n in os.listdir('.'):\n    os.remove(n)\n"
               "d = ref_logp - logp\nreturn d.exp() - d - 1",
 }
 
 
-@pytest.mark.course
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("exit", "fake") else pytest.mark.course)
+    for name in HOSTILE])
 def test_hostile_bodies_get_the_right_score(name, tmp_path):
-    """An endless loop, an exit and a printed result cost the item's points, and no others; who
-    deletes files in the folder and is right has full points."""
+    """An exit, a crash, an endless loop and a printed result cost the item's points, and no others;
+    who deletes files in the folder and is right has full points."""
     folder = submission(tmp_path, source.with_body(REFERENCE, CODE["2.4"], HOSTILE[name]))
-    results = {r.name[:3]: r for r in grade.grade(folder, key=KEY, only=["1.5", "2.4", "2.5"])}
-    assert results["1.5"].score == 2 and results["2.5"].score == 8
-    assert results["2.4"].score == (3 if name == "delete" else 0)
+    results = {r.name[:3]: r for r in grade.grade(folder, key=KEY, only=["1.5", "2.4"])}
+    assert results["1.5"].score == 2, "other items keep their points"
+    assert results["2.4"].score == (3 if name == "delete" else 0), results["2.4"].output
     assert sorted(os.listdir(folder)) == ["answers.toml", "argrpo.py", "my_reward.py"]
+
+
+def test_what_is_right_for_the_smallest_input_alone_is_wrong():
+    """Every check has three sizes: two numbers are the smallest that 2.4 is given."""
+    text = source.with_body(REFERENCE, CODE["2.4"], "d = ref_logp - logp\n"
+                            "k3 = d.exp() - d - 1\nreturn k3 if d.numel() <= 2 else k3 + 1")
+    result = grade_items(text, "2.4")["2.4"]
+    assert result.score == 0, f"only the smallest of three sizes is compared: {result.output}"
+
+
+def test_the_grader_compares_number_shape_and_kind_of_what_is_returned():
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
+    assert grade.same([x, y], [x.clone(), y.clone()], 1e-5)
+    for what, got in {"too few values": [x], "too many values": [x, y, y], "no value": [],
+                      "another order": [y, x], "another shape": [x[None], y],
+                      "whole numbers": [x.long(), y], "a text": ["1", y],
+                      "another value": [x + 1e-3, y], "NaN": [x * torch.nan, y]}.items():
+        assert not grade.same(got, [x, y], 1e-5), f"{what} must not pass as the right answer"
+
+
+def test_an_error_at_one_size_costs_the_check():
+    """Whoever fails for larger inputs is not done."""
+    text = source.with_body(REFERENCE, CODE["2.4"], "d = ref_logp - logp\nassert d.numel() <= 2\n"
+                            "return d.exp() - d - 1")
+    result = grade_items(text, "2.4")["2.4"]
+    assert result.score == 0 and "AssertionError" in result.output, (
+        f"an error is no right answer: {result.output}")
 
 
 def test_answers_about_the_runs():
@@ -423,3 +452,33 @@ def test_the_zip_runs_as_gradescope_runs_it(handout, tmp_path):
     tests = json.loads((tmp_path / "autograder/results/results.json").read_text())["tests"]
     assert sum(test["max_score"] for test in tests) == 100
     assert sum(test["score"] for test in tests) == 100 - 3 - 12
+
+
+# --- other systems -----------------------------------------------------------------------------
+
+UNIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios",
+                "tty"}
+UNIX_NAMES = {"fork", "forkpty", "geteuid", "getgid", "getpgid", "getuid", "killpg", "mkfifo",
+              "sched_getaffinity", "setpgid", "setsid", "statvfs", "sysconf", "uname", "wait",
+              "wait4", "waitpid", "SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGXCPU", "alarm",
+              "setitimer"}
+
+
+def test_the_handout_runs_on_macos_and_windows_too():
+    """What students are given uses nothing that is of Unix, or of Linux, alone.  The grader does,
+    and runs where the staff runs it."""
+    given = [ROOT / name for name in (*make.GIVEN, "assignments/handout", "argrpo.py")]
+    files = [file for path in given for file in ([path] if path.is_file() else path.rglob("*.py"))
+             if file.suffix == ".py"]
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = {getattr(node, "module", ""), getattr(node, "attr", "")}
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names |= {alias.name for alias in node.names}
+            bad = names & (UNIX_MODULES | UNIX_NAMES)
+            if isinstance(node, ast.Constant) and re.match(r"/(dev|etc|proc|tmp|usr|var)/",
+                                                           str(node.value)):
+                bad.add(node.value)
+            found += [f"{file.relative_to(ROOT)}:{node.lineno} {name}" for name in bad]
+    assert len(files) > 15 and not found, f"only on Unix: {', '.join(found)}"

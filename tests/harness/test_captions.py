@@ -279,3 +279,11 @@ def test_a_missing_t5_is_a_clear_error(monkeypatch):
     message = "https://huggingface.co/google/flan-t5-xl .*--t5 PATH"
     with pytest.raises(FileNotFoundError, match=message):
         caption_encoder("t2i-XL-256", "google/flan-t5-xl", "cpu")
+
+
+def test_a_caption_that_just_fits_is_not_reported_as_cut(t5_folder, recwarn):
+    """Six words and T5's end mark are 7 tokens."""
+    prompts = T5Captions(str(t5_folder), length=7)(["a photo of a red bird"])
+    assert prompts.cond_mask.sum() == 7
+    said = [str(w.message) for w in recwarn if "lose their end" in str(w.message)]
+    assert not said, f"7 tokens fit into 7 places, and nothing is cut: {said}"

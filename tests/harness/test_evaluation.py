@@ -97,7 +97,7 @@ def test_it_draws_under_the_policy_that_is_trained(what, spy, tmp_path):
     else:
         now = time.perf_counter()
         Progress(vq, prompts, brightness, settings, nothing, tmp_path, now).draw(model, 3)
-    assert drawn.calls
+    assert drawn.calls, "something is drawn"
     for (_, cond, mask), how in drawn.calls:
         assert how["cfg_scale"] == 2.0, f"{what} must use the rollout's guidance"
         assert how["temperature"] == 1.3, f"{what} must use the rollout's temperature"
@@ -152,8 +152,9 @@ def test_the_entropy_is_minus_the_mean_log_prob_of_what_was_drawn(monkeypatch):
         return tokens, logp, images
     monkeypatch.setattr(argrpo, "draw_images", noted)
     scores, _ = evaluate(model, vq, prompts, brightness, tiny_settings())
-    assert scores["entropy"] == pytest.approx(-torch.cat(logps).mean().item(), rel=1e-5)
-    assert scores["entropy"] > 0
+    assert scores["entropy"] == pytest.approx(-torch.cat(logps).mean().item(), rel=1e-5), (
+        "minus the mean log-prob of all codes that were drawn")
+    assert scores["entropy"] > 0, "an entropy is positive"
 
 
 def test_other_guidance_scales_are_evaluated_besides(spy):
@@ -162,8 +163,10 @@ def test_other_guidance_scales_are_evaluated_besides(spy):
     settings = tiny_settings(eval_cfg_scales="1,2,4", eval_images=8, prompts_per_step=4)
     scores, *_ = evaluate_all(model, vq, prompts, brightness, settings, Watched())
     assert set(scores["guidance"]) == {"1", "4"}, "2 is the rollout's own"
-    assert [how["cfg_scale"] for _, how in drawn.calls] == [2.0, 1.0, 4.0]
-    assert len(set(seeds_of(drawn))) == 1
+    assert [how["cfg_scale"] for _, how in drawn.calls] == [2.0, 1.0, 4.0], (
+        "the rollout's scale, then the others")
+    assert len(set(seeds_of(drawn))) == 1, (
+        "the same random numbers at each scale: only guidance differs")
     for scale in (1.0, 4.0):
         right, _ = evaluate(model, vq, prompts, brightness, settings, cfg_scale=scale)
         assert scores["guidance"][f"{scale:g}"] == right, "each scale's scores are its own"
@@ -197,10 +200,11 @@ def test_evaluation_leaves_everything_as_it_was():
     before, cond, state = weights(model), prompts.cond.clone(), torch.get_rng_state()
     settings = tiny_settings()
     evaluate_all(model, vq, prompts, brightness, settings, Watched())
-    assert torch.equal(weights(model), before) and torch.equal(prompts.cond, cond)
+    assert torch.equal(weights(model), before) and torch.equal(prompts.cond, cond), (
+        "an evaluation changes no weight and no condition")
     assert all(p.grad is None and p.requires_grad for p in model.parameters()), "it is no training"
     assert torch.equal(torch.get_rng_state(), state), "its draws have generators of their own"
-    assert settings == tiny_settings()
+    assert settings == tiny_settings(), "nor a setting"
 
 
 def test_a_signal_ends_an_evaluation():
@@ -216,13 +220,15 @@ def test_a_signal_ends_an_evaluation():
 def test_d_is_the_mean_of_after_over_before():
     kept = diversity_kept({"distance": 0.2, "centres": 4.0}, {"distance": 0.1, "centres": 3.0})
     assert kept["diversity_kept/distance"] == pytest.approx(0.5), "after / before"
-    assert kept["diversity_kept/centres"] == pytest.approx(0.75)
+    assert kept["diversity_kept/centres"] == pytest.approx(0.75), "after / before: 3 / 4"
     assert kept["diversity_kept"] == pytest.approx(0.625), "D is the mean of its parts"
     unknown = diversity_kept({"distance": 0.2, "centres": None}, {"distance": 0.1, "centres": 3.0})
-    assert unknown["diversity_kept"] is None and unknown["diversity_kept/centres"] is None
+    assert unknown["diversity_kept"] is None and unknown["diversity_kept/centres"] is None, (
+        "where a part is unknown, so is D")
     nothing_left = diversity_kept({"distance": 0.2}, {"distance": 0.0})
     assert nothing_left["diversity_kept"] == 0, "0 is a number: nothing was kept"
-    assert diversity_kept({"distance": 0.2}, {"distance": None})["diversity_kept"] is None
+    assert diversity_kept({"distance": 0.2}, {"distance": None})["diversity_kept"] is None, (
+        "what is unknown after is no 0")
 
 
 # --- the settings ------------------------------------------------------------------------------
@@ -280,6 +286,6 @@ def test_a_setting_changes_what_it_should_of_evaluation(name, monkeypatch):
 
 
 def test_known_mean_is_none_where_nothing_is_known():
-    assert known_mean(torch.tensor([1.0, math.nan, 2.0])) == 1.5
-    assert known_mean(torch.tensor([math.nan])) is None
+    assert known_mean(torch.tensor([1.0, math.nan, 2.0])) == 1.5, "NaN is left out"
+    assert known_mean(torch.tensor([math.nan])) is None, "of nothing there is no mean"
     same(torch.tensor(known_mean(torch.tensor([0.0]))), 0.0, "0 is known")

@@ -191,7 +191,8 @@ def test_a_failing_write_keeps_the_previous_checkpoint(tmp_path):
 
     with pytest.raises(OSError):
         write_atomically(path, fail)
-    assert path.read_bytes() == b"good"
+    assert path.exists() and path.read_bytes() == b"good", "it stays until the new one is whole"
+    assert not list(tmp_path.glob("*.tmp")), "half a file is left behind, where the disk is full"
 
 
 def test_resuming_from_a_damaged_checkpoint_changes_nothing(tmp_path, capsys, quick):

@@ -9,6 +9,7 @@ import torch
 from conftest import weights
 
 import argrpo
+import evaluate
 import pretrained
 import sample
 import toy
@@ -260,3 +261,33 @@ def test_gpt_b_256_at_full_size(tmp_path, capsys, monkeypatch):
     trained = pretrained.load_gpt("B-256", str(out / "model.pt"))
     pairs = zip(trained.parameters(), gpt.float().parameters())
     assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("given, labels", [
+    (["--classes", "0,5", "--samples", "2"], [0, 0, 5, 5]),
+    (["--rows", "3", "--samples", "1"], [0, 13, 26]),
+    (["--classes", "0,5", "--npz", "a.npz", "--images", "3"], [0, 5, 0])],
+    ids=["grid", "rows", "npz"])
+def test_sample_draws_the_classes_asked_for_and_best_of_candidates_of_each(
+        given, labels, tmp_path, monkeypatch, spy):
+    """A grid has rows of one class, evenly chosen; an .npz has all classes in turn.  Of three
+    candidates one is kept: see test_the_likeliest_of_several_is_kept."""
+    monkeypatch.chdir(tmp_path)
+    drawn = spy(argrpo, "generate")
+    sample.main(["--best-of", "3", *given])
+    conditions = torch.cat([args[1] for args, _ in drawn.calls]).tolist()
+    assert len(conditions) == 3 * len(labels), "--best-of 3 draws three candidates a picture"
+    assert conditions == [label for label in labels for _ in range(3)], "of these classes, in order"
+
+
+def test_pictures_for_fid_have_256_pixels_at_most(tmp_path, spy):
+    drawn = spy(sample.compare, "draw_shards")
+    sample.main(["--npz", str(tmp_path / "a.npz"), "--images", "2"])
+    assert drawn.calls[0][1]["size"] == 256, "ADM's evaluator wants 256 x 256"
+
+
+@pytest.mark.parametrize("settings", [sample.SampleSettings, evaluate.EvaluateSettings])
+def test_what_draws_is_the_policy_that_the_options_ask_for(settings):
+    asked = dict(cfg_scale=3.0, temperature=0.7, top_k=5, top_p=0.9)
+    got = settings(**asked).policy()
+    assert {name: got.get(name) for name in asked} == asked, "generate gets each of the options"

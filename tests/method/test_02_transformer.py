@@ -196,20 +196,27 @@ def test_copies_of_a_condition_are_neighbours_and_do_not_share_memory():
     same(logits, right, "each image of a prompt has keys and values of its own", atol=1e-4)
 
 
-@BOTH
-def test_a_cache_is_not_touched_by_another_call(model_type):
+def test_a_cache_is_not_touched_by_another_call():
     """The model keeps nothing between calls: two rollouts can take turns."""
-    model, (cond, mask) = tiny_model(model_type), tiny_condition(model_type)
-    tokens = torch.randint(11, (3, 16))
+    model, cond, tokens = tiny_model(), torch.arange(3), torch.randint(11, (3, 16))
     with torch.no_grad():
-        right = model(tokens, cond, mask)
-        _, cache = model.prefill(cond, mask)
+        right = model(tokens, cond)
+        _, cache = model.prefill(cond)
         for i in range(15):
-            logits = model.decode_step(tokens[:, i], i, cache, mask)
+            logits = model.decode_step(tokens[:, i], i, cache)
             if i == 7:                           # another rollout, and a pass of training, between
-                generate(model, cond.flip(0), None if mask is None else mask.flip(0))
-                model(tokens[:1], cond[:1], None if mask is None else mask[:1])
+                generate(model, cond.flip(0))
+                model(tokens[:1], cond[:1])
     same(logits, right[:, 15], "a call in between has changed the cache", atol=1e-4)
+
+
+def test_the_first_code_is_predicted_at_the_last_word():
+    """By forward and by prefill alike, of captions that fill all T positions."""
+    model, cond, mask = tiny_model("t2i"), torch.randn(3, 4, 6), torch.ones(3, 4, dtype=torch.bool)
+    with torch.no_grad():
+        whole = model(torch.zeros(3, 16, dtype=torch.long), cond, mask)
+        same(model.prefill(cond, mask)[0], whole[:, 0], "of T condition positions the last one "
+             "predicts token 0: it has read all others", atol=1e-4)
 
 
 # --- padding ---------------------------------------------------------------------------------

@@ -22,6 +22,18 @@ def test_the_nearest_code_is_the_one_in_the_same_direction():
     same(features.norm(dim=-1), torch.ones(2, 4), "and so are the encoder's vectors")
 
 
+def test_a_codes_length_does_not_change_its_picture():
+    """Decoding and training use the normalised codebook, as the look-up does."""
+    vq, tokens = tiny_vq(), torch.arange(4).view(1, 4)
+    with torch.no_grad():
+        before, z = vq.decode(tokens), F.normalize(torch.randn(1, 4, 2), dim=-1)
+        code, _ = vq.straight_through(z)
+        vq.quantize.embedding.weight *= 3
+        same(vq.decode(tokens), before, "decoding takes codes of length one: `codes()`, not the "
+             "table as it is")
+        same(vq.straight_through(z)[0], code, "so does training")
+
+
 def test_straight_through_has_the_codes_value_and_the_features_gradient():
     """See straight_through."""
     vq, z = tiny_vq(), F.normalize(torch.randn(2, 4, 2), dim=-1).requires_grad_()
@@ -56,7 +68,8 @@ def test_the_newest_codes_are_remembered():
     quantize = tiny_vq().quantize
     quantize.codebook_used = torch.arange(10.0)
     quantize.remember(torch.tensor([[21, 22], [23, 24]]))
-    assert quantize.codebook_used.tolist() == [4, 5, 6, 7, 8, 9, 21, 22, 23, 24]
+    assert quantize.codebook_used.tolist() == [4, 5, 6, 7, 8, 9, 21, 22, 23, 24], (
+        "the newest stand at the end, and as many of the oldest are gone")
     quantize.remember(torch.arange(100, 115))
     assert quantize.codebook_used.tolist() == list(range(105, 115)), "more than there is room for"
 

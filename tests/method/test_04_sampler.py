@@ -99,6 +99,33 @@ def test_the_nucleus_is_that_of_the_temperatures_distribution():
 
 # --- the policy --------------------------------------------------------------------------------
 
+def test_the_probabilities_of_all_codes_at_a_place_add_up_to_one():
+    """Eleven images that differ in their last code alone.  So log_softmax is over the codes, the
+    last axis, in the learner and in the sampler."""
+    model, cond = tiny_model(), torch.tensor([2]).expand(11)
+    tokens = torch.randint(11, (1, 16)).repeat(11, 1)
+    tokens[:, 15] = torch.arange(11)
+    with torch.no_grad():
+        learner, _ = token_logp(model, tokens, cond)
+    _, sampler = generate(model, cond, prefix=tokens)
+    for name, logp in (("token_logp", learner), ("generate", sampler)):
+        same(logp[:, 15].exp().sum(), 1.0, f"{name}: the V codes' probabilities are not a "
+             "distribution: the softmax is over the codes, and over no other axis", atol=1e-4)
+
+
+def test_a_code_is_scored_by_the_prediction_of_its_own_place():
+    """logits[:, i] predicts token i: they are gathered at the same i, without guidance first."""
+    model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)
+    with torch.no_grad():
+        logits = model(tokens, cond)
+        ours, _ = token_logp(model, tokens, cond)
+    right = logits.log_softmax(-1)
+    for shift, says in ((1, "the next place"), (-1, "the place before")):
+        other = right.roll(-shift, dims=1).gather(-1, tokens[..., None])[..., 0]
+        assert not torch.allclose(ours[:, 1:-1], other[:, 1:-1]), f"token i is scored at {says}"
+    same(ours, right.gather(-1, tokens[..., None])[..., 0], "log p of token i is at place i")
+
+
 def test_guidance_and_temperature_by_hand():
     """softmax((null + 3 (cond - null)) / 2), gathered at the given tokens; and its entropy."""
     model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)
@@ -140,7 +167,8 @@ def test_the_sampled_policy_is_the_trained_policy(model_type, cfg_scale, tempera
 def test_guidance_changes_the_policy():
     model, (cond, mask) = tiny_model(), tiny_condition("c2i")
     tokens, sampled = generate(model, cond, mask, cfg_scale=3.0)
-    assert (sampled - token_logp(model, tokens, cond, mask)[0]).abs().max() > 0.1
+    assert (sampled - token_logp(model, tokens, cond, mask)[0]).abs().max() > 0.1, (
+        "guidance 3 draws from another distribution than none")
 
 
 def test_the_entropy_can_be_trained():
@@ -148,7 +176,8 @@ def test_the_entropy_can_be_trained():
     model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)
     entropy = token_logp(model, tokens, cond)[1]
     gradients = torch.autograd.grad(entropy.mean(), model.layers.parameters())
-    assert any(g.abs().max() > 0 for g in gradients)
+    assert any(g.abs().max() > 0 for g in gradients), (
+        "the entropy has no gradient: an entropy bonus would do nothing")
 
 
 def test_the_gradient_of_guided_log_probs_reaches_the_null_branch():
@@ -211,12 +240,12 @@ def test_a_prefix_is_kept_and_the_rest_is_drawn(model_type):
     prefix = torch.randint(11, (6, 5))
     tokens, sampled = generate(model, cond, mask, samples_per_prompt=2, cfg_scale=2.0,
                                prefix=prefix)
-    assert torch.equal(tokens[:, :5], prefix)
+    assert torch.equal(tokens[:, :5], prefix), "the given codes stand in front"
     with torch.no_grad():
         logp, _ = token_logp(model, tokens, repeat(cond, 2), repeat(mask, 2), cfg_scale=2.0)
     same(sampled, logp, "log-probs of given and of drawn codes are the policy's", atol=1e-4)
     whole, _ = generate(model, cond, mask, samples_per_prompt=2, prefix=tokens)
-    assert torch.equal(whole, tokens)
+    assert torch.equal(whole, tokens), "where all codes are given none is drawn"
     with pytest.raises(ValueError, match="6 rows"):
         generate(model, cond, mask, samples_per_prompt=2, prefix=prefix[:3])
 

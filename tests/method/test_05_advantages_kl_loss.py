@@ -167,7 +167,7 @@ def test_clip_on_both_sides(ratio, A, loss, gradient, idea):
     assert value == pytest.approx(loss), f"{idea}: loss"
     assert slope == pytest.approx(gradient), f"{idea}: gradient"
     assert stats["clip_frac"] == (gradient == 0), "clip_frac counts the tokens that get no gradient"
-    assert stats["ratio"] == stats["ratio_max"] == pytest.approx(ratio)
+    assert stats["ratio"] == stats["ratio_max"] == pytest.approx(ratio), "ratio is pi / pi_old"
 
 
 def test_clip_higher():
@@ -192,14 +192,16 @@ def test_kl_is_added_with_its_weight():
     kl = math.exp(-0.5) + 0.5 - 1
     assert stats["kl"] == pytest.approx(kl), "the statistic is the KL itself, without its weight"
     assert loss.item() == pytest.approx(0.3 * kl), "the loss gets kl_beta times the KL"
-    assert stats["loss"] == pytest.approx(loss.item())
-    assert all(isinstance(value, float) for value in stats.values())
+    assert stats["loss"] == pytest.approx(loss.item()), "the logged loss has the penalty in it"
+    assert all(isinstance(value, float) for value in stats.values()), (
+        "statistics are floats, without a graph")
 
 
 def test_without_reference_there_is_no_kl():
     logp = torch.zeros(2, 3)
     loss, stats = grpo_loss(logp, logp, None, torch.tensor([1.0, 1.0]))
-    assert loss == -1 and "kl" not in stats
+    assert loss == -1 and "kl" not in stats, (
+        "without a reference the loss is -A, and there is no KL")
     with pytest.raises(ValueError, match="kl_beta"):
         grpo_loss(logp, logp, None, torch.tensor([1.0, 1.0]), kl_beta=0.1)
 
@@ -222,7 +224,8 @@ def test_on_policy_gradient_is_minus_A_grad_log_p():
     loss, stats = grpo_loss(logp, logp.detach(), None, A)
     ours = torch.autograd.grad(loss, model.parameters(), retain_graph=True)
     right = torch.autograd.grad(-(A[:, None] * logp).mean(), model.parameters())
-    assert stats["ratio"] == stats["ratio_max"] == 1 and stats["clip_frac"] == 0
+    assert stats["ratio"] == stats["ratio_max"] == 1 and stats["clip_frac"] == 0, (
+        "before an update the policy is the old one")
     for a, b in zip(ours, right):
         same(a, b, "where the ratio is 1, the gradient is that of -A log pi: REINFORCE")
 

@@ -58,7 +58,8 @@ def test_learning_rate_warms_up_and_decays():
 def test_the_optimizer_is_adamw_with_llamagens_betas():
     model = tiny_model()
     optimizer = argrpo.make_optimizer(model, GRPOConfig(lr=0.3, weight_decay=0.7))
-    assert type(optimizer) is torch.optim.AdamW
+    assert type(optimizer) is torch.optim.AdamW, (
+        "AdamW, whose weight decay is apart from the gradient")
     group, = optimizer.param_groups
     assert group["betas"] == (0.9, 0.95), "LlamaGen's betas"
     assert (group["lr"], group["weight_decay"]) == (0.3, 0.7), "lr and weight_decay are config's"
@@ -75,7 +76,7 @@ def test_no_two_passes_share_a_random_stream(spy):
         for rank in (0, 1):
             loop = Loop(steps=3, prompts_per_step=4, rollout_prompts=1, seed=seed, update_epochs=1,
                         seams=dict(shard=(rank, 2)))
-            assert len(list(loop.steps)) == 3
+            assert len(list(loop.steps)) == 3, "three steps"
     seeds = seeds_of(drawn)
     assert len(seeds) == 2 * 2 * 3 * 2, "rollout_prompts 1: a pass for each prompt"
     assert len(set(seeds)) == len(seeds), "two passes with the same random numbers"

@@ -46,6 +46,33 @@ def test_every_step_takes_the_next_prompts():
     assert torch.cat(steps).bincount().tolist() == [3] * 5, "prompts come equally often"
 
 
+def test_the_loss_gets_a_graph_of_the_policy_alone():
+    """Old and reference log-probabilities and advantages are numbers: what they were computed from
+    is not trained.  In the first epoch, too, where pi_old is pi."""
+    def loss_fn(logp, old_logp, ref_logp, advantages, entropy):
+        assert not old_logp.requires_grad, "pi_old keeps its graph: detach it, it is a constant"
+        assert not ref_logp.requires_grad, "the reference has a graph: score it under no_grad"
+        assert not advantages.requires_grad, "advantages are numbers"
+        given.append((logp.requires_grad, entropy.requires_grad))
+        return argrpo.grpo_loss(logp, old_logp, ref_logp, advantages, kl_beta=0.3)
+    given = []
+    Loop(seams=dict(loss_fn=loss_fn)).step()
+    *updates, log = given                        # two micro-batches in each of two epochs
+    assert updates == [(True, True)] * 4, "the policy's log-probs and entropy have their gradient"
+    assert log == (False, False), "what is logged needs none"
+
+
+def test_every_update_starts_from_a_gradient_of_zero():
+    """With a learning rate of 0 the second epoch's gradient is the first one's, and so is that of a
+    second run of the same step."""
+    seen = []
+    loop = Loop(lr=0.0, seams=dict(sync=lambda model: seen.append(gradient(model))))
+    loop.step()
+    times = (seen[1] @ seen[0] / seen[0].square().sum()).item()
+    same(seen[1], seen[0], f"the second epoch's gradient is {times:.2f} times the first one's: "
+         "what an update leaves in .grad is added to the next one's", rtol=1e-3, atol=1e-6)
+
+
 @BOTH
 def test_the_reward_reads_each_images_own_prompt(model_type):
     """The model writes code k for the prompt "code k", and the reward finds all of it true."""
@@ -199,7 +226,7 @@ def test_the_reference_stays_and_the_policy_leaves_it():
     kls = [step.metrics["kl"] for step in loop.steps]
     assert torch.equal(weights(loop.reference), weights(loop.start)), "the reference must not learn"
     assert all(p.grad is None for p in loop.reference.parameters()), "nor get a gradient"
-    assert not torch.equal(weights(loop.model), weights(loop.start))
+    assert not torch.equal(weights(loop.model), weights(loop.start)), "four steps change the policy"
     assert abs(kls[0]) < 1e-6, "the policy starts at its reference, KL 0"
     assert min(kls[1:]) > 1e-3, f"after a step the policy differs from the reference: KL {kls}"
 
@@ -217,10 +244,12 @@ def test_the_loop_leaves_its_inputs_alone():
     for step in loop.steps:
         rewards, its_copy, images, their_copy = returned[-1]
         assert step.rewards is rewards and torch.equal(rewards, its_copy), "rewards are not changed"
-        assert torch.equal(images, their_copy) and torch.equal(step.images, images)
-    assert loop.config == config and loop.prompts.texts == prompts.texts
-    assert torch.equal(loop.prompts.cond, prompts.cond)
-    assert torch.equal(loop.prompts.cond_mask, prompts.cond_mask)
+        assert torch.equal(images, their_copy) and torch.equal(step.images, images), (
+            "a Step has the images that the reward saw, unchanged")
+    assert loop.config == config and loop.prompts.texts == prompts.texts, (
+        "the loop changes no setting and no text")
+    assert torch.equal(loop.prompts.cond, prompts.cond), "conditions are not changed"
+    assert torch.equal(loop.prompts.cond_mask, prompts.cond_mask), "masks are not changed"
 
 
 def test_nothing_of_the_graph_is_left_in_a_step():
@@ -229,7 +258,8 @@ def test_nothing_of_the_graph_is_left_in_a_step():
     step = loop.step()
     for name, value in step._asdict().items():
         assert not getattr(value, "requires_grad", False), f"Step.{name} still has its graph"
-    assert all(isinstance(value, (int, float)) for value in step.metrics.values())
+    assert all(isinstance(value, (int, float)) for value in step.metrics.values()), (
+        "metrics are plain numbers")
     assert all(p.grad is None for p in loop.model.parameters()), (
         "gradients are freed after the update: the next rollout needs their memory")
 
@@ -265,7 +295,8 @@ def test_the_order_of_a_step(monkeypatch):
     epoch = ["policy", "extra loss", "sync", "clip", "optimizer", "zero_grad"]
     step = ["sampler", "rollout", "reward", "advantages", "reference", *epoch, *epoch]
     loop.step()
-    assert events == ["zero_grad", *step]
+    assert events == ["zero_grad", *step], (
+        "rollout, reward, advantages, reference once, then the epochs")
     events.clear()
     loop.step()
     assert events == step, "the second step, like the first, draws anew from the present weights"
@@ -279,7 +310,7 @@ def test_an_update_uses_its_own_steps_learning_rate():
         loop.optimizer.register_step_pre_hook(
             lambda optimizer, *_, into=rates: into.append(optimizer.param_groups[0]["lr"]))
         numbers = [step.metrics["step"] for step in loop.steps]
-        assert numbers == list(range(first_step, 4))
+        assert numbers == list(range(first_step, 4)), "a resumed run begins at its first_step"
         right = [argrpo.learning_rate(loop.config, k) for k in numbers for _ in range(2)]
         assert rates == pytest.approx(right), "learning_rate(config, step), set before the update"
 
@@ -354,4 +385,5 @@ def test_bfloat16_is_for_the_transformer_alone(monkeypatch, spy):
               "loss": False}
     for name, on in inside:
         assert on == wanted[name], f"{name} {'without' if wanted[name] else 'under'} autocast"
-    assert step.logp.dtype == step.ref_logp.dtype == torch.float32
+    assert step.logp.dtype == step.ref_logp.dtype == torch.float32, (
+        "log-probabilities are float32 again")

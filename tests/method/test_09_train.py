@@ -40,7 +40,8 @@ def test_more_update_epochs_leave_the_old_policy():
 def test_logprob_cfg_none_trains_the_unguided_policy():
     """The official behaviour: rollouts with guidance, log-probabilities without."""
     _, metrics, _ = tiny_run(steps=1, cfg_scale=3.0, logprob_cfg="none")
-    assert metrics[0]["mismatch"] > 0.1 and metrics[0]["ratio_max"] == 1
+    assert metrics[0]["mismatch"] > 0.1 and metrics[0]["ratio_max"] == 1, (
+        "the sampler is guided, pi_old is the unguided learner itself")
 
 
 def test_equal_rewards_without_kl_change_nothing():
@@ -48,7 +49,8 @@ def test_equal_rewards_without_kl_change_nothing():
     model, metrics, _ = tiny_run(
         reward_fn=lambda images, texts: (torch.full((8,), 0.1), {}), kl_beta=0.0,
         model=copy.deepcopy(start))
-    assert metrics[0]["flat_groups"] == 1 and metrics[0]["grad_norm"] == 0
+    assert metrics[0]["flat_groups"] == 1 and metrics[0]["grad_norm"] == 0, (
+        "equal rewards: every group is flat, and no gradient is left")
     assert torch.equal(weights(model), weights(start)), "a flat group teaches nothing"
 
 
@@ -59,9 +61,11 @@ def test_a_missing_reward_teaches_nothing_and_is_counted():
         scores = scores.masked_fill(torch.arange(8) % 2 == 0, math.nan)
         return scores, {"half": scores}
     _, metrics, _ = tiny_run(steps=1, reward_fn=half_blind)
-    assert metrics[0]["missing"] == 0.5
-    assert 0 < metrics[0]["reward"] < 1 and metrics[0]["reward/half"] == metrics[0]["reward"]
-    assert math.isfinite(metrics[0]["grad_norm"]) and metrics[0]["grad_norm"] > 0
+    assert metrics[0]["missing"] == 0.5, "the share of images without a reward"
+    assert 0 < metrics[0]["reward"] < 1 and metrics[0]["reward/half"] == metrics[0]["reward"], (
+        "the mean of the known rewards")
+    assert math.isfinite(metrics[0]["grad_norm"]) and metrics[0]["grad_norm"] > 0, (
+        "the images that were judged still teach")
 
 
 def test_a_bad_reward_stops_before_the_weights_change():
@@ -105,7 +109,7 @@ def test_continuing_equals_never_stopping():
     model, second, _ = tiny_run(steps=4, model=model, optimizer=optimizer, reference=tiny_model(),
                                 first_step=2)
     assert torch.equal(weights(model), weights(straight)), "a step depends on its number alone"
-    assert metrics == first + second
+    assert metrics == first + second, "the log goes on as if the run had never stopped"
 
 
 # --- that it learns --------------------------------------------------------------------------
@@ -123,13 +127,15 @@ def test_an_entropy_bonus_through_the_loss_raises_entropy():
     """Another loss_fn may train the entropy: `train` keeps its gradient for it."""
     bonus = dict(loss_fn=lambda logp, old, ref, A, entropy: (-entropy.mean(), {}))
     _, metrics, _ = tiny_run(steps=10, seams=bonus)
-    assert metrics[-1]["entropy"] > metrics[0]["entropy"] + 0.01
+    assert metrics[-1]["entropy"] > metrics[0]["entropy"] + 0.01, (
+        "ten steps up the entropy raise it")
 
 
 def test_images_are_from_0_to_1():
     vq = tiny_vq()
     images = argrpo.to_images(vq, torch.randint(5, (5, 16)), micro_batch=2)
-    assert images.shape == (5, 3, 8, 8) and images.min() >= 0 and images.max() <= 1
+    assert images.shape == (5, 3, 8, 8) and images.min() >= 0 and images.max() <= 1, (
+        "images are cut to [0, 1]")
 
 
 # --- the seams -------------------------------------------------------------------------------
@@ -169,10 +175,12 @@ def test_each_seam_is_given_what_it_is_promised():
 
     _, metrics, _ = tiny_run(steps=1, micro_batch=3, seams=dict(
         advantage_fn=advantage_fn, loss_fn=loss_fn, extra_loss=extra_loss, sync=sync))
-    assert seen["advantage_fn"] == ((8,), (8, 3, 4, 4), (8, 16), (2,), 0)
+    assert seen["advantage_fn"] == ((8,), (8, 3, 4, 4), (8, 16), (2,), 0), (
+        "rewards (B,), images, tokens (B, N), index (P,), and the step")
     assert set(seen["loss_fn"]) == {(8, 16)}, (  # the last call is for the log, on all images
         "loss_fn gets log-probs, and what advantage_fn has returned")
-    assert metrics[0]["mine"] == 7.0 and metrics[0]["extra"] == 5.0
+    assert metrics[0]["mine"] == 7.0 and metrics[0]["extra"] == 5.0, (
+        "what loss_fn and extra_loss report is logged")
     assert metrics[0]["grad_norm"] == 0, "sync comes before the norm is taken"
 
 
@@ -199,7 +207,8 @@ def test_seams_are_asked_in_every_epoch_and_told_the_step():
             same(log[number], last, "and of the policy in the last epoch")
         pieces.clear()
         for (model, index, number), _ in extra.calls:
-            assert model is loop.model and torch.equal(index, step.index)
+            assert model is loop.model and torch.equal(index, step.index), (
+                "extra_loss gets the policy and the prompts of its step")
             assert number == step.metrics["step"], "extra_loss is told the step's number"
         assert len(extra.calls) == 2, "extra_loss adds its gradient in every epoch"
         extra.calls.clear()
@@ -242,13 +251,17 @@ def test_a_step_holds_what_its_metrics_were_computed_from():
     start = copy.deepcopy(model)
     step = next(argrpo.train(model, tiny_model(), Blocks(), prompts, brightness, config,
                              argrpo.make_optimizer(model, config)))
-    assert step.texts == [f"prompt {i}" for i in step.index.tolist() for _ in range(4)]
+    assert step.texts == [f"prompt {i}" for i in step.index.tolist() for _ in range(4)], (
+        "each prompt G times, neighbours as its images are")
     cond = step.index.repeat_interleave(4)
     logp, entropy = argrpo.token_logp(start, step.tokens, cond)
     same(step.logp, logp.detach(), "logp is of the weights before the update")
     same(step.entropy, entropy.detach(), "and so is the entropy")
-    assert not torch.allclose(step.ref_logp, step.logp)
+    assert not torch.allclose(step.ref_logp, step.logp), (
+        "the reference is another model, and says other things")
     same(step.images, argrpo.to_images(Blocks(), step.tokens), "images are those of the tokens")
-    assert torch.equal(step.rewards, step.parts["brightness"])
+    assert torch.equal(step.rewards, step.parts["brightness"]), (
+        "rewards are what reward_fn returned")
     same(step.advantages, argrpo.group_advantages(step.rewards, 4), "advantages of the rewards")
-    assert step.metrics["reward"] == pytest.approx(step.rewards.mean().item())
+    assert step.metrics["reward"] == pytest.approx(step.rewards.mean().item()), (
+        "the logged reward is the mean of the rewards")

@@ -43,7 +43,8 @@ def test_teacher_forced_logits(kind):
 def test_greedy_decoding_token_for_token(kind, cfg_scale):
     case, model, cond, mask = golden(kind)
     tokens, _ = generate(model, cond, mask, cfg_scale=cfg_scale, greedy=True)
-    assert torch.equal(tokens, case["greedy"][str(cfg_scale)])
+    assert torch.equal(tokens, case["greedy"][str(cfg_scale)]), (
+        "the published code decodes other tokens")
 
 
 @pytest.mark.parametrize("kind", ["c2i", "t2i"])
@@ -63,7 +64,8 @@ def test_vq_encodes_and_decodes():
     with torch.no_grad():
         encoded = vq.quant_conv(vq.encoder(case["image"]))
         torch.testing.assert_close(encoded, case["encoder_out"], rtol=1e-5, atol=1e-5)
-        assert torch.equal(vq.encode(case["image"]), case["indices"])
+        assert torch.equal(vq.encode(case["image"]), case["indices"]), (
+            "the published tokenizer encodes other tokens")
         torch.testing.assert_close(vq.decode(case["codes"]), case["decoded"], rtol=1e-5, atol=2e-5)
         reconstruction, vq_loss = vq(case["image"])
     torch.testing.assert_close(reconstruction, case["reconstruction"], rtol=1e-5, atol=2e-5)
@@ -86,4 +88,4 @@ def test_names_and_shapes_are_the_published_ones(name):
             )
     assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == MANIFEST[
         name
-    ]
+    ], "a published checkpoint has other names or shapes"

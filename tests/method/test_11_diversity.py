@@ -25,7 +25,8 @@ from diversity import (
 def test_diversity_by_hand():
     """Two groups of two: black and white differ by 1 everywhere, two equal pictures by 0."""
     black, white = torch.zeros(3, 2, 2), torch.ones(3, 2, 2)
-    assert group_diversity(torch.stack([black, white, white, white]), 2).tolist() == [1.0, 0.0]
+    assert group_diversity(torch.stack([black, white, white, white]), 2).tolist() == [1.0, 0.0], (
+        "the mean L1 distance of two images, 1 from black to white")
 
 
 def test_diversity_is_a_mean_over_pairs():
@@ -36,7 +37,7 @@ def test_diversity_is_a_mean_over_pairs():
 
 def test_verdicts_are_zeros_and_ones():
     assert are_verdicts(torch.tensor([0.0, 1.0, math.nan])), "a missing verdict is still none"
-    assert not are_verdicts(torch.tensor([0.0, 1.0, 0.5]))
+    assert not are_verdicts(torch.tensor([0.0, 1.0, 0.5])), "0.5 is a grade, not a verdict"
 
 
 def test_what_is_right():
@@ -55,7 +56,8 @@ def test_what_is_right():
 
 def test_what_is_right_is_asked_group_by_group():
     rewards = torch.tensor([0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0])
-    assert right_images(rewards, 4).tolist() == [[False, False, True, True]] * 2
+    assert right_images(rewards, 4).tolist() == [[False, False, True, True]] * 2, (
+        "each group has its own median")
 
 
 # --- the diversity bonus ---------------------------------------------------------------------
@@ -89,14 +91,15 @@ def test_what_the_reference_draws_more_of_is_worth_more():
     """Nine of ten images lie at 0, where the reference has half of them."""
     own = on_a_line(*[0.0] * 9, 1.0)
     d = witness(own, own[:0], on_a_line(*[0.0, 1.0] * 8))
-    assert (d[9] > d[:9]).all()
+    assert (d[9] > d[:9]).all(), (
+        "the tenth image is what the reference draws in half of its pictures")
 
 
 def test_where_both_are_alike_no_image_is_favoured():
     """The same 400 images on both sides: the witness is constant up to the image itself."""
     x = torch.randn(400, 3)
     d = witness(x, x[:0], x.clone(), within=1.0)
-    assert d.std() < 0.01
+    assert d.std() < 0.01, "equally distributed: no image is worth more than another"
 
 
 def test_a_pyramid_of_pixels_sees_sizes():
@@ -109,13 +112,15 @@ def test_a_pyramid_of_pixels_sees_sizes():
     levels = pixels.levels(pixels.describe(images, None))
     assert [level.shape[1] for level in levels] == [3, 27, 1728], "1 x 1, 3 x 3 and 24 x 24 cells"
     coarse = torch.cdist(levels[0], levels[0], p=1)
-    assert coarse[0, 1] == 0 == coarse[2, 3] and coarse[0, 2] > 0.1
+    assert coarse[0, 1] == 0 == coarse[2, 3] and coarse[0, 2] > 0.1, (
+        "the mean over the whole picture tells the two sizes apart")
     same(levels[0][0], torch.full((3,), 144 / 576), "the mean over the picture", atol=0.002)
 
 
 def test_large_images_are_remembered_small():
     described = Pixels().describe(torch.rand(2, 3, 256, 256), None)
-    assert described.shape == (2, 3, 24, 24) and described.dtype == torch.uint8
+    assert described.shape == (2, 3, 24, 24) and described.dtype == torch.uint8, (
+        "at most 24 x 24 pixels of one byte are remembered")
 
 
 def test_codes_are_compared_as_codebook_vectors():
@@ -182,7 +187,8 @@ def test_earlier_groups_of_the_prompt_count_and_only_four_of_them():
     assert not torch.allclose(first, again), "the second time the first group is remembered"
     for step in range(6):
         bonus_of(bonus, step=step)
-    assert [len(groups) for groups in bonus.recent.values()] == [4, 4]
+    assert [len(groups) for groups in bonus.recent.values()] == [4, 4], (
+        "the last four groups of each prompt")
     assert [len(group) for group in bonus.recent["a"]] == [3] * 4, "right images only"
 
 
@@ -191,13 +197,14 @@ def test_the_newest_groups_are_remembered_not_the_oldest():
     bonus = DiversityBonus(Known(), 2.0)
     for step in range(7):
         bonus_of(bonus, places=torch.full((8,), float(step)), step=step)
-    assert [group.unique().tolist() for group in bonus.recent["a"]] == [[3], [4], [5], [6]]
+    assert [group.unique().tolist() for group in bonus.recent["a"]] == [[3], [4], [5], [6]], (
+        "the newest four, the oldest of them first")
 
 
 def test_a_prompt_that_stands_twice_shares_its_memory():
     bonus = DiversityBonus(Known(prompts=("a", "a")), 2.0)
     bonus_of(bonus)
-    assert list(bonus.recent) == ["a"] and len(bonus.recent["a"]) == 2
+    assert list(bonus.recent) == ["a"] and len(bonus.recent["a"]) == 2, "one text, one memory"
 
 
 def test_all_processes_remember_the_same_groups():
@@ -205,8 +212,8 @@ def test_all_processes_remember_the_same_groups():
     theirs = [("b", on_a_line(7.0))]
     bonus = DiversityBonus(Known(), 2.0, gather=lambda mine: [theirs, mine])
     bonus_of(bonus)
-    assert [len(group) for group in bonus.recent["b"]] == [1, 4]
-    assert list(bonus.recent) == ["b", "a"]
+    assert [len(group) for group in bonus.recent["b"]] == [1, 4], "their group, then ours"
+    assert list(bonus.recent) == ["b", "a"], "what the other process drew is remembered, too"
 
 
 def test_too_few_right_images_get_no_bonus():
@@ -223,7 +230,8 @@ def test_scaled_or_not_the_rewards_advantages_stay_what_they_are(scale):
     graded = torch.rand(8)
     added = bonus_of(DiversityBonus(Known(scale_advantages=scale), 2.0), rewards=graded,
                      places=1 + torch.rand(8))
-    assert torch.equal(added.view(2, 4) != 0, right_images(graded, 4))
+    assert torch.equal(added.view(2, 4) != 0, right_images(graded, 4)), (
+        "the bonus is for right images, and changes no other advantage")
 
 
 def test_the_bonus_leaves_what_it_is_given_alone():
@@ -245,5 +253,6 @@ def test_the_bonus_in_the_loop():
     for step in Loop(group_size=6, seams=dict(advantage_fn=bonus)).steps:
         plain = argrpo.group_advantages(step.rewards, 6)
         added = (step.advantages - plain).view(-1, 6)
-        assert (added.abs() > 1e-6).any() and (added[~right_images(step.rewards, 6)] == 0).all()
+        assert (added.abs() > 1e-6).any() and (added[~right_images(step.rewards, 6)] == 0).all(), (
+            "something for right images, and nothing for wrong ones")
         same(added.sum(dim=1), torch.zeros(len(added)), "moved among a group's right images")

@@ -53,7 +53,8 @@ def test_rehearsals_reward_reads_each_images_own_prompt(model_type):
     rehearsal = Rehearsal(obedient_model(model_type), Blocks(), obedient_prompts(model_type),
                           came_true, config, 1.0, 2)
     rehearsal.remember(torch.tensor([5, 0, 2]))
-    assert list(rehearsal.remembered) == [f"code {NUMBERS[k]}" for k in (5, 0, 2)]
+    assert list(rehearsal.remembered) == [f"code {NUMBERS[k]}" for k in (5, 0, 2)], (
+        "the prompts of the step, by their texts")
     for text, tokens in rehearsal.remembered.items():
         assert len(tokens) == 8, "all 2 x 4 images of a prompt are right by its own text"
         assert (tokens == int(text.split()[1])).all(), f"{text} remembers another prompt's images"
@@ -83,14 +84,14 @@ def test_the_reference_draws_what_is_rehearsed(model_type, spy):
 def test_only_right_images_are_remembered(model_type):
     _, rehearsal, _, _ = tiny_rehearsal(model_type)
     rehearsal.remember(torch.tensor([3, 1, 3]))
-    assert list(rehearsal.remembered) == ["prompt 3", "prompt 1"]
+    assert list(rehearsal.remembered) == ["prompt 3", "prompt 1"], "each prompt that came up, once"
     for tokens in rehearsal.remembered.values():
-        assert 0 < len(tokens) <= 8              # of two groups of four
+        assert 0 < len(tokens) <= 8, "some of two groups of four"
         assert dark(argrpo.to_images(Blocks(), tokens), None)[0].all(), "wrong images are forgotten"
     before = rehearsal.remembered["prompt 1"]
     rehearsal.remember(torch.tensor([1, 2]))
     assert rehearsal.remembered["prompt 1"] is before, "a prompt's images are drawn once"
-    assert "prompt 2" in rehearsal.remembered
+    assert "prompt 2" in rehearsal.remembered, "a new prompt is drawn when it comes up"
 
 
 def test_what_is_drawn_depends_on_the_text_alone():
@@ -101,7 +102,8 @@ def test_what_is_drawn_depends_on_the_text_alone():
     second.remember(torch.tensor([2]))
     second.remember(torch.tensor([3, 0]))
     for text in ("prompt 0", "prompt 2"):
-        assert torch.equal(first.remembered[text], second.remembered[text])
+        assert torch.equal(first.remembered[text], second.remembered[text]), (
+            "other prompts or another order, and other images")
 
 
 @pytest.mark.parametrize("label, names", [(1, ["prompt 1"]), (3, ["prompt 1", "prompt 1 (3)"])])
@@ -112,8 +114,9 @@ def test_a_prompt_that_stands_twice_is_drawn_once_and_two_classes_of_one_text_ar
     prompts.cond[3] = label
     rehearsal = Rehearsal(known.reference, Blocks(), prompts, dark, config, 0.5, groups=9)
     rehearsal.remember(torch.tensor([1, 3]))
-    assert list(rehearsal.remembered) == names
-    assert rehearsal.choose(torch.tensor([3]), 0)[1].unique().tolist() == [3]
+    assert list(rehearsal.remembered) == names, "equal text and equal condition are one prompt"
+    assert rehearsal.choose(torch.tensor([3]), 0)[1].unique().tolist() == [3], (
+        "an image is scored with the prompt of the step")
     if label == 3:
         assert not torch.equal(*rehearsal.remembered.values())
 
@@ -179,7 +182,8 @@ def test_the_gradient_is_that_of_the_likelihood(model_type, logprob_cfg):
             assert ours is p.grad
         else:
             same(ours, p.grad, "the gradient is the weight times the loss's", atol=1e-6)
-    assert all(p.grad is None for p in rehearsal.reference.parameters())
+    assert all(p.grad is None for p in rehearsal.reference.parameters()), (
+        "the reference is not trained")
 
 
 def test_rehearsal_adds_to_the_gradient_that_is_there():
@@ -198,8 +202,9 @@ def test_a_prompt_that_is_never_right_adds_nothing():
     def never(images, texts):
         return torch.zeros(len(images)), {}
     model, rehearsal, _, _ = tiny_rehearsal(reward_fn=never)
-    assert rehearsal(model, torch.tensor([0, 1]), step=0) == {"rehearsal": 0.0}
-    assert all(p.grad is None for p in model.parameters())
+    assert rehearsal(model, torch.tensor([0, 1]), step=0) == {"rehearsal": 0.0}, (
+        "with nothing to rehearse the loss is 0")
+    assert all(p.grad is None for p in model.parameters()), "and has no gradient"
 
 
 # --- its settings ------------------------------------------------------------------------------
@@ -296,5 +301,6 @@ def test_continuing_with_what_was_remembered_equals_never_stopping():
     straight, logged, _, _ = run(None, 0, 4)
     model, first, optimizer, remembered = run(None, 0, 2)
     model, second, _, _ = run(model, 2, 4, optimizer, remembered)
-    assert torch.equal(weights(model), weights(straight))
-    assert first + second == logged and logged[0] > 0
+    assert torch.equal(weights(model), weights(straight)), (
+        "stopping after two steps changes the weights")
+    assert first + second == logged and logged[0] > 0, "and the losses"

@@ -25,7 +25,7 @@ def test_the_verifier_passes_every_rendered_scene():
     prompts, made = scenes(seed=1, times=1)
     images = toy.render(made)
     assert images.shape == (len(prompts), 3, 24, 24) and images.min() >= 0 and images.max() <= 1
-    assert toy.verify(images, prompts).mean() == 1
+    assert toy.verify(images, prompts).mean() == 1, "every scene shows its own prompt"
 
 
 def test_the_verifier_reads_what_was_drawn():
@@ -133,8 +133,10 @@ def test_captions_are_padded_on_the_left():
     features, mask = toy.encode_captions(
         ["two red circles", "a blue triangle left of a green square"])
     assert features.shape == (2, 8, toy.CAPTION_DIM)
-    assert mask[0].tolist() == [False] * 5 + [True] * 3 and mask[1].all()
-    assert (features[0, :5] == 0).all() and (features[mask].sum(-1) == 1).all()
+    assert mask[0].tolist() == [False] * 5 + [True] * 3 and mask[1].all(), (
+        "a caption is padded on the left")
+    assert (features[0, :5] == 0).all() and (features[mask].sum(-1) == 1).all(), (
+        "padding is zero, a word is a one")
 
 
 def test_a_word_in_another_context_is_another_feature():
@@ -160,7 +162,8 @@ def test_pretraining_writes_what_load_reads(tmp_path, monkeypatch):
     toy.pretraining.main(["--out", str(tmp_path), "--scenes", "64"])
     for task in ("c2i", "t2i"):
         model, vq = toy.load(task, tmp_path)
-        assert model.config == toy.CONFIGS[task] and vq.config == toy.VQ_CONFIG
+        assert model.config == toy.CONFIGS[task] and vq.config == toy.VQ_CONFIG, (
+            "the shipped models are those of the configuration")
 
 
 # --- how varied the right pictures are -------------------------------------------------------

@@ -33,9 +33,11 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     """(step + 1) / warmup, times half a cosine."""
     rates = [learning_rate_factor(step, 100, warmup=20) for step in (0, 9, 50, 99, 100)]
     assert rates[0] == pytest.approx(1 / 20), "the first step is one twentieth of the way up"
-    assert rates[1] == pytest.approx(0.5 * 0.5 * (1 + 0.960293), rel=1e-3)
+    assert rates[1] == pytest.approx(0.5 * 0.5 * (1 + 0.960293), rel=1e-3), (
+        "half of the warm-up, on the cosine")
     assert rates[2] == pytest.approx(0.5), "half way down"
-    assert rates[3] == pytest.approx(0.000247, rel=1e-2) and rates[4] == pytest.approx(0.0)
+    assert rates[3] == pytest.approx(0.000247, rel=1e-2) and rates[4] == pytest.approx(0.0), (
+        "half a cosine, which ends at 0")
 
 
 def test_a_step_of_pretraining(monkeypatch):
@@ -62,8 +64,9 @@ def test_a_step_of_pretraining(monkeypatch):
     for step, (_, norm, gradient) in enumerate(events, start=1):
         assert norm == pytest.approx(1.0, rel=1e-4), "clipped to norm 1"
         same(gradient, torch.eye(3)[[step % 3]], "the gradient of this step's batch alone")
-    assert after == [0, 1, 2, 3, 4]
-    assert all(len(set(batch)) == 4 and max(batch) < 6 for batch in batches)
+    assert after == [0, 1, 2, 3, 4], "after_step is told each step"
+    assert all(len(set(batch)) == 4 and max(batch) < 6 for batch in batches), (
+        "a batch has no picture twice")
     assert len({tuple(batch) for batch in batches}) > 1, "every step has another batch"
 
 
@@ -144,11 +147,12 @@ def small_scenes(n, seed=0):
 def test_patches_of_nothing_but_ground():
     """4 x 4 pixels, row by row: one deviating pixel is enough."""
     images = toy.GROUND.view(1, 3, 1, 1).repeat(1, 1, 24, 24)
-    assert ground_patches(images).all()
+    assert ground_patches(images).all(), "a picture of nothing but ground"
     images[0, 1, 5, 9] = 0.5                     # pixel row 5, column 9: patch row 1, column 2
     ground = ground_patches(images)
-    assert ground.shape == (1, 36)
-    assert (~ground[0]).nonzero().flatten().tolist() == [1 * 6 + 2]
+    assert ground.shape == (1, 36), "a verdict for each of 6 x 6 patches"
+    assert (~ground[0]).nonzero().flatten().tolist() == [1 * 6 + 2], (
+        "one pixel off the ground, and its patch, in row 1 and column 2, is none")
 
 
 def test_dead_codes_move_onto_features_of_pictures():
@@ -179,7 +183,7 @@ def test_the_tokenizers_loss_by_hand(tokenizer):
     """Pixels (squared, and 0.3 times absolute), 0.1 of the codebook's loss, and 0.02 of a
     cross-entropy that gives all ground one code."""
     vq, loss_of, how = tokenizer
-    assert how["data_size"] == 32 and how["weight_decay"] == 0
+    assert how["data_size"] == 32 and how["weight_decay"] == 0, "all pictures, and no weight decay"
     index = torch.tensor([3, 9])
     images = small_scenes(32)[index]
     x, ground = images * 2 - 1, ground_patches(images)
@@ -195,7 +199,8 @@ def test_the_tokenizers_loss_by_hand(tokenizer):
         right = (F.mse_loss(painted, x) + 0.3 * (painted - x).abs().mean()
                  + 0.1 * vq_loss - 0.02 * logp.mean())
     same(loss, right, "pixels in [-1, 1], the codebook's loss, one code for the ground")
-    assert torch.equal(remembered, tokens.float())
+    assert torch.equal(remembered, tokens.float()), (
+        "the tokens that were trained on are remembered, in order")
 
 
 def test_dead_codes_are_restarted_every_25_steps_of_the_first_70_percent(tokenizer, monkeypatch):
@@ -207,9 +212,9 @@ def test_dead_codes_are_restarted_every_25_steps_of_the_first_70_percent(tokeniz
         before = len(restarted.calls)
         how["after_step"](step)
         due += [step] * (len(restarted.calls) - before)
-    assert due == [24, 49]
+    assert due == [24, 49], "every 25th step, and none in the last 30 percent"
     for (its_vq, pixels, ground), _ in restarted.calls:
-        assert its_vq is vq and pixels.min() < -0.5 and len(pixels) == 32
+        assert its_vq is vq and pixels.min() < -0.5 and len(pixels) == 32, "32 pictures, in [-1, 1]"
         assert torch.equal(ground, ground_patches((pixels + 1) / 2)), "the pictures' own ground"
 
 
@@ -218,11 +223,13 @@ def test_dead_codes_are_restarted_every_25_steps_of_the_first_70_percent(tokeniz
 def test_texts_for_both_tasks():
     """c2i has all classes in turn; t2i half pairs, half counted, and nothing that is unseen."""
     texts = choose_texts(0, 400)
-    assert texts["c2i"] == [toy.CLASSES[k % 27] for k in range(400)]
+    assert texts["c2i"] == [toy.CLASSES[k % 27] for k in range(400)], "all classes in turn"
     assert not toy.UNSEEN & set(texts["t2i"]), "unseen compositions must stay unseen"
-    assert sum(text in toy.SEEN_PAIRS for text in texts["t2i"]) == 200
-    assert len(set(texts["t2i"])) > 150
-    assert choose_texts(1, 400)["t2i"] != texts["t2i"] == choose_texts(0, 400)["t2i"]
+    assert sum(text in toy.SEEN_PAIRS for text in texts["t2i"]) == 200, (
+        "half of the captions are pairs")
+    assert len(set(texts["t2i"])) > 150, "many different ones"
+    assert choose_texts(1, 400)["t2i"] != texts["t2i"] == choose_texts(0, 400)["t2i"], (
+        "another seed, other texts; the same seed, the same")
 
 
 def test_scenes_are_those_of_their_texts_and_of_their_seed():
@@ -237,11 +244,11 @@ def test_scenes_are_those_of_their_texts_and_of_their_seed():
 def test_conditions_are_those_of_their_texts():
     texts = ["two red circles", "one blue square"]
     assert toy.as_prompts("c2i", texts).cond.tolist() == [
-        toy.CLASSES.index(text) for text in texts]
+        toy.CLASSES.index(text) for text in texts], "the label of each text"
     t2i = toy.as_prompts("t2i", texts)
     features, mask = toy.encode_captions(texts)
-    assert t2i.texts == texts and torch.equal(t2i.cond, features)
-    assert torch.equal(t2i.cond_mask, mask)
+    assert t2i.texts == texts and torch.equal(t2i.cond, features), "the features of each caption"
+    assert torch.equal(t2i.cond_mask, mask), "and its mask"
 
 
 def test_a_words_feature_says_word_place_and_relation():
@@ -250,7 +257,8 @@ def test_a_words_feature_says_word_place_and_relation():
     context, n = models.CONTEXTS.index("above"), len(toy.WORDS)
     for place, word in enumerate("a red circle above a blue square".split()):
         block = context * toy.CAPTION_LENGTH + place
-        assert features[0, 1 + place].nonzero().item() == block * n + toy.WORDS.index(word)
+        assert features[0, 1 + place].nonzero().item() == block * n + toy.WORDS.index(word), (
+            "the block says relation and place, the column in it the word")
     assert mask[0].tolist() == [False] + [True] * 7, "the real words are the last ones"
 
 
@@ -289,4 +297,5 @@ def test_everything_fits_together(tmp_path, monkeypatch):
     assert all(p.requires_grad for p in gpt.parameters()), "the transformer is to be trained"
     for path in tmp_path.glob("toy_*.pt"):
         saved = torch.load(path, weights_only=True)["model"]
-        assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float16}, (
+            "weights are saved in half precision")

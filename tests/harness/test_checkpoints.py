@@ -1,0 +1,169 @@
+"""What a run keeps of itself, and what it continues from: harness/checkpoints.py.  One idea a test.
+
+test_lost_work.py and test_faults.py have whole runs, kills and damaged files.
+"""
+
+import json
+
+import torch
+from conftest import Blocks, brightness, read_metrics, tiny_model, trained_weights
+
+import argrpo
+import diversity
+import harness.run
+from argrpo import Prompts
+from harness.before_after import Watched
+from harness.checkpoints import Record
+from reward import RewardSet
+from train_c2i import C2iSettings
+
+
+class Run:
+    """A model, its optimizer and the Record of their steps, in a folder; resumed if it is asked."""
+
+    def __init__(self, folder, resume=False, remembered=None, **changes):
+        torch.manual_seed(0)
+        settings = dict(steps=9, save_every=2, out=str(folder), resume=str(folder) * resume)
+        self.model = tiny_model(block_size=4, n_layer=1)
+        self.optimizer = argrpo.make_optimizer(self.model, argrpo.GRPOConfig(lr=0.1))
+        self.record = Record(C2iSettings(**(settings | changes)))
+        self.remembered = remembered or {}
+        self.record.restore(self.model, self.optimizer, self.remembered)
+
+    def update(self):
+        """What a step does to weights and optimizer."""
+        tokens = torch.zeros(1, 4, dtype=torch.long)
+        argrpo.token_logp(self.model, tokens, torch.tensor([0]))[0].sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self, number, reward=0.0):
+        self.update()
+        self.record.add({"step": number, "reward": reward})
+
+
+def in_log(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["reward"]) for line in map(json.loads, lines)]
+
+
+def saved_step(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["step"]
+
+
+# --- the log and the checkpoint agree ----------------------------------------------------------
+
+def test_a_step_that_was_logged_but_not_saved_leaves_the_log_when_the_run_goes_on(tmp_path):
+    """As after a kill: steps 0, 1 and 2 are logged, the checkpoint is of the first two."""
+    run = Run(tmp_path)
+    for number in range(3):
+        run.step(number)
+    assert saved_step(tmp_path) == 2, "save_every 2: the third step is in the log alone"
+    again = Run(tmp_path, resume=True)
+    assert [step for step, _ in in_log(tmp_path)] == [0, 1], (
+        "step 2 will run again: its old line must go, or the curves have it twice")
+    assert [m["step"] for m in again.record.metrics] == [0, 1], "nor does the page show it"
+    again.step(2, reward=1.0)
+    assert in_log(tmp_path) == [(0, 0.0), (1, 0.0), (2, 1.0)], "the new line is the one that counts"
+
+
+def test_a_checkpoint_is_made_every_so_many_steps_and_after_the_last(tmp_path):
+    run, saved = Run(tmp_path, steps=5), []
+    for number in range(5):
+        run.step(number)
+        saved.append(run.record.saved)
+    assert saved == [0, 2, 2, 4, 5], "save_every 2 of 5 steps: after 2, after 4, and after the last"
+
+
+def test_what_is_resumed_are_the_weights_after_the_last_saved_step(tmp_path):
+    run = Run(tmp_path)
+    run.step(0), run.step(1)
+    weights = run.model.output.weight.clone()
+    average = run.optimizer.state[run.model.output.weight]["exp_avg"].clone()
+    run.step(2)
+    again = Run(tmp_path, resume=True)
+    assert again.record.done == 2, "the next step is number 2"
+    assert torch.equal(again.model.output.weight, weights), "the checkpoint's weights"
+    state = again.optimizer.state[again.model.output.weight]
+    assert state and state["step"] == 2, "AdamW goes on counting: it does not start anew"
+    assert torch.equal(state["exp_avg"], average), "with its averages of the gradient"
+
+
+def test_of_a_step_that_stands_twice_in_the_log_the_newer_line_counts(tmp_path):
+    run = Run(tmp_path)
+    run.step(0), run.step(1)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "reward": 7.0}\n')
+    Run(tmp_path, resume=True)
+    assert in_log(tmp_path) == [(0, 0.0), (1, 7.0)], "a step that ran again has replaced the first"
+
+
+# --- what is saved when a run ends early -------------------------------------------------------
+
+def test_an_update_that_broke_off_half_way_is_not_saved(tmp_path, capsys):
+    """Its weights are those of no step: resumed, they would be updated a second time."""
+    run = Run(tmp_path)
+    for number in range(3):
+        run.step(number)
+    run.update()                                 # step 3, which never gets to `add`
+    run.record.close()
+    assert saved_step(tmp_path) == 2, (
+        "the weights have changed since step 2 was over: the checkpoint before must stay")
+    assert "stopped in step 3 of 9, saved up to step 2" in capsys.readouterr().err
+
+
+def test_steps_before_one_that_failed_without_an_update_are_saved(tmp_path, capsys):
+    """As when a reward fails: nothing was changed, and nothing is to be lost."""
+    run = Run(tmp_path)
+    for number in range(3):
+        run.step(number)
+    run.record.close()
+    assert saved_step(tmp_path) == 3, "three steps are done and their weights are whole"
+    assert "stopped in step 3 of 9, saved up to there" in capsys.readouterr().err
+
+
+# --- the diverse recipe's memory ---------------------------------------------------------------
+
+def test_what_the_recipe_remembers_is_in_the_checkpoint(tmp_path):
+    kept = {"rehearsal": {"a": torch.tensor([[1, 2, 3, 4]])}, "recent": {"a": [torch.ones(2)]}}
+    run = Run(tmp_path, remembered=kept)
+    run.step(0), run.step(1)
+    empty = {"rehearsal": {}, "recent": {}}
+    Run(tmp_path, resume=True, remembered=empty)
+    assert list(empty["rehearsal"]) == list(empty["recent"]) == ["a"], (
+        "a resumed run starts with what rehearsal and bonus knew")
+    assert torch.equal(empty["rehearsal"]["a"], kept["rehearsal"]["a"])
+    assert torch.equal(empty["recent"]["a"][0], torch.ones(2))
+
+
+def diverse_run(folder, **changes):
+    """A run of a second with rehearsal and bonus."""
+    torch.manual_seed(0)
+    settings = dict(reward="mine", eval_images=8, prompts_per_step=2, group_size=4, save_every=1,
+                    progress_every=0, lr=0.05, lr_end=1.0, warmup_steps=1, rehearsal=0.5,
+                    diversity_bonus=2.0)
+    prompts = Prompts(["a", "b"], torch.arange(2))
+    rewards = RewardSet({"mine": (lambda images, texts: brightness(images, texts)[0], 1.0)})
+    harness.run.run(tiny_model(block_size=4, n_layer=1), Blocks(), prompts, prompts, rewards,
+                    C2iSettings(out=str(folder), **(settings | changes)), Watched())
+
+
+def test_a_resumed_run_remembers_what_rehearsal_and_bonus_have_seen(tmp_path, no_pictures,
+                                                                    monkeypatch):
+    """Two steps and two more are four in one go, and the reference draws nothing again."""
+    diverse_run(tmp_path / "whole", steps=4)
+    diverse_run(tmp_path / "two", steps=2)
+    drawn = []
+    honest = diversity.Rehearsal.draw_right
+
+    def draw_right(self, k, name):
+        drawn.append(name)
+        return honest(self, k, name)
+    monkeypatch.setattr(diversity.Rehearsal, "draw_right", draw_right)
+    diverse_run(tmp_path / "two", steps=4, resume=str(tmp_path / "two"))
+    assert not drawn, f"the reference draws {drawn} anew: rehearsal has forgotten its pictures"
+    whole, two = (read_metrics(tmp_path / name) for name in ("whole", "two"))
+    assert two == whole, "the bonus compares with the prompt's groups from before the stop"
+    ours, right = (trained_weights(tmp_path / name) for name in ("two", "whole"))
+    for name, tensor in right.items():
+        assert torch.equal(ours[name], tensor), f"{name}: a resumed run ends as one that never did"
