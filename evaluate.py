@@ -53,7 +53,7 @@ def check(settings):
         raise ValueError("name at least one checkpoint: --gpt-ckpt base, or a file, folder or "
                          "Hugging Face repo")
     published = pretrained.MODELS.get(s.preset)
-    task = published.task if published else s.task or "c2i"
+    task = published.task if published else s.task or ("t2i" if s.prompts else "c2i")
     if task not in ("c2i", "t2i"):
         raise ValueError(f"--task must be c2i or t2i, not {s.task!r}")
     if task == "t2i" and published and not s.prompts:
