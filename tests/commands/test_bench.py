@@ -86,7 +86,7 @@ def test_counts_by_hand():
     the policy.  A layer has the same kernels in every size."""
     rows = [bench.main([*QUICK, "--size", size, "--parts", "counts"])["counts"][size]
             for size in ("toy", "GPT-B")]
-    assert rows[0]["passes a step"] == 16 + 1 + 1 and rows[0]["graphs"] in (1, 2)
+    assert rows[0]["passes a step"] == 16 + 1 + 1 and rows[0]["graphs"] == 1
     more = rows[1]["kernels a token"] - rows[0]["kernels a token"]
     assert more % (12 - 3) == 0 and 40 < more / (12 - 3) < 50
 
