@@ -22,12 +22,12 @@ does nothing, and the gradient of the first term is that of -A_i log pi_theta.  
 matter where the same images are used for several updates (`update_epochs` > 1).
 
 Classifier-free guidance mixes predictions with and without the prompt: those without it are the
-null branch.  Letters: P prompts, G samples of each, B = P * G
-images, b images in a micro-batch, N tokens per image, V codes that a token can be, T condition
-positions in front of the image, C channels, H heads.  A pass of the transformer has R rows, one for
-each image or prompt, or two with guidance, and L positions: T + N - 1 with all tokens but the last,
-T with the condition alone, 1 when one more token is drawn.  rho is `ratio`, eps_c `clip_eps`, beta
-`kl_beta`.  The end of this file lists where it departs from the official code, and why.
+null branch.  Letters: P prompts, G samples of each, B = P * G images, b images in a micro-batch, N
+tokens per image, V codes that a token can be, T condition positions in front of the image, C
+channels, H heads.  A pass of the transformer has R rows, one for each image or prompt, or two with
+guidance, and L positions: T + N - 1 with all tokens but the last, T with the condition alone, 1
+when one more token is drawn.  rho is `ratio`, eps_c `clip_eps`, beta `kl_beta`.  The end of this
+file lists where it departs from the official code, and why.
 """
 
 import hashlib
@@ -100,8 +100,7 @@ def rope_table(config):
     At the T condition positions LlamaGen's table is zero, cosine and sine both.  That is not a
     rotation: it sets queries and keys there to zero.  So a query meets each condition key that it
     sees with logit 0, and gives all of them the same weight, e^0 over the softmax's sum.
-    The condition's *values* are not touched: they carry the prompt to later positions.
-    """
+    The condition's *values* are not touched: they carry the prompt to later positions."""
     side, head = isqrt(config.block_size), config.dim // config.n_head
     speed = 1.0 / config.rope_base ** (torch.arange(0, head // 2, 2).float() / (head // 2))
     angle = torch.outer(torch.arange(side).float(), speed)           # (side, C/H/4)
@@ -219,8 +218,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        embedders = dict(c2i=LabelEmbedder, t2i=CaptionEmbedder)
-        self.cls_embedding = embedders[config.model_type](config)
+        self.cls_embedding = dict(c2i=LabelEmbedder, t2i=CaptionEmbedder)[config.model_type](config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -338,11 +336,15 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
+def finest_float(device):
+    """float64, but on Apple's GPUs (mps), which have no such numbers, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def sample_inverse_cdf(logp, uniform):
     """One token per row, drawn from log-probabilities: logp (B, V), uniform (B,) in [0, 1) -> (B,).
-    Inverse-CDF sampling: the first code at which the cumulative probability reaches a random
-    number, here 1 - uniform.  It needs one per row, where torch.multinomial draws V."""
-    cdf = logp.double().exp().cumsum(-1)         # in float32 rare codes would drown in rounding
+    Inverse-CDF sampling: the first code whose cumulative probability reaches 1 - uniform."""
+    cdf = logp.to(finest_float(logp.device)).exp().cumsum(-1)   # else rare codes drown in rounding
     # 1 - uniform is never 0, so a code of probability 0 is not drawn.  The clamp is for NaNs.
     chosen = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:])[:, 0]
     return chosen.clamp(max=cdf.shape[-1] - 1)
@@ -365,8 +367,8 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
     if given and len(prefix) != P * G:
         raise ValueError(f"prefix must have {P * G} rows, one for each image, not {len(prefix)}")
     if uniform is None and not greedy:
-        uniform = torch.rand(N - given, P * G, generator=generator, dtype=torch.float64,
-                             device=cond.device).T                   # in the order of their use
+        uniform = torch.rand(N - given, P * G, generator=generator, device=cond.device,
+                             dtype=finest_float(cond.device)).T      # in the order of their use
     cond, cond_mask = both_branches(model, cond, cond_mask, cfg_scale)
     # Rows: G of the first prompt, G of the second, ...; then the null branch's, in the same order.
     logits, cache = model.prefill(cond, cond_mask, copies=G)         # (P * G, V), or twice as many
@@ -390,7 +392,6 @@ def generate(model, cond, cond_mask=None, *, samples_per_prompt=1, cfg_scale=1.0
 
 def token_logp(model, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
     """Log-probability of every given token and entropy of every choice, in nats: (B, N) each.
-
     This is the distribution that `generate` draws from without top-k and top-p.  Both are
     differentiable.  Raises ValueError for numbers that make no policy."""
     check_policy(cfg_scale, temperature)
@@ -416,9 +417,8 @@ def group_statistics(rewards, group_size):
     known = (~r.isnan()).sum(dim=1, keepdim=True)
     mean = r.nanmean(dim=1, keepdim=True)
     std = ((r - mean).square().nansum(dim=1, keepdim=True) / (known - 1).clamp(min=1)).sqrt()
-    largest = r.nan_to_num(-torch.inf).amax(dim=1, keepdim=True)
-    smallest = r.nan_to_num(torch.inf).amin(dim=1, keepdim=True)
-    return mean, std, largest <= smallest                            # if none is known, too
+    flat = r.nan_to_num(-inf).amax(1, keepdim=True) <= r.nan_to_num(inf).amin(1, keepdim=True)
+    return mean, std, flat                                           # flat if none is known, too
 
 
 def group_advantages(rewards, group_size, eps=1e-4, scale=True):
@@ -529,7 +529,6 @@ class Prompts:
 
 def rng_for(device, *key):
     """A device's random generator, which depends on the key alone, as (seed, "rollout", step).
-
     No stream runs on from one step to the next, so a resumed run restores no generator."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
@@ -546,8 +545,10 @@ def pick_prompts(n, step, per_step, seed):
 
 
 def autocast(device):
-    """bfloat16 for the transformer's matrix products on a GPU, float32 on other devices."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 for the transformer's matrix products on a GPU, but float32 on a CPU, and on GPUs
+    before compute capability 8 (T4, V100), which only emulate bfloat16, slowly."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 @torch.no_grad()
@@ -654,9 +655,8 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
 
         # 5. Reference: it never changes, so once is enough for all update epochs.
         with torch.no_grad():
-            ref = [policy_logp(reference, prompts, prompt_of[rows], tokens[rows], config)[0]
-                   for rows in micro_batches]
-        ref_logp = torch.cat(ref)                                    # (B, N)
+            ref_logp = torch.cat([policy_logp(reference, prompts, prompt_of[rows], tokens[rows],
+                                              config)[0] for rows in micro_batches])     # (B, N)
 
         # 6. Update.  A micro-batch's loss is the mean over its b images.  Weighted by b / B, these
         #    means add up to the mean over all B images, and so do their gradients.
@@ -709,10 +709,9 @@ def train(model, reference, vq, prompts, reward_fn, config, optimizer, first_ste
 #    `GRPOConfig(logprob_cfg="none")` gives the official behaviour.
 # 2. A group whose rewards are all equal gets advantages of exactly zero, not amplified rounding.
 #    An image that a reward fails to judge is left out of its group; officially its reward is 0.
-# 3. Weights are float32, with bfloat16 autocast on a GPU.  The official t2i policy is held in
+# 3. Weights are float32, on GPUs with bfloat16 autocast.  The official t2i policy is held in
 #    bfloat16, where a learning rate of 1e-5 is below the rounding step of most weights.
 # 4. Captions come padded on the left (captions.py), as LlamaGen was trained: the last condition
 #    position, which predicts the first token, is then a word.  The official code pads on the right.
-# 5. Sampling through a cache has its own path (`prefill`, `decode_step`), not a flag in `forward`.
-# 6. AdamW's betas are LlamaGen's, (0.9, 0.95), not torch's (0.9, 0.999).  A short warm-up keeps the
+# 5. AdamW's betas are LlamaGen's, (0.9, 0.95), not torch's (0.9, 0.999).  A short warm-up keeps the
 #    first steps small, when AdamW's averages are not yet reliable.

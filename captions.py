@@ -12,7 +12,6 @@ six templates of GenEval (arXiv 2310.11513) over COCO's object names.  `compose`
 `requirements` reads them back, for the reward "geneval" must know what to look for.
 """
 
-import codecs
 import html
 import json
 import random
@@ -53,15 +52,14 @@ def clean(caption):
 
 
 def read_text(path):
-    """The text of a UTF-8 file.  Raises ValueError, naming the line, if it is none."""
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        text, end = data.decode(), data.find(0)  # a zero: UTF-16 can be valid UTF-8
-    except UnicodeDecodeError as error:
-        end = error.start
-    if end >= 0:
-        line = data[:end].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: byte 0x{data[end]:02x} is not UTF-8 text; convert "
+    """The text of a UTF-8 file; its lines, which may have ended with \\r\\n or \\r, end with \\n.
+
+    Raises ValueError, naming the line, if it is none."""
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    wrong = re.search("[\0\udc80-\udcff]", text)        # a zero: UTF-16 can be valid UTF-8
+    if wrong:
+        line, byte = text.count("\n", 0, wrong.start()) + 1, ord(wrong[0]) & 255
+        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8 text; convert "
                          "the file, for instance with: iconv -f utf-16 (or latin1) -t utf-8")
     return text
 
@@ -74,9 +72,7 @@ def read_json(text, place):
 
 
 def read_records(path):
-    """The records of a file, each with its number: [(number, text or JSON value), ...].
-
-    A line ends with \\n or \\r\\n alone, as JSON Lines has it (\\r, if that is all there is)."""
+    """The records of a file, each with its number: [(number, text or JSON value), ...]."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file of captions: {path} (looked in {Path.cwd()})")
     ending = path.suffix.lower()
@@ -87,8 +83,7 @@ def read_records(path):
     if ending == ".json":
         values = read_json(text, path)
         return list(enumerate(values if isinstance(values, list) else [values], start=1))
-    separator = "\n" if "\n" in text else "\r"
-    lines = [(number, line) for number, line in enumerate(text.split(separator), start=1)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1)
              if clean(line)]
     if ending in (".jsonl", ".ndjson"):
         return [(number, read_json(line, f"{path}, line {number}")) for number, line in lines]
@@ -99,25 +94,20 @@ def read_records(path):
     return lines
 
 
-def caption_of(record):
-    """The caption of a record, cleaned: the record itself, or the first of its FIELDS, where null
-    and blank ones do not count.  "" if there is none."""
-    values = [record.get(field) for field in FIELDS] if isinstance(record, dict) else [record]
-    values = [clean(value) if isinstance(value, str) else value for value in values]
-    caption = next((value for value in values if value not in (None, "")), "")
-    return caption if isinstance(caption, str) else ""
-
-
 def read_tags(path):
     """{caption: the set of its tags in GenEval's metadata}, as `read_captions` reads them."""
     tags, path = {}, Path(path)
     for number, record in read_records(path):
-        caption = caption_of(record)
-        if not caption:
+        if not isinstance(record, dict):
+            record = {"caption": record}
+        values = [record.get(field) for field in FIELDS]
+        values = [clean(value) if isinstance(value, str) else value for value in values]
+        caption = next((value for value in values if value not in (None, "")), None)
+        if not isinstance(caption, str):
             raise ValueError(f"{path}, record {number}: no caption there, "
                              f"nor under {', '.join(FIELDS)}")
         own = tags.setdefault(caption, set())
-        if isinstance(record, dict) and record.get("tag") is not None:
+        if record.get("tag") is not None:
             own.add(str(record["tag"]))
     if not tags:
         raise ValueError(f"{path} holds no captions: write one a line, "
@@ -129,9 +119,9 @@ def read_captions(path):
     """The captions of a file, cleaned, without repetitions, in the file's order.
 
     .json holds a list, .jsonl and .ndjson one record a line: texts, or objects with a field
-    caption, prompt or text, such as GenEval's metadata.  .txt, or a name without an ending, holds
-    one caption a line; empty lines do not count.  Raises ValueError, naming file and line, for
-    another ending and what is no caption or no UTF-8."""
+    caption, prompt or text, such as GenEval's metadata; null and blank fields do not count.  .txt,
+    or a name without an ending, holds one caption a line; empty lines do not count.  Raises
+    ValueError, naming file and line, for another ending and what is no caption or no UTF-8."""
     return list(read_tags(path))
 
 
@@ -159,16 +149,8 @@ def coco_objects():
 
 
 def plural(name):
-    if name in PLURALS:
-        return PLURALS[name]
-    ending = "es" if re.search(r"(s|sh|ch|x)$", name) else "s"
-    return name + ending
-
-
-def geneval_plural(name):
-    """The plural in GenEval's own prompts, which is right for most names: "benchs", "persons"."""
-    ending = "es" if name.endswith("s") else "s"
-    return name + ending
+    ending = "es" if name.endswith(("s", "sh", "ch", "x")) else "s"
+    return PLURALS.get(name, name + ending)
 
 
 def with_article(name):
@@ -178,19 +160,18 @@ def with_article(name):
 
 def random_composition(rng):
     """One caption of each of the six templates, over two random objects and two colours."""
-    one, two = rng.sample(list(coco_objects()), 2)
-    colour_one, colour_two = rng.sample(COLOUR_NAMES, 2)
+    objects = rng.sample(list(coco_objects()), 2)
+    colours = rng.sample(COLOUR_NAMES, 2)
     number, position = rng.choice(list(NUMBERS)), rng.choice(POSITIONS)
-    a_one, a_two = with_article(one), with_article(two)
-    coloured_one = with_article(f"{colour_one} {one}")
-    coloured_two = with_article(f"{colour_two} {two}")
+    one, two = map(with_article, objects)
+    red, blue = [with_article(" ".join(pair)) for pair in zip(colours, objects)]
     texts = [
-        a_one,                                   # one object
-        f"{a_one} and {a_two}",                  # two
-        f"{number} {plural(one)}",               # counted
-        coloured_one,                            # coloured
-        f"{a_one} {position} {a_two}",           # placed
-        f"{coloured_one} and {coloured_two}",    # coloured pair
+        one,                                     # one object
+        f"{one} and {two}",                      # two
+        f"{number} {plural(objects[0])}",        # counted
+        red,                                     # coloured
+        f"{one} {position} {two}",               # placed
+        f"{red} and {blue}",                     # coloured pair
     ]
     return [f"a photo of {text}" for text in texts]
 
@@ -216,10 +197,11 @@ def compose(n, seed=0):
 def thing_pattern():
     """A pattern for one thing of a composition, with groups (number, colour, name), and the names.
 
-    The names map every singular and plural, GenEval's included, to COCO's: {name: COCO's name}."""
+    The names map every singular and plural to COCO's: {name: COCO's name}.  Plurals of GenEval's
+    own prompts are mechanical, "two benchs" and "two persons": they count, too."""
     names = {name: name for name in coco_objects()} | ALIASES
     for name, coco in list(names.items()):
-        names |= {plural(name): coco, geneval_plural(name): coco}
+        names |= dict.fromkeys((plural(name), name + "s", name + "es"), coco)
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
     article = rf"(?:an?|one|({'|'.join(NUMBERS)}))"
     colour = rf"(?:({'|'.join(COLOUR_NAMES)}) )?"
@@ -240,16 +222,12 @@ def requirements(caption):
         raise ValueError(f"cannot read {caption!r} as a composition: write for instance "
                          "'a photo of two dogs' or 'a photo of a red bus left of a bench', "
                          "with objects of COCO")
-    number, colour, name, link, *second = match.groups()
-    things = [(number, colour, name)]
-    if link:
-        things.append(tuple(second))
-    wanted = []
-    for number, colour, name in things:
-        demand = {"class": names[name], "count": NUMBERS.get(number, 1)}
+    link, wanted = match[4], []
+    for number, colour, name in (match.groups()[:3], match.groups()[4:]):
+        if name:
+            wanted.append({"class": names[name], "count": NUMBERS.get(number, 1)})
         if colour:
-            demand["color"] = colour
-        wanted.append(demand)
+            wanted[-1]["color"] = colour
     if link in POSITIONS:                        # "A left of B": A's place is checked against B's
         wanted.reverse()
         wanted[1]["position"] = [link, 0]
@@ -267,15 +245,11 @@ class PaddedFeatures:
     ten thousand padded captions would fill ten gigabytes."""
 
     def __init__(self, features, length):
-        self.features = features                 # M tensors (words, C)
-        self.length = length                     # T
+        self.features, self.length = features, length        # M tensors (words, C); T
 
     def __getitem__(self, index):
-        rows = []
-        for i in index.tolist():
-            words = self.features[i]                                       # (words, C)
-            rows.append(F.pad(words, (0, 0, self.length - len(words), 0)))
-        return torch.stack(rows)                                           # (P, T, C)
+        rows = [self.features[i] for i in index.tolist()]
+        return torch.stack([F.pad(words, (0, 0, self.length - len(words), 0)) for words in rows])
 
 
 class T5Captions:
@@ -307,18 +281,14 @@ class T5Captions:
             warnings.warn(f"{long} of {len(new)} captions are longer than {self.length} tokens "
                           "and lose their end")
         for start in tqdm(range(0, len(new), self.batch), desc="T5", unit="batch"):
-            self.encode(new[start:start + self.batch])
+            some = new[start:start + self.batch]
+            tokens = self.tokenizer(some, max_length=self.length, truncation=True, padding=True,
+                                    return_tensors="pt").to(self.model.device)
+            output = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            states, real = output.last_hidden_state.cpu(), tokens.attention_mask.bool().cpu()
+            self.features |= {caption: state[words]          # without the batch's padding
+                              for caption, state, words in zip(some, states, real)}
         chosen = [self.features[caption] for caption in captions]
         lengths = torch.tensor([len(features) for features in chosen])
         mask = torch.arange(self.length) >= self.length - lengths[:, None]
         return Prompts(list(captions), PaddedFeatures(chosen, self.length), mask)     # mask (M, T)
-
-    def encode(self, captions):
-        """Remembers the features of one batch of captions, without T5's own padding."""
-        tokens = self.tokenizer(captions, max_length=self.length, truncation=True, padding=True,
-                                return_tensors="pt").to(self.model.device)
-        output = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        states = output.last_hidden_state.cpu()
-        real = tokens.attention_mask.bool().cpu()
-        for caption, state, is_word in zip(captions, states, real):
-            self.features[caption] = state[is_word]

@@ -24,8 +24,8 @@ import pretrained
 import reward
 import toy
 from harness import compare, fidelity, options, processes
-from harness.checkpoints import write_json
 from harness.choices import caption_encoder, checkpoint, class_prompts, load_models
+from harness.logs import write_json
 
 
 @dataclass

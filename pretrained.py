@@ -59,11 +59,10 @@ FOLDER_FILES = (r"[^.].*\.safetensors", r"pytorch_model.*\.bin", r"model\.pt")
 class Ignored:
     """Stands for plain data beside the weights, of which nothing is asked."""
 
-    def __init__(self, *args):
+    def __init__(self, *data):
         pass
 
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__
 
 
 # Plain data that torch does not know, by module and names: options, paths of any system, times.
@@ -150,6 +149,11 @@ def first_few(problems):
     return "; ".join(problems[:4]) + more
 
 
+def not_finite(named):
+    """The names, of pairs (name, tensor), whose tensors hold NaN or infinite numbers."""
+    return [name for name, w in named if not torch.stack(w.aminmax()).isfinite().all()]
+
+
 def load_weights(module, path):
     """Fills a Transformer or a VQModel from any LlamaGen or AR-GRPO checkpoint, and returns it.
 
@@ -158,17 +162,16 @@ def load_weights(module, path):
     part = "gpt_model." if isinstance(module, Transformer) else "vq_model."
     wanted = module.state_dict()
     weights = named_as(wanted, read_weights(path, part))
-    both = [(name, weights[name].shape, w.shape) for name, w in wanted.items() if name in weights]
-    problems = [first_few(some) for some in (
-        [f"{name} is missing" for name in wanted if name not in weights],
-        [f"{name} is unexpected" for name in weights if name not in wanted],
-        [f"{name} has shape {tuple(given)}, not {tuple(right)}"
-         for name, given, right in both if given != right]) if some]
+    missing = [f"{name} is missing" for name in wanted if name not in weights]
+    unexpected = [f"{name} is unexpected" for name in weights if name not in wanted]
+    shapes = {name: (tuple(weights[name].shape), tuple(wanted[name].shape))
+              for name in wanted if name in weights}
+    misshapen = [f"{name} has shape {given}, not {right}"
+                 for name, (given, right) in shapes.items() if given != right]
+    problems = "; ".join(map(first_few, filter(None, (missing, unexpected, misshapen))))
     if problems:
-        raise ValueError(f"{path} does not fit this {type(module).__name__}: "
-                         f"{'; '.join(problems)}")
-    ill = [name for name, w in wanted.items()
-           if not torch.stack(weights[name].to(w.dtype).aminmax()).isfinite().all()]
+        raise ValueError(f"{path} does not fit this {type(module).__name__}: {problems}")
+    ill = not_finite((name, weights[name].to(w.dtype)) for name, w in wanted.items())
     if ill:
         raise ValueError(f"{path} holds NaN or infinite numbers in {first_few(ill)}: take an "
                          "earlier checkpoint, from before that run diverged")

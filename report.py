@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from harness import doctor
-from harness.page import plain, read_run, show, write_page
+from harness.logs import plain, write_bytes
+from harness.page import page, read_run, show
 
 
 def main(argv=None):
@@ -34,8 +35,7 @@ def main(argv=None):
                 say(f"{folder}:", *doctor.report(run.metrics, run.settings, run.summary))
         elif args.out or len(args.runs) > 1:
             path = args.out or Path("comparison.html")
-            write_page(args.runs, path)
-            say(f"wrote {path}")
+            say(f"wrote {write_bytes(path, page(*map(read_run, args.runs)))}")
         else:
             say(*(f"wrote {path}" for path in show(args.runs[0])))
     except (OSError, ValueError) as error:

@@ -33,7 +33,6 @@ A reward may have, as methods or, if it is a function, as attributes:
                                answer makes no sense); the image is left out of its group
     check_prompts(prompts)     raises ValueError for prompts that it cannot judge, such as those
                                without a text in quotes; the commands ask it before a run
-    forget()                   is called after each batch, for what it kept of it
     features(images)           (B, C), of length one: what pictures may be compared by
 
 A reward that needs a model or a device is made by a factory, `(device) -> reward`, which
@@ -50,7 +49,9 @@ import re
 import sys
 import sysconfig
 import traceback
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import torch
@@ -121,17 +122,15 @@ class RewardSet:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images cannot have {len(prompts)} prompts")
         given, total, parts = (images.clone(), list(prompts)), 0, {}
-        try:
-            for name, (reward, weight) in self.rewards.items():
-                parts[name] = checked(name, reward, ask(name, reward, *given), *given)
-                if given[1] != list(prompts) or not equal(given[0], images):
-                    raise BadReward(f"reward {name!r} changes the images in place, or its prompts, "
-                                    "which other rewards read, too: let it work on a copy")
-                total = total + weight * parts[name]
-        finally:
-            for reward, _ in self.rewards.values():
-                if hasattr(reward, "forget"):
-                    reward.forget()
+        for name, (reward, weight) in self.rewards.items():
+            with blamed(f"reward {name!r} failed for the prompts {some_of(prompts)}"):
+                scores = reward(*given)
+            parts[name] = checked(name, reward, scores, images, prompts)
+            untouched = torch.allclose(given[0], images, rtol=0, atol=0, equal_nan=True)
+            if not untouched or given[1] != list(prompts):
+                raise BadReward(f"reward {name!r} changes the images in place, or its prompts, "
+                                "which other rewards read, too: let it work on a copy")
+            total = total + weight * parts[name]
         if torch.isinf(total).any():
             raise BadReward("the weighted sum of the rewards is infinite: choose smaller weights")
         return total, parts
@@ -143,15 +142,11 @@ class RewardSet:
         distinct = list(dict.fromkeys(prompts))
         for name, (reward, _) in self.rewards.items():
             reason = refusal(reward, distinct)
-            if reason is None:
-                continue
-            refused = [prompt for prompt in distinct if refusal(reward, [prompt]) is not None]
-            if refused:
-                reason = refusal(reward, refused[:1])
-            else:
-                refused = distinct               # each passes alone, but not all together
-            raise BadReward(f"reward {name!r} cannot judge {len(refused)} of {len(distinct)} "
-                            f"prompts: {some_of(refused)}; {reason}")
+            if reason:
+                # Those that are refused by themselves, or all, if it is only together.
+                refused = [p for p in distinct if refusal(reward, [p])] or distinct
+                raise BadReward(f"reward {name!r} cannot judge {len(refused)} of {len(distinct)} "
+                                f"prompts: {some_of(refused)}; {reason}")
 
 
 # A student of the method can stop reading here: what follows are error messages and names.
@@ -159,27 +154,24 @@ class RewardSet:
 ERRORS = (Exception, SystemExit)                 # of anybody's code, which may call exit()
 
 
-def equal(a, b):
-    """Whether two tensors hold the same numbers, NaN included."""
-    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
-
-
-def ask(name, reward, images, prompts):
-    """What the reward returns.  Its own exception becomes a BadReward."""
+@contextmanager
+def blamed(what):
+    """An error of anybody's code inside becomes a BadReward of one line: what failed, and why."""
     try:
-        return reward(images, prompts)
+        yield
     except (BadReward, torch.OutOfMemoryError):  # for memory, `harness` has advice
         raise
     except ERRORS as error:
-        raise BadReward(f"reward {name!r} failed for the prompts {some_of(prompts)}: "
-                        f"{described(error)}") from error
+        raise BadReward(f"{what}: {described(error)}") from error
 
 
 def checked(name, reward, scores, images, prompts):
     """A copy of the scores as float32 on the images' device, if they are (B,) finite numbers.
 
     A reward that may miss may give NaN as well."""
-    got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    got = type(scores).__name__
+    if isinstance(scores, torch.Tensor):
+        got = "complex numbers" if scores.is_complex() else tuple(scores.shape)
     if got != (len(prompts),):
         raise BadReward(f"reward {name!r} must return a tensor of shape ({len(prompts)},), "
                         f"one score per image, not {got}")
@@ -202,10 +194,13 @@ def refusal(reward, prompts):
         if hasattr(reward, "check_prompts"):
             reward.check_prompts(prompts)
     except ValueError as error:
-        return (str(error).strip() or "no reason given").splitlines()[0]
+        return first_line(error)
     except ERRORS as error:                      # a bug in the user's check
         return described(error)
-    return None
+
+
+def first_line(error):
+    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def described(error):
@@ -219,8 +214,7 @@ def described(error):
     if isinstance(error, SyntaxError) and error.filename:
         calls.append((error.filename, error.lineno))
     place = " ({}, line {})".format(*calls[-1]) if calls else ""
-    text = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {text}{place}"
+    return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
 def some_of(prompts):
@@ -248,7 +242,6 @@ FAMILIES = {
     "rewards.ocr": ("ocr",),
 }
 MODULES = {name: module for module, names in FAMILIES.items() for name in names}
-WITH_MODELS = ("imagenet",)      # of these a model can be chosen, name:model, as imagenet:resnet50
 
 # Names for several rewards: the paper's eight, each with weight 1, and those of them that
 # open_clip alone can run, with CLIP-IQA in the place of MANIQA.
@@ -279,9 +272,6 @@ def register(name):
     """Decorator of a factory (device) -> reward: makes it known as `name` to `build_rewards`.
 
     A file that is read again may register its rewards again; another file may not take a name."""
-    if not re.fullmatch(r"\w+", name):
-        raise ValueError(f"a reward's name is letters, digits and underscores, not {name!r}")
-
     def decorator(factory):
         taken = file_of(name)
         if taken and taken != inspect.getsourcefile(factory):
@@ -296,19 +286,20 @@ for plain in (brightness, contrast, jpeg, jpeg_large):
     register(plain.__name__)(lambda device, reward=plain: reward)
 
 
+# One reward of a text: a file of the user's, a name, which of imagenet may name a model, a weight.
+ITEM = re.compile(r"(?:(.+\.py):)?(imagenet:[a-zA-Z]\w*|\w+)(?::([^:]*))?")
+
+
 def items_of(spec):
     """The rewards that a text asks for: yields (file or None, name, weight).  A mixture is spelled
     out; a model stays with its reward's name."""
     for item in spec.split(","):
-        file, _, rest = item.strip().rpartition(".py:")                  # C:\my.py:redness:0.5
-        file = file + ".py" if file else None
-        name, *numbers = rest.split(":")
-        if name in WITH_MODELS and numbers and numbers[0][:1].isalpha():
-            name += ":" + numbers.pop(0)
-        if not re.fullmatch(r"\w+(:\w+)?", name) or len(numbers) > 1:
+        match = ITEM.fullmatch(item.strip())     # C:\my.py:redness:0.5
+        if not match:
             raise ValueError(f"cannot read {item!r} in the reward {spec!r}: write name[:weight] or "
                              "file.py:function[:weight]")
-        weight = weight_of(name, *numbers)
+        file, name, weight = match.groups()
+        weight = 1.0 if weight is None else weight_of(name, weight)
         if file is None and name in MIXTURES:
             for part_file, part_name, part_weight in items_of(MIXTURES[name]):
                 yield part_file, part_name, weight * part_weight
@@ -316,7 +307,7 @@ def items_of(spec):
             yield file, name, weight
 
 
-def weight_of(name, text="1"):
+def weight_of(name, text):
     """The weight of a reward as a number."""
     try:
         weight = float(text)
@@ -325,6 +316,19 @@ def weight_of(name, text="1"):
     if not math.isfinite(weight):
         raise ValueError(f"the weight of reward {name!r} must be a finite number, not {text!r}")
     return weight
+
+
+def check_neighbours(path):
+    """Raises BadReward if a file imports a neighbour whose name another module has already.
+
+    Python would hand out that one, which was loaded first."""
+    finder = ModuleFinder([str(path.parent)])
+    finder.run_script(str(path))                 # reads its imports, and runs nothing
+    for name, neighbour in finder.modules.items():
+        own, loaded = neighbour.__file__, getattr(sys.modules.get(name), "__file__", None)
+        if own and loaded and Path(own).resolve() not in (path, Path(loaded).resolve()):
+            raise BadReward(f"{path.name} imports {own}, but another module of that name is "
+                            f"loaded, {loaded}: rename one of the two")
 
 
 @lru_cache
@@ -336,9 +340,9 @@ def load_file(path, stamp):
     sys.modules[file_spec.name] = module         # where dataclasses look for it
     sys.path.insert(0, str(path.parent))
     try:
-        file_spec.loader.exec_module(module)
-    except ERRORS as error:
-        raise ValueError(f"{path.name} cannot be loaded: {described(error)}") from error
+        with blamed(f"{path.name} cannot be loaded"):
+            check_neighbours(path)
+            file_spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
     return module
@@ -359,13 +363,10 @@ def load_function(file, name):
 
 
 def instance_of(cls, device):
-    """A class of the user's, called with the device.  Its own exception becomes a ValueError."""
-    try:
+    """A class of the user's, called with the device."""
+    name = f"{cls.__name__!r} (line {inspect.getsourcelines(cls)[1]})"
+    with blamed(f"{name} cannot be made with a device as its only argument"):
         return cls(device)
-    except ERRORS as error:
-        line = inspect.getsourcelines(cls)[1]
-        raise ValueError(f"{cls.__name__!r} (line {line}) cannot be made with a device as its only "
-                         f"argument: {described(error)}") from error
 
 
 def check_call(name, reward):
@@ -388,9 +389,7 @@ def factory_of(file, name):
         importlib.import_module(MODULES[name])   # which registers the name
     if name not in REGISTRY:
         raise ValueError(f"unknown reward {name!r}: there are {known_rewards()}")
-    if model:
-        return lambda device: REGISTRY[name](device, model)
-    return REGISTRY[name]
+    return partial(REGISTRY[name], model=model) if model else REGISTRY[name]
 
 
 def build_rewards(spec, device):
@@ -403,18 +402,17 @@ def build_rewards(spec, device):
     before any reward is made."""
     if not spec.strip():
         raise ValueError(f"no reward given: choose with --reward from {known_rewards()}")
-    items, wanted = list(items_of(spec)), {}     # wanted: name -> (factory, weight)
+    items, factories = list(items_of(spec)), {}
     names = [name for _, name, _ in items]
     for file, name, weight in items:
         factory = factory_of(file, name)
         if file and names.count(name) > 1:
             name = f"{file}:{name}"
-        if name in wanted:
+        if name in factories:
             raise ValueError(f"reward {name!r} is named twice in {spec!r}: "
                              "give it once, with the sum of the weights")
-        wanted[name] = factory, weight
-    rewards = {}
-    for name, (factory, weight) in wanted.items():
-        rewards[name] = factory(device), weight
-        check_call(name, rewards[name][0])
+        factories[name] = factory, weight
+    rewards = {name: (factory(device), weight) for name, (factory, weight) in factories.items()}
+    for name, (reward, _) in rewards.items():
+        check_call(name, reward)
     return RewardSet(rewards)

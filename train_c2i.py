@@ -10,12 +10,9 @@
 
 from dataclasses import dataclass
 
-import torch
-
 import reward
 from harness import options
-from harness.choices import choose_watched, class_prompts, load_models, toy_folder
-from harness.processes import pick_device
+from harness.choices import choose_watched, class_prompts, starting_models
 from harness.run import run
 
 # The paper's c2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the
@@ -47,23 +44,24 @@ DIVERSE["toy"] = RECIPE | dict(steps=450, prompts_per_step=16, group_size=16, lr
 
 @dataclass
 class C2iSettings(options.RunSettings):
-    script, presets, diverse = "train_c2i", PRESETS, DIVERSE
+    script, task, presets, diverse, on_gpu = "train_c2i", "c2i", PRESETS, DIVERSE, "B-256"
     classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names
                                          # such as otter,pizza
 
 
+def load(settings, device):
+    """What the settings name, for `harness.run.run`."""
+    reward_fn = reward.build_rewards(settings.reward, device)
+    prompts = class_prompts(settings.preset, settings.classes)
+    reward_fn.check_prompts(prompts.texts)
+    watched = choose_watched(settings, prompts.texts, device)
+    return *starting_models(settings), prompts, prompts, reward_fn, watched
+
+
 def main(argv=None):
     with options.one_line_errors():
-        default_preset = "B-256" if torch.cuda.is_available() else "toy"
-        settings = options.parse_settings(C2iSettings, default_preset, argv, __doc__)
-        device = pick_device(settings.device)
-        reward_fn = reward.build_rewards(settings.reward, device)
-        prompts = class_prompts(settings.preset, settings.classes)
-        reward_fn.check_prompts(prompts.texts)
-        watched = choose_watched(settings, "c2i", prompts.texts, device)
-        model, vq = load_models(settings.preset, "c2i", settings.gpt_ckpt, settings.vq_ckpt,
-                                toy_folder(settings, "c2i"))
-    return run(model.to(device), vq.to(device), prompts, prompts, reward_fn, settings, watched)
+        settings = options.parse_settings(C2iSettings, argv, __doc__)
+    return run(settings, load)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,11 @@ class label, and the prompts are captions.  Nothing else: the loop does not know
 
 from dataclasses import dataclass
 
-import torch
-
 import captions
 import reward
 import toy
 from harness import options
-from harness.choices import caption_encoder, choose_watched, load_models, toy_folder
-from harness.processes import pick_device
+from harness.choices import caption_encoder, choose_watched, starting_models
 from harness.run import run
 
 # The paper's t2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the
@@ -44,7 +41,7 @@ DIVERSE["toy"] = RECIPE | dict(steps=500, prompts_per_step=16, lr=1e-3, rehearsa
 
 @dataclass
 class T2iSettings(options.RunSettings):
-    script, presets, diverse = "train_t2i", PRESETS, DIVERSE
+    script, task, presets, diverse, on_gpu = "train_t2i", "t2i", PRESETS, DIVERSE, "t2i-XL-256"
     prompts: str = ""                    # file of captions: one a line, or .json or .jsonl;
                                          # default: composed ones
     composed: int = 2000                 # how many captions to compose from COCO's objects,
@@ -63,21 +60,21 @@ def choose_captions(settings):
     return texts[:-64], texts[-64:]      # compositions that training does not see
 
 
+def load(settings, device):
+    """What the settings name, for `harness.run.run`."""
+    texts, eval_texts = choose_captions(settings)
+    reward_fn = reward.build_rewards(settings.reward, device)
+    reward_fn.check_prompts([*texts, *eval_texts])
+    watched = choose_watched(settings, eval_texts, device, texts)
+    model, vq = starting_models(settings)
+    encode = caption_encoder(settings.preset, settings.t5, device)
+    return model, vq, encode(texts), encode(eval_texts), reward_fn, watched
+
+
 def main(argv=None):
     with options.one_line_errors():
-        default_preset = "t2i-XL-256" if torch.cuda.is_available() else "toy"
-        settings = options.parse_settings(T2iSettings, default_preset, argv, __doc__)
-        device = pick_device(settings.device)
-        texts, eval_texts = choose_captions(settings)
-        reward_fn = reward.build_rewards(settings.reward, device)
-        reward_fn.check_prompts([*texts, *eval_texts])
-        watched = choose_watched(settings, "t2i", eval_texts, device, texts)
-        model, vq = load_models(settings.preset, "t2i", settings.gpt_ckpt, settings.vq_ckpt,
-                                toy_folder(settings, "t2i"))
-        encode = caption_encoder(settings.preset, settings.t5, device)
-        prompts, eval_prompts = encode(texts), encode(eval_texts)
-        del encode                       # T5 has done its work: its memory is needed for training
-    return run(model.to(device), vq.to(device), prompts, eval_prompts, reward_fn, settings, watched)
+        settings = options.parse_settings(T2iSettings, argv, __doc__)
+    return run(settings, load)
 
 
 if __name__ == "__main__":

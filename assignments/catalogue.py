@@ -34,7 +34,7 @@ class Bug(NamedTuple):
 def read_bugs(folder=Path(__file__).parent / "bugs"):
     bugs = []
     for path in sorted(folder.glob("*.txt")):
-        for block in re.split(r"^(?==)", path.read_text(), flags=re.M)[1:]:
+        for block in re.split(r"^(?==)", path.read_text("utf-8"), flags=re.M)[1:]:
             if block.startswith("==="):
                 file = block.strip("= \n")
             else:

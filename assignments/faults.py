@@ -24,8 +24,8 @@ import torch
 import argrpo
 import toy
 from diversity import group_diversity
-from harness.checkpoints import write_json, write_metrics
 from harness.device import packed
+from harness.logs import write_json, write_metrics
 from harness.options import RunSettings
 from reward import to_uint8
 

@@ -221,8 +221,11 @@ def read_submission(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise SystemExit(f"no such folder: {folder}")
-    return {name: (folder / name).read_text(errors="replace") if (folder / name).is_file() else None
-            for name in ("argrpo.py", "my_reward.py", "answers.toml")}
+    texts = dict.fromkeys(("argrpo.py", "my_reward.py", "answers.toml"))
+    for name in texts:
+        if (folder / name).is_file():
+            texts[name] = (folder / name).read_text("utf-8", errors="replace")
+    return texts
 
 
 def code_problem(text):
@@ -299,11 +302,11 @@ def main(argv=None):
         parser.error(f"no key of the runs to debug at {args.key}: make.py writes one beside the "
                      "handout; name it with --key")
     torch.set_num_threads(1)
-    key = json.loads(args.key.read_text())
+    key = json.loads(args.key.read_text("utf-8"))
     results = grade(args.submission, args.seed, key["variant"], key["runs"])
     print(table(results))
     if args.json:
-        args.json.write_text(json.dumps(gradescope(results), indent=1) + "\n")
+        args.json.write_text(json.dumps(gradescope(results), indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -67,15 +67,15 @@ def make_handout(out, debug_seed=0, variant=None, steps=20):
     shutil.move(out / "assignments/checks", out / "checks")
     shutil.rmtree(out / "assignments")
     shutil.copytree(HERE / "handout", out, ignore=SKIPPED, dirs_exist_ok=True)
-    (out / "argrpo.py").write_text(blanked(variant))
-    (out / "README.md").write_text(readme(variant))
+    (out / "argrpo.py").write_text(blanked(variant), "utf-8")
+    (out / "README.md").write_text(readme(variant), "utf-8")
     hints = {name: {"name": source.label(item), "read": item["read"], "hints": item["hints"]}
              for name, item in ITEMS.items()}
-    (out / "hints.json").write_text(json.dumps(hints, indent=1) + "\n")
+    (out / "hints.json").write_text(json.dumps(hints, indent=1) + "\n", "utf-8")
     torch.save(expected(variant), out / "expected.pt")
     key = make_debug_runs(out / "debug", debug_seed, steps)
     (out / "answers.toml").write_text("".join(
-        f'[{run}]\nfault = ""\nstep = -1\nmetric = ""\n\n' for run in key))
+        f'[{run}]\nfault = ""\nstep = -1\nmetric = ""\n\n' for run in key), "utf-8")
     return {"variant": variant, "debug_seed": debug_seed, "runs": key}
 
 
@@ -123,7 +123,7 @@ def readme(variant):
     says = VARIANTS.get(variant)
     note = f"\n\n**The objective of this course is not the published one**: {says}. Mind the " \
            "docstrings." if says else ""
-    text = (HERE / "handout/README.md").read_text()
+    text = (HERE / "handout/README.md").read_text("utf-8")
     for name, value in (("title", PARTS["title"]), ("variant", note), ("parts", "\n".join(rows)),
                         ("faults", "\n".join(table))):
         text = text.replace("{" + name + "}", value)
@@ -155,14 +155,14 @@ mkdir -p "$base/results"
 def make_solution(out, key):
     """Writes the submission that is all right, by the key of a handout, into the new folder out."""
     out.mkdir(parents=True)
-    (out / "argrpo.py").write_text(source.reference(key["variant"]))
+    (out / "argrpo.py").write_text(source.reference(key["variant"]), "utf-8")
     shutil.copy(HERE / "solution/my_reward.py", out)
     lines = []
     for run, truth in key["runs"].items():
         metric, steps = next((name, steps) for name, steps in truth["shows"].items() if steps)
         lines.append(f'[{run}]\nfault = "{truth["fault"]}"\nstep = {steps[0]}\n'
                      f'metric = "{metric}"\n')
-    (out / "answers.toml").write_text("\n".join(lines))
+    (out / "answers.toml").write_text("\n".join(lines), "utf-8")
 
 
 def make_gradescope(path, key, seed):
@@ -173,7 +173,7 @@ def make_gradescope(path, key, seed):
         copy(GRADER, out)
         shutil.copy(HERE / "setup.sh", out / "setup.sh")
         shutil.copy(key, out / "key.json")
-        (out / "run_autograder").write_text(RUN_AUTOGRADER.format(options=options))
+        (out / "run_autograder").write_text(RUN_AUTOGRADER.format(options=options), "utf-8")
         for script in ("setup.sh", "run_autograder"):
             (out / script).chmod(0o755)
         shutil.make_archive(str(path.with_suffix("")), "zip", out)
@@ -204,12 +204,12 @@ def main(argv=None):
         parser.error("--solution needs a new folder, and --key")
     if args.out:
         seed = secrets.randbelow(2 ** 60) if args.debug_seed is None else args.debug_seed
-        key.write_text(json.dumps(make_handout(args.out, seed, args.variant), indent=1))
+        key.write_text(json.dumps(make_handout(args.out, seed, args.variant), indent=1), "utf-8")
         print(f"wrote {args.out}/ for students, and {key}, which is not for them")
     if not key.is_file():
         parser.error(f"there is no key at {key}: make the handout first")
     if args.solution:
-        make_solution(args.solution, json.loads(key.read_text()))
+        make_solution(args.solution, json.loads(key.read_text("utf-8")))
         print(f"wrote {args.solution}/, which should get 100 of 100")
     if args.gradescope:
         make_gradescope(args.gradescope, key, args.seed)

@@ -27,7 +27,7 @@ parse = cache(ast.parse)                         # nobody changes these trees
 
 @cache
 def read_toml(name):
-    return tomllib.loads((HERE / name).read_text())
+    return tomllib.loads((HERE / name).read_text("utf-8"))
 
 
 def items_of(parts):
@@ -48,7 +48,7 @@ def reference(variant=None, file="argrpo.py"):
     """The text of argrpo.py, or of another file, with the variant's exchanges."""
     if variant not in (None, *VARIANTS):
         raise ValueError(f"unknown variant {variant!r}: there are {', '.join(VARIANTS)}")
-    text = (ROOT / file).read_text()
+    text = (ROOT / file).read_text("utf-8")
     for bug in BUGS:
         if variant and (bug.variant, bug.file) == (variant, file):
             text = with_bug(text, bug)

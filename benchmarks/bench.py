@@ -300,7 +300,7 @@ def main(argv=None):
         for title, rows in tables.items():
             print(f"\n{markdown(title, rows)}", flush=True)
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     return result
 
 

@@ -31,13 +31,13 @@ def run_part(options, out, name, limit):
     """Runs a part for `limit` seconds at most: what became of it, and what it has printed."""
     command = [sys.executable, Path(__file__).with_name("bench.py"), *options.split()]
     log = out / f"{name}.log"
-    with open(log, "w") as file:
+    with open(log, "wb") as file:
         try:
             done = subprocess.run([*command, "--out", out / f"{name}.json"], stdout=file,
                                   stderr=subprocess.STDOUT, timeout=limit)
         except subprocess.TimeoutExpired:
-            return f"ended after {limit:.0f} s", log.read_text()
-    text = log.read_text()
+            return f"ended after {limit:.0f} s", log.read_text("utf-8", errors="replace")
+    text = log.read_text("utf-8", errors="replace")
     if done.returncode:
         last = text.strip().splitlines()[-1:] or ["no message"]
         return f"failed with status {done.returncode}: {last[0]}", text
@@ -61,7 +61,7 @@ def main(argv=None, parts=PARTS, run=run_part):
         print(lines[-1], flush=True)
         texts.append(f"## {name}\n\n{text}")
         head = "\n".join(["| part | status | time |", "| --- | --- | --- |", *lines])
-        (args.out / "gpu.md").write_text("\n\n".join([head, *texts]) + "\n")
+        (args.out / "gpu.md").write_text("\n\n".join([head, *texts]) + "\n", "utf-8")
     print(f"look at {args.out}/gpu.md")
 
 

@@ -3,10 +3,12 @@
 import math
 from collections import namedtuple
 
+import numpy as np
 import torch
 
 import argrpo
 from diversity import group_diversity
+from reward import to_uint8
 
 
 def nothing(images, texts):
@@ -17,10 +19,6 @@ def nothing(images, texts):
 # spread(images, texts) -> {name: number}, how varied they are, and what that says of the pretrained
 # model.  The last two are None where they are not known.
 Watched = namedtuple("Watched", "measure spread base_spread", defaults=(nothing, None, None))
-
-# Pictures of one prompt, for a gallery: images (n, 3, H, W) in [0, 1], rewards and scores {name:
-# numbers} of each, tokens (n, N), and the prompt's number.
-Shown = namedtuple("Shown", "text images rewards scores tokens prompt")
 
 
 def rollout_images(settings):
@@ -58,19 +56,20 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=nothing, cfg_scale
 
     Returns (scores, gallery).  scores are {"reward", "reward/<name>", "entropy", "diversity", and
     what measure(images, texts) -> {name: (B,)} says}.  Each is the mean over all images but those
-    with NaN, where it does not apply, and None where it applies to none.  gallery is a list of
-    Shown, six images at most of each prompt, for the pictures."""
+    with NaN, where it does not apply, and None where it applies to none.  gallery has arrays for
+    the pictures: of M prompts their numbers `prompts` (M,) and `texts` (M,); of n images of each,
+    six at most, `pictures` (M, n, H, W, 3) uint8, `tokens` (M, n, N) and, by their `names`,
+    `scores` (names, M, n)."""
     count = min(len(prompts.texts), settings.eval_images // 4)                       # of prompts
     samples = settings.eval_images // count                                          # of each
-    batch = rollout_images(settings)
     index = torch.linspace(len(prompts.texts) - 1, 0, count).long()      # evenly, the last first
-    columns, gallery = {}, []                    # columns: name -> scores (B,), batch by batch
-    for some in index.split(max(1, batch // samples)):                               # (P,)
+    columns, drawn, done = {}, [], 0             # columns: name -> scores (B,), batch by batch
+    for some in index.split(max(1, rollout_images(settings) // samples)):            # (P,)
         if stop is not None:
             stop.check()
         texts, tokens, logp, images = draw_like_rollout(
-            model, vq, prompts, some, settings, samples, "evaluation", len(gallery),
-            cfg_scale=cfg_scale)
+            model, vq, prompts, some, settings, samples, "evaluation", done, cfg_scale=cfg_scale)
+        done += len(some)
         rewards, parts = reward_fn(images, texts)
         scores = {"reward": rewards}
         scores |= {f"reward/{name}": part for name, part in parts.items()}
@@ -79,12 +78,17 @@ def evaluate(model, vq, prompts, reward_fn, settings, measure=nothing, cfg_scale
         scores["diversity"] = group_diversity(images, samples).repeat_interleave(samples)
         for name, score in scores.items():
             columns.setdefault(name, []).append(score.cpu())
-        for i in range(0, len(texts), samples):
-            rows = slice(i, i + min(6, samples))
-            each = {name: score[rows].tolist() for name, score in scores.items()}
-            gallery.append(Shown(texts[i], images[rows].cpu(), each["reward"], each,
-                                 tokens[rows].cpu(), some[i // samples].item()))
-    return {name: known_mean(torch.cat(column)) for name, column in columns.items()}, gallery
+        drawn.append((to_uint8(images), tokens.cpu()))
+
+    def few(column):                             # (B, ...) -> (M, n, ...)
+        return column.unflatten(0, (count, samples))[:, :6].numpy()
+    scores = {name: torch.cat(column) for name, column in columns.items()}
+    pictures, tokens = (few(torch.cat(column)) for column in zip(*drawn))
+    gallery = dict(prompts=index.numpy(), pictures=pictures, tokens=tokens,
+                   texts=np.array([prompts.texts[k] for k in index.tolist()]),
+                   names=np.array([*scores]),
+                   scores=np.stack([few(column.float()) for column in scores.values()]))
+    return {name: known_mean(column) for name, column in scores.items()}, gallery
 
 
 def known_mean(scores):
@@ -136,13 +140,9 @@ def diversity_kept(before, after):
     D is their mean.  None where there were too few right pictures to tell."""
     kept = {}
     for name, value in before.items():
-        ratio = None
-        if value and after[name] is not None:
-            ratio = after[name] / value
-        kept[f"diversity_kept/{name}"] = ratio
-    mean = None
-    if None not in kept.values():
-        mean = sum(kept.values()) / len(kept)
+        known = value and after[name] is not None
+        kept[f"diversity_kept/{name}"] = after[name] / value if known else None
+    mean = None if None in kept.values() else sum(kept.values()) / len(kept)
     return {"diversity_kept": mean} | kept
 
 

@@ -14,6 +14,7 @@ import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
 from harness.before_after import Watched, spread_index
+from toy.pretraining import pretrain_toy
 
 
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
@@ -29,6 +30,21 @@ def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
                          f"{', '.join(pretrained.MODELS)}")
     check_models(model, vq)
     return model, vq
+
+
+def starting_models(settings):
+    """The transformer and the tokenizer that a run starts from, on the CPU.
+
+    With --from-scratch they are in the run's folder, pretrained first if they are not there."""
+    folder = toy.FOLDER
+    if settings.from_scratch:
+        if settings.preset != "toy":
+            raise ValueError("--from-scratch is for the toy: "
+                             "a published model is not pretrained in minutes")
+        folder = Path(settings.out) / "weights"
+        if not (folder / f"toy_{settings.task}.pt").exists():
+            pretrain_toy(folder, settings.seed)
+    return load_models(settings.preset, settings.task, settings.gpt_ckpt, settings.vq_ckpt, folder)
 
 
 def checkpoint(spec, seed):
@@ -62,21 +78,6 @@ def check_models(model, vq):
                          f"{vq.config.codebook_size} in the other")
 
 
-def toy_folder(settings, task):
-    """Where the toy's weights are.
-
-    With --from-scratch in the run's folder, pretrained now if they are not there."""
-    if not settings.from_scratch:
-        return toy.FOLDER
-    if settings.preset != "toy":
-        raise ValueError("--from-scratch is for the toy: "
-                         "a published model is not pretrained in minutes")
-    folder = Path(settings.out) / "weights"
-    if not (folder / f"toy_{task}.pt").exists():
-        toy.main(["--out", str(folder), "--seed", str(settings.seed)])
-    return folder
-
-
 def caption_encoder(preset, t5, device):
     """What turns captions into Prompts: for the toy its own features, else Flan-T5's.
 
@@ -88,15 +89,15 @@ def caption_encoder(preset, t5, device):
     return T5Captions(folder, device)
 
 
-def choose_watched(settings, task, texts, device, others=()):
-    """What a run of the task reports about pictures of the texts, and, while it trains, of others:
-    see `Watched`.
+def choose_watched(settings, texts, device, others=()):
+    """What a run reports about pictures of the texts, and, while it trains, of others: see
+    `Watched`.
 
     That is, of the toy, its verifier and its spread, and "watch/<name>" of each reward that the
     setting `watch` names."""
     verify = spread = watched = None
     if settings.preset == "toy":
-        verify = toy.verify_all if task == "c2i" else toy.verify_by_kind
+        verify = toy.verify_all if settings.task == "c2i" else toy.verify_by_kind
         spread = toy.spread
     if settings.watch:
         watched = reward.build_rewards(settings.watch, device)
@@ -108,10 +109,10 @@ def choose_watched(settings, task, texts, device, others=()):
             _, parts = watched(images, rows)
             scores |= {f"watch/{name}": part for name, part in parts.items()}
         return scores
-    return Watched(measure, spread, shipped_spread(settings, task, texts))
+    return Watched(measure, spread, shipped_spread(settings, texts))
 
 
-def shipped_spread(settings, task, texts):
+def shipped_spread(settings, texts):
     """The spread of the shipped toy's right pictures of the texts, as `toy.shipped_spread`.
 
     None if the run starts from other weights, or draws with guidance or another temperature."""
@@ -119,7 +120,7 @@ def shipped_spread(settings, task, texts):
     if settings.preset != "toy" or other or (settings.cfg_scale, settings.temperature) != (1, 1):
         return None
     index = spread_index(len(texts), settings)
-    return toy.shipped_spread(task, [texts[k] for k in index.tolist()])
+    return toy.shipped_spread(settings.task, [texts[k] for k in index.tolist()])
 
 
 class Features:
@@ -146,16 +147,12 @@ def build_features(name, vq, device):
     return Codes(vq) if name == "codes" else Pixels()
 
 
-def class_names(preset):
-    """The names of the classes that a preset's model draws, by their numbers."""
-    return toy.CLASSES if preset == "toy" else pretrained.imagenet_classes()
-
-
 def class_prompts(preset, classes, template="a photo of {}"):
     """The Prompts of classes, as `choose_classes` reads them.  The toy's texts are its names."""
     if preset == "toy":
-        template = "{}"
-    names = class_names(preset)
+        names, template = toy.CLASSES, "{}"
+    else:
+        names = pretrained.imagenet_classes()
     index = choose_classes(classes, names)
     return argrpo.Prompts([template.format(names[k]) for k in index], torch.tensor(index))
 
@@ -166,9 +163,8 @@ def choose_classes(text, names):
     Raises ValueError for what is no class."""
     if text == "all":
         return list(range(len(names)))
-    index = {}
-    for k, name in enumerate(names):
-        index.setdefault(name.lower(), k)                # of two equal names the first counts
+    # Of two equal names the first counts.
+    index = {names[k].lower(): k for k in reversed(range(len(names)))}
     return [choose_class(item.strip(), index, len(names)) for item in text.split(",")]
 
 

@@ -17,7 +17,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import sys
 from functools import partial
 from modulefinder import ModuleFinder
@@ -31,8 +30,8 @@ from tqdm import tqdm
 import argrpo
 import reward
 import toy
-from harness.checkpoints import write_atomically, write_json
 from harness.device import Sampler
+from harness.logs import write_atomically, write_json
 from harness.page import sheet
 from reward import to_uint8
 
@@ -116,30 +115,27 @@ def draw_shards(model, vq, prompts, index, folder, seed, size=None, shard=(0, 1)
     """Draws picture i of prompt index[i], for all i, into files of SHARD pictures in the folder.
 
     A file, such as 00003.npz, holds `images` (n, H, W, 3) uint8, at most `size` pixels wide,
-    `entropy` (n,), -log pi a token, and the drawing's `key`; drawn.json says what that stands for.
-    Files that are there are kept: a draw goes on where it stopped.  shard = (rank, count) takes
-    this process's share of the files.
+    `entropy` (n,), -log pi a token, and as JSON the `drawing` that made them.  Files that are there
+    are kept: a draw goes on where it stopped.  shard = (rank, count) takes this process's share.
     Raises ValueError if the folder holds pictures of another model or other settings."""
     rank, count = shard
     folder.mkdir(parents=True, exist_ok=True)
-    made, path = drawing_of(model, vq, prompts, index, seed, size, **policy), folder / "drawn.json"
-    known, key = json.loads(path.read_text()) if path.exists() else made, digest(made)
-    others = {name for name in {**made, **known} if made.get(name) != known.get(name)}
-    if not others and any(str(read_shard(file, "key")) != key for file in shards(folder)):
-        others = {"of an unknown drawing"}
-    if others:
-        raise ValueError(f"{folder} holds pictures of another model, other prompts or settings "
-                         f"({', '.join(sorted(others))}): name another folder, or remove it")
-    if rank == 0 and not path.exists():
-        write_json(path, made)
+    drawing = drawing_of(model, vq, prompts, index, seed, size, **policy)
+    for path in shards(folder):
+        known = json.loads(str(read_shard(path, "drawing", "{}")))
+        others = {name for name in {**drawing, **known} if drawing.get(name) != known.get(name)}
+        if others:
+            raise ValueError(f"{folder} holds pictures of another model, other prompts or settings "
+                             f"({', '.join(sorted(others))}): name another folder, or remove it")
     mine = list(enumerate(torch.arange(len(index)).split(SHARD)))[rank::count]
     left = [(k, numbers) for k, numbers in mine if not shard_path(folder, k).exists()]
     sampler = Sampler()(model)
-    for k, numbers in tqdm(left, desc=f"drawing {folder.name}", unit="shard", disable=rank > 0
-                           or bool(os.environ.get("TQDM_DISABLE"))):
+    if rank == 0:
+        left = tqdm(left, desc=f"drawing {folder.name}", unit="shard")
+    for k, numbers in left:
         images, logp = draw(sampler, vq, prompts, index[numbers], numbers.tolist(), seed, **policy)
         arrays = dict(images=to_uint8(reduced(images.cpu(), size)),
-                      entropy=-logp.mean(1).float().cpu(), key=key)
+                      entropy=-logp.mean(1).float().cpu(), drawing=json.dumps(drawing))
         write_atomically(shard_path(folder, k), partial(np.savez, **arrays))
 
 
@@ -160,10 +156,10 @@ def shards(folder):
     return sorted(folder.glob("[0-9][0-9][0-9][0-9][0-9].npz"))
 
 
-def read_shard(path, name="images"):
-    """An array of a shard, or None if it has none of that name."""
+def read_shard(path, name="images", default=None):
+    """An array of a shard, or the default if it has none of that name."""
     with np.load(path) as file:
-        return file.get(name)
+        return file.get(name, default)
 
 
 def read_shards(folder, name="images"):

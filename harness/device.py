@@ -1,59 +1,64 @@
 """What makes a run fast and fit into the memory, and changes no more than rounding.
 
 A rollout reads all weights of the model once for each token.  So its speed is that of reading them:
-in bfloat16 on a GPU, and in the order that oneDNN reads them in on a CPU.
-Nothing here that is for a GPU has been measured on one.
+in bfloat16 on a GPU, and in the order that oneDNN reads them in on a CPU.  A GPU is here whatever
+torch calls an accelerator.  Nothing that is for a GPU has been measured on one.
 """
 
 import copy
 import dataclasses
+import gc
 import platform
+import sys
 import time
 from contextlib import contextmanager
 from math import ceil, hypot
 
 import torch
 import torch.nn as nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import argrpo
 from harness.processes import gather, rank_and_size
 
-# For decoding steps on a GPU.  Recent versions of torch prefer cuDNN's attention on H100 and H200,
-# and it makes a new plan for every number of keys: decoding has one more at each step.
-DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# ---------------------------------------------------------------------------------------------
+# What a device computes in
+# ---------------------------------------------------------------------------------------------
+
+def on_gpu(model):
+    return next(model.parameters()).device.type != "cpu"
+
+
+def matrix_dtype(device):
+    """What the transformer's matrices are multiplied in, as `argrpo.autocast` decides."""
+    with argrpo.autocast(device):
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+    return torch.float32
+
+
+def describe_dtype(device):
+    """The line of a run's start that says what it computes in, and why."""
+    line = f"matrix products in {str(matrix_dtype(device)).removeprefix('torch.')}"
+    if device.type == "cuda" and matrix_dtype(device) == torch.float32:
+        line += ": this GPU only emulates bfloat16, slowly, and float16 needs the loss scaled"
+    return line
 
 
 # ---------------------------------------------------------------------------------------------
 # Copies that draw the rollouts
 # ---------------------------------------------------------------------------------------------
 
-def on_gpu(model):
-    return next(model.parameters()).is_cuda
-
-
-class DecodesWithoutCudnn(argrpo.Transformer):
-    """A transformer whose decoding steps leave out cuDNN's attention.  All else may use it."""
-
-    def decode_step(self, *args):
-        with sdpa_kernel(DECODING_KERNELS):
-            return super().decode_step(*args)
-
-
 def frozen_copy(model, dtype=None):
     """A copy for reading only: the reference pi_ref, and what draws the rollouts on a GPU.
 
-    Its matrices are in dtype, by default bfloat16 on a GPU.  Autocast would round them to that for
-    every product anyway: under it the copy computes the very same numbers, in half the memory.
-    On a GPU its decoding steps choose among DECODING_KERNELS."""
+    Its matrices are in dtype, by default `matrix_dtype`.  Autocast would round them to that for
+    every product anyway: under it the copy computes the very same numbers, in half the memory."""
     frozen = copy.deepcopy(model).requires_grad_(False)
-    dtype = dtype or (torch.bfloat16 if on_gpu(model) else torch.float32)
+    dtype = dtype or matrix_dtype(model.output.weight.device)
     for module in frozen.modules():
         if isinstance(module, nn.Linear):
-            module.to(dtype)
-    if on_gpu(model):
-        frozen.__class__ = DecodesWithoutCudnn   # not a method: a copy would call this one's layers
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
     return frozen
 
 
@@ -72,8 +77,9 @@ class Sampler:
     """The `sampler` seam of `argrpo.train`: sampler(model) draws what the model draws, faster.
 
     Call it anew whenever the model's weights have changed.  It always answers with the same object:
-    on a GPU with a copy of the model with bfloat16 matrices; with compile=True, on any device, with
-    a copy whose decoding step is compiled; else with `packed(model)`."""
+    on a GPU that computes in bfloat16 with a copy of the model with such matrices; with
+    compile=True, on any device, with a copy whose decoding step is compiled; else with
+    `packed(model)`."""
 
     def __init__(self, compile=False):
         self.compile = compile
@@ -82,7 +88,7 @@ class Sampler:
     def __call__(self, model):
         if model is self.model:
             refresh(self.copy, model)
-        elif self.compile or on_gpu(model):
+        elif self.compile or matrix_dtype(model.output.weight.device) != torch.float32:
             self.model, self.copy = model, frozen_copy(model)
             if self.compile:
                 self.copy.decode_step = torch.compile(self.copy.decode_step, dynamic=True)
@@ -91,12 +97,12 @@ class Sampler:
         return self.copy
 
 
-def allowed_mismatch(device, cfg_scale):
+def allowed_mismatch(dtype, cfg_scale):
     """Nats a token, on average, by which sampler and learner may differ from rounding alone.
 
     Both branches of guidance round on their own, so the error of s * cond - (s - 1) * null is
     sqrt(s^2 + (s - 1)^2) times that of one.  docs/speed.md has what was measured."""
-    return (0.05 if device.type == "cuda" else 1e-3) * hypot(cfg_scale, cfg_scale - 1)
+    return (1e-3 if dtype == torch.float32 else 0.05) * hypot(cfg_scale, cfg_scale - 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,31 +178,42 @@ def checkpoint_layers(model):
 
 
 def optimizer_of_device(model, settings):
-    """The loop's AdamW, on a GPU with its fused kernel: one pass over the weights.
-
-    A checkpoint holds which kernel wrote it.  Here the device decides, whatever a checkpoint says:
-    a run may change its device when it is resumed."""
-    optimizer, fused = argrpo.make_optimizer(model, settings), on_gpu(model) or None
-
-    def keep_kernel(optimizer, state):
-        groups = [group | {"fused": fused} for group in state["param_groups"]]
-        return state | {"param_groups": groups}
-
+    """The loop's AdamW, on a GPU with its fused kernel: one pass over the weights, and no further
+    memory.  A run that is resumed keeps its checkpoint's kernel: every device has both."""
+    optimizer = argrpo.make_optimizer(model, settings)
     for group in optimizer.param_groups:
-        group["fused"] = fused
-    optimizer.register_load_state_dict_pre_hook(keep_kernel)
+        group["fused"] = on_gpu(model) or None
     return optimizer
 
 
 # ---------------------------------------------------------------------------------------------
-# How long it takes
+# How long it takes, and how much memory
 # ---------------------------------------------------------------------------------------------
 
 def clock(device):
-    """Seconds, after the GPU has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds, after the current device of this kind has finished its work."""
+    torch.get_device_module(device).synchronize()
     return time.perf_counter()
+
+
+def measured(device, run):
+    """What run() returns, its seconds, and bytes: the most that were allocated on the GPU during
+    it, else, on the CPU and where torch does not count them, the most this process has held so far,
+    NaN where the system does not tell (Windows)."""
+    module, start = torch.get_device_module(device), clock(device)
+    counted = hasattr(module, "reset_peak_memory_stats")
+    if counted:
+        module.reset_peak_memory_stats(device)
+    result = run()
+    seconds = clock(device) - start
+    if counted:
+        return result, seconds, module.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return result, seconds, float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return result, seconds, peak if sys.platform == "darwin" else 1024 * peak
 
 
 class Stopwatch:
@@ -246,111 +263,71 @@ class Stopwatch:
 
 
 # ---------------------------------------------------------------------------------------------
-# How much memory it needs
+# What fits into a GPU's memory
 # ---------------------------------------------------------------------------------------------
 
-CPU_CACHE = 2 ** 32          # bytes that keys and values may take on a CPU
+SPARE = 2 ** 30              # bytes that a trial leaves free, for rewards and fragments
 
 
-def memory_estimate(model, vq, settings):
-    """Bytes that training will need, by part.
+def choose_sizes(model, vq, prompts, settings):
+    """Sets settings.rollout_prompts and settings.micro_batch where they are open, None.
 
-    The rollout's cache and the update's activations are never there at the same time: the smaller
-    of them is left out.  What the update's forward pass keeps was counted on this code in float32:
-    100 bytes per layer, token and channel, of which autocast halves about four fifths.  With
-    checkpointing, all of that for one layer, and the inputs of the others.  Each logit is there in
-    float32, with its log-softmax, softmax and their gradients."""
-    c, gpu = model.config, on_gpu(model)
-    half = 2 if gpu else 4                       # bytes of a number in the copies
-    parameters = sum(p.numel() for p in model.parameters())
-    copied = parameters                          # in the sampler's copy: all, or the packed ones
-    if not (gpu or settings.compile):
-        copied = sum(m.weight.numel() for m in model.modules() if is_large(m))
-    parts = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 8 * parameters,
-        "reference": half * parameters,
-        "tokenizer": 4 * sum(p.numel() for p in vq.parameters()),
-        "sampler's copy": half * copied,
-        "autocast's copy": 2 * parameters if gpu else 0,
-    }
-    update = settings.micro_batch                                                       # rows
-    if settings.cfg_scale != 1 and settings.logprob_cfg == "guided":
-        update *= 2
-    inside = 60 if gpu else 100
-    layers = inside + 4 * c.n_layer if settings.checkpointing else inside * c.n_layer
-    length = c.cls_token_num + c.block_size - 1
-    activations = update * length * (c.dim * layers + 24 * c.vocab_size)
-    rollout, cache = cache_memory(model, settings)
-    if cache > activations:
-        parts[f"KV cache, {rollout} rows"] = cache
-    else:
-        parts[f"activations, {update} rows"] = activations
-    return parts
+    A CPU takes all prompts in one pass, and passes of the update of a thousand tokens, for larger
+    are no faster.  A GPU tries a step, from all prompts and micro-batches of 16 on, and what runs
+    out of memory is halved until it fits.  (A pass of the sampler reads all weights at every token,
+    for few rows as for many; micro-batches above 16 are hardly faster.)  The model stays as it is.
 
-
-def prompts_of_process(settings):
-    return settings.prompts_per_step // rank_and_size()[1]
-
-
-def cache_memory(model, settings):
-    """Rows of a pass of the sampler, and bytes of their keys and values."""
-    c = model.config
-    branches = 1 if settings.cfg_scale == 1 else 2
-    prompts = settings.rollout_prompts or prompts_of_process(settings)
-    rows = prompts * settings.group_size * branches
-    positions = c.cls_token_num + c.block_size - 1
-    return rows, rows * positions * 2 * c.n_layer * c.dim * (2 if on_gpu(model) else 4)
-
-
-def choose_sizes(model, vq, settings):
-    """Sets settings.rollout_prompts and settings.micro_batch where they are open, None, to the
-    largest that fit: into a GPU's free memory, but for a fifth, which making the images needs; on a
-    CPU into CPU_CACHE, and passes of the update of a thousand tokens, for larger are no faster.
-
-    A pass of the sampler reads all weights at every token, whether for few rows or for many.  So
-    the step's prompts are shared by as few passes as can be, and as equally.  A micro-batch is a
-    power of two, and at most 16: a larger one is hardly faster.  All processes take the smallest
-    number that one of them has chosen, for what is drawn depends on it."""
-    gpu, free, own = on_gpu(model), None, prompts_of_process(settings)
-    if gpu:
-        torch.cuda.empty_cache()                 # what T5 has left behind is free, too
-        free, _ = torch.cuda.mem_get_info(next(model.parameters()).device)
-    if settings.rollout_prompts is None:
-        sizes = [dict(rollout_prompts=ceil(own / passes), micro_batch=1)
-                 for passes in range(1, own + 1)]
-        chosen = first_that_fits(model, vq, settings, sizes, free)["rollout_prompts"]
-        settings.rollout_prompts = min(gather(chosen))
-    if settings.micro_batch is None:
-        chosen = max(1, 1024 // model.config.block_size)
-        if gpu:
-            sizes = [dict(micro_batch=size) for size in (16, 8, 4, 2, 1)]
-            chosen = first_that_fits(model, vq, settings, sizes, free)["micro_batch"]
-        settings.micro_batch = min(gather(chosen))
-
-
-def first_that_fits(model, vq, settings, sizes, free=None):
-    """The first of the sizes, each {setting: number}, that fits into the free bytes, None on a CPU,
-    or the last if none does."""
-    for size in sizes:
-        some = dataclasses.replace(settings, **size)
-        if free is None:
-            enough = cache_memory(model, some)[1] <= CPU_CACHE
-        else:
-            parts = memory_estimate(model, vq, some)
-            there = parts["weights"] + parts["tokenizer"]
-            enough = sum(parts.values()) - there < 0.8 * free
-        if enough:
+    All processes take the smallest number that one of them has found, for what is drawn depends on
+    it.  Raises torch.OutOfMemoryError if nothing is left to halve."""
+    own = settings.prompts_per_step // rank_and_size()[1]
+    sizes = {"rollout_prompts": own, "micro_batch": max(1, 1024 // model.config.block_size)}
+    if on_gpu(model):
+        sizes["micro_batch"] = 16
+    sizes = {name: size for name, size in sizes.items() if getattr(settings, name) is None}
+    one = dataclasses.replace(settings, steps=1, prompts_per_step=own, lr=0.0)
+    while sizes and on_gpu(model):
+        name, error = too_large(model, vq, prompts, dataclasses.replace(one, **sizes))
+        gc.collect()                             # what has failed is let go of
+        if name is None:
             break
-    return size
+        if sizes.get(name, 1) == 1:
+            name = "micro_batch"                 # making the images goes by it, too
+        if sizes.get(name, 1) == 1:
+            raise torch.OutOfMemoryError(error)
+        sizes[name] = ceil(sizes[name] / 2)
+    for name, size in sizes.items():
+        setattr(settings, name, min(gather(size)))
 
 
-def print_memory(parts):
-    total = sum(parts.values())
-    unit, name = (2 ** 30, "GiB") if total > 2 ** 30 else (2 ** 20, "MiB")
-    text = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items())
-    print(f"memory, estimated: {total / unit:.1f} {name} ({text})", flush=True)
+def too_large(model, vq, prompts, settings):
+    """Tries a step with a learning rate of 0: (None, ""), or the setting by which the part goes
+    that has run out of memory, and the error's text."""
+    asked = []
+
+    def reward_fn(images, texts):
+        asked.append(len(texts))
+        return torch.zeros(len(texts), device=images.device), {}
+
+    try:
+        spare = torch.empty(SPARE, dtype=torch.uint8, device=model.output.weight.device)
+        optimizer = optimizer_of_device(model, settings)
+        for p in model.parameters():             # the optimizer's state is there from step 2 on
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        next(argrpo.train(model, frozen_copy(model), vq, prompts, reward_fn, settings, optimizer,
+                          sampler=Sampler()))
+        del spare
+        return None, ""
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        model.zero_grad()
+        return "micro_batch" if asked else "rollout_prompts", str(error)
+
+
+def is_out_of_memory(error):
+    """Whether a GPU has refused: torch.OutOfMemoryError, or, of Apple's, a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and "out of memory" in str(error)
 
 
 @contextmanager
@@ -358,7 +335,9 @@ def out_of_memory_advice(settings):
     """Turns the GPU's out-of-memory error into one that says which setting to lower."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         prompts = settings.rollout_prompts or settings.prompts_per_step
         raise SystemExit(
             f"out of GPU memory: {str(error).splitlines()[0]}\n"

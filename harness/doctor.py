@@ -4,18 +4,19 @@
 
 metrics are those of all steps so far, one dict a step, settings the run's settings as a dict.  A
 finding is a "fault", or a "note" that only explains.  Each is a function with the decorator
-@rule(kind, name), which takes Readings and returns what there is to say, or None.  Its docstring is
-what users read: the advice.
+@rule(kind, name).  It takes Readings, and returns {name: number} of what there is to say, or None.
+Its docstring is what users read: the first paragraph says what was found, with those numbers in
+the place of their names in braces, and the second gives the advice.
 
 A value that is missing (None, NaN) or infinite is left out, as if its step had not had it.
 """
 
 import statistics
 from collections import namedtuple
-from math import hypot, isfinite, isnan, nan
+from itertools import dropwhile
+from math import hypot, inf, isfinite, nan
 
 Finding = namedtuple("Finding", "kind name what advice")
-Rule = namedtuple("Rule", "kind name condition advice")
 FEWEST = 8                                       # steps that a diagnosis needs
 SURE = 3.0                                       # standard errors that make a change certain
 
@@ -40,11 +41,8 @@ def ratio(after, before):
     return after / before if after is not None and before else nan
 
 
-class Readings:
+class Readings(namedtuple("Run", "metrics settings summary")):
     """A run's metrics, as the rules ask for them."""
-
-    def __init__(self, metrics, settings, summary=None):
-        self.metrics, self.settings, self.summary = metrics, settings, summary or {}
 
     def values(self, name):
         """All known values of a metric, in the order of the steps."""
@@ -75,31 +73,20 @@ class Readings:
             return 0.0
         return (self.last(name) - self.first(name)) / self.error(name)
 
-    def best(self, name):
-        """The highest mean of so many neighbouring values as make a beginning."""
-        values, n = self.values(name), self.window(name)
-        return max((mean(values[i:i + n]) for i in range(len(values) - n + 1)), default=nan)
-
-    def held_out(self):
-        """The metrics that nothing is trained on."""
-        names = dict.fromkeys(name for m in self.metrics for name in m)
-        trained = {name.removeprefix("reward/") for name in names if name.startswith("reward/")}
-        return [name for name in names
-                if (name == "verified" and trained != {"shapes"}) or name.startswith("watch/")]
-
 
 # ---------------------------------------------------------------------------------------------
 # The rules, in the order in which they are reported
 # ---------------------------------------------------------------------------------------------
 
-RULES = []
+RULES = {}                                       # a rule's function: its Finding, without numbers
 
 
 def rule(kind, name):
-    """Decorator that adds a condition to RULES; the advice is its docstring, on one line."""
-    def add(condition):
-        RULES.append(Rule(kind, name, condition, " ".join(condition.__doc__.split())))
-        return condition
+    """Decorator that adds a function to RULES."""
+    def add(function):
+        what, advice = (" ".join(part.split()) for part in function.__doc__.split("\n\n"))
+        RULES[function] = Finding(kind, name, what, advice)
+        return function
     return add
 
 
@@ -115,231 +102,268 @@ def learned(r):
 
 @rule("fault", "sampler and learner disagree")
 def mismatch(r):
-    """Look at this before all else. Does the sampler use the newest weights, the same temperature
+    """sampler and learner disagree by {ended:.2g} nats a token ({started:.2g} in the first steps):
+    what is trained is not what is drawn
+
+    Look at this before all else. Does the sampler use the newest weights, the same temperature
     and the same guidance as token_logp? A custom sampler has to be brought up to date after every
     step. Nothing else that the run says can be trusted."""
-    s, values = r.settings, r.values("mismatch_mean")
-    if s.get("logprob_cfg", "guided") == "none" and s.get("cfg_scale", 1) != 1:
+    values, scale = r.values("mismatch_mean"), r.settings.get("cfg_scale", 1.0)
+    if r.settings.get("logprob_cfg", "guided") == "none" and scale != 1:
         return None                              # that is what the settings ask for
-    scale = s.get("cfg_scale", 1.0)
-    gpu = str(s.get("device", "")).startswith("cuda")
+    gpu = str(r.settings.get("device", "")).startswith("cuda")
     allowed = (0.05 if gpu else 1e-3) * hypot(scale, scale - 1)
     started, ended = median(values[:3]), median(values[-3:])
     if ended > allowed or (ended > 1e-5 and ended > 20 * started):
-        return (f"sampler and learner disagree by {ended:.2g} nats a token ({started:.2g} in the "
-                "first steps): what is trained is not what is drawn")
+        return dict(ended=ended, started=started)
 
 
 @rule("fault", "identical images")
 def clones(r):
-    """Every image of a group needs random numbers of its own; a very low temperature does this,
+    """the images of a group are all the same picture
+
+    Every image of a group needs random numbers of its own; a very low temperature does this,
     too."""
     if flat(r) and r.last("diversity") < 1e-6:
-        return "the images of a group are all the same picture"
+        return dict(diversity=r.last("diversity"))
 
 
 @rule("fault", "constant reward")
 def constant_reward(r):
-    """If it is the ceiling, the run is done, or needs harder prompts or a finer reward. Else
+    """every image gets the same reward, {reward:.4g}, and so nothing is learned: the reward is
+    constant, or all images have reached its ceiling
+
+    If it is the ceiling, the run is done, or needs harder prompts or a finer reward. Else
     examine the reward: python -m rewards --check NAME."""
     rewards = r.values("reward")[-r.window("reward"):]
-    if not rewards or not flat(r) or clones(r) or reward_falls(r):
-        return None
-    if max(rewards) - min(rewards) < 1e-6:
-        return (f"every image gets the same reward, {rewards[-1]:.4g}, and so nothing is learned: "
-                "the reward is constant, or all images have reached its ceiling")
+    if rewards and max(rewards) - min(rewards) < 1e-6 and flat(r):
+        if not clones(r) and not reward_falls(r):
+            return dict(reward=rewards[-1])
 
 
 @rule("fault", "no spread within groups")
 def no_spread(r):
-    """Does the reward look at the image? python -m rewards --check NAME. Else take harder or easier
+    """{share:.0%} of the groups have no spread: all images of a prompt get the same reward, though
+    prompts differ, and so nothing is learned
+
+    Does the reward look at the image? python -m rewards --check NAME. Else take harder or easier
     prompts, a larger --group-size, or a finer reward."""
     others = (learned, clones, constant_reward, reward_falls)
     if flat(r) and r.values("reward") and not any(other(r) for other in others):
-        return (f"{r.last('flat_groups'):.0%} of the groups have no spread: all images of a prompt "
-                "get the same reward, though prompts differ, and so nothing is learned")
+        return dict(share=r.last("flat_groups"))
 
 
 @rule("fault", "missing rewards")
 def missing(r):
-    """Images without a reward teach nothing. Look at what the reward's model answers."""
+    """the reward cannot judge {share:.0%} of the images
+
+    Images without a reward teach nothing. Look at what the reward's model answers."""
     if r.last("missing") > 0.2:
-        return f"the reward cannot judge {r.last('missing'):.0%} of the images"
+        return dict(share=r.last("missing"))
 
 
 @rule("fault", "the reward's scale")
 def wrong_scale(r):
-    """Advantages are (r - mean) / (std + 1e-4): multiply the weight, as in --reward NAME:WEIGHT, so
-    that the spread within a group is near 1. python -m rewards --check NAME says by how much."""
-    if not r.settings.get("scale_advantages", True):
-        return None
-    share = dict(points(r.metrics, "flat_groups"))
-    spreads = [m["reward_std"] / (1 - share[m["step"]]) for m in r.metrics     # may be infinite
-               if m.get("reward_std") is not None and share.get(m["step"], 1.0) < 1]
-    spread = median([spread for spread in spreads if not isnan(spread)])
-    if spread < 2e-4:
-        return (f"rewards differ by {spread:.1g} within a group, and so advantages have "
-                f"{spread / (spread + 1e-4):.1%} of their size: little or nothing is learned")
-    if spread > 1e18:
-        return (f"rewards differ by {spread:.1g} within a group: the square of that overflows, all "
-                "advantages are 0, and nothing is learned")
+    """rewards differ by {spread:.1g} within a group, and so advantages have {share:.1%} of their
+    size: little or nothing is learned
+
+    Advantages are (r - mean) / (std + 1e-4), and 0 where the square of r - mean overflows, above
+    1e18: multiply the weight, as in --reward NAME:WEIGHT, so that the spread within a group is near
+    1. python -m rewards --check NAME says by how much."""
+    flat_share, spreads = dict(points(r.metrics, "flat_groups")), []
+    for m in r.metrics:
+        uneven = 1 - flat_share.get(m["step"], 1.0)
+        if uneven > 0 and "reward_std" in m:     # in the log, an infinite one is None
+            spreads.append(inf if m["reward_std"] is None else m["reward_std"] / uneven)
+    spread = median(spreads)
+    if r.settings.get("scale_advantages", True) and (spread < 2e-4 or spread > 1e18):
+        share = 0.0 if spread > 1e18 else spread / (spread + 1e-4)
+        return dict(spread=spread, share=share)
 
 
 @rule("fault", "KL runs away")
 def kl_runaway(r):
-    """Raise --kl-beta or lower --lr, and look at the pictures. In code of your own, check the sign
+    """the KL to the pretrained model is {end:.2g} nats a token by now: little is left of what it
+    had learned
+
+    Raise --kl-beta or lower --lr, and look at the pictures. In code of your own, check the sign
     of the KL term."""
     values = r.values("kl")
     third = mean(values[len(values) // 2:3 * len(values) // 4])
     end = median(values[-r.window("kl"):])       # a single step's estimate may be far too large
     if end > 1 or (end > 0.4 and end > 1.3 * third):
-        return (f"the KL to the pretrained model is {end:.2g} nats a token by now: little is left "
-                "of what it had learned")
+        return dict(end=end)
 
 
 @rule("fault", "back at the start")
 def went_back(r):
-    """Something has loaded the first weights again: a checkpoint, or a reset of the model."""
-    known = points(r.metrics, "kl")
-    moved = [i for i, (_, value) in enumerate(known) if value > 1e-4]
-    if not moved:
-        return None
-    least, step = min((value, step) for step, value in known[moved[0]:])
+    """the policy had moved away from the pretrained model, and at step {step} it is exactly there
+    again
+
+    Something has loaded the first weights again: a checkpoint, or a reset of the model."""
+    moved = dropwhile(lambda point: point[1] <= 1e-4, points(r.metrics, "kl"))
+    step, least = min(moved, key=lambda point: point[1], default=(0, nan))
     if least < 1e-7:
-        return (f"the policy had moved away from the pretrained model, and at step {step} it is "
-                "exactly there again")
+        return dict(step=step)
 
 
 @rule("fault", "the reference moves")
 def reference_moves(r):
-    """The reference must be a frozen copy of the model, not the model itself."""
-    trained = r.change("entropy"), r.change("reward")
-    if r.last("kl") < 1e-7 and max(map(abs, trained)) > SURE and not flat(r):
-        return ("the KL to the pretrained model is zero, though reward or entropy have changed: "
-                "the reference moves along with the policy")
+    """the KL to the pretrained model is zero, though reward or entropy have changed: the reference
+    moves along with the policy
+
+    The reference must be a frozen copy of the model, not the model itself."""
+    change = max(abs(r.change("entropy")), abs(r.change("reward")))
+    if r.last("kl") < 1e-7 and change > SURE and not flat(r):
+        return dict(change=change)
 
 
 @rule("fault", "no effect")
 def no_effect(r):
-    """Raise --lr, by a factor of ten to begin with. Does the optimizer have the model's parameters?
+    """after {steps} steps the policy is still the pretrained model (KL {kl:.1g}), though the
+    gradient is not zero
+
+    Raise --lr, by a factor of ten to begin with. Does the optimizer have the model's parameters?
     Weights in bfloat16 lose updates this small."""
-    if r.last("kl") < 1e-6 and r.last("grad_norm") > 1e-4 and not reference_moves(r) \
-            and not went_back(r):
-        return (f"after {len(r.metrics)} steps the policy is still the pretrained model "
-                f"(KL {r.last('kl'):.1g}), though the gradient is not zero")
+    if r.last("kl") < 1e-6 and r.last("grad_norm") > 1e-4:
+        if not reference_moves(r) and not went_back(r):
+            return dict(steps=len(r.metrics), kl=r.last("kl"))
 
 
 @rule("fault", "entropy is gone")
 def entropy_gone(r):
-    """Stop earlier, lower --lr, raise --kl-beta, or take --recipe diverse."""
-    if r.last("entropy") < 0.15 * r.first("entropy"):
-        return (f"the entropy has fallen from {r.first('entropy'):.3g} to {r.last('entropy'):.3g} "
-                "nats a token: the policy always draws the same, and finds nothing new")
+    """the entropy has fallen from {start:.3g} to {end:.3g} nats a token: the policy always draws
+    the same, and finds nothing new
+
+    Stop earlier, lower --lr, raise --kl-beta, or take --recipe diverse."""
+    start, end = r.first("entropy"), r.last("entropy")
+    if end < 0.15 * start:
+        return dict(start=start, end=end)
 
 
 @rule("fault", "gradient always clipped")
 def always_clipped(r):
-    """Is the reward on a large scale, without --scale-advantages? Else lower --lr or raise
+    """the gradient's norm is {middle:.3g} in the middle and almost always cut to {most:g}: all
+    steps have the same length, whatever the rewards say
+
+    Is the reward on a large scale, without --scale-advantages? Else lower --lr or raise
     --max-grad-norm."""
-    norm, values = r.settings.get("max_grad_norm", 1.0), r.values("grad_norm")
-    clipped = mean([float(value > norm) for value in values])
-    if clipped > 0.6 and median(values) > 2 * norm:
-        return (f"the gradient's norm is {median(values):.3g} in the middle and almost always cut "
-                f"to {norm:g}: all steps have the same length, whatever the rewards say")
+    most, values = r.settings.get("max_grad_norm", 1.0), r.values("grad_norm")
+    clipped = mean([float(value > most) for value in values])
+    if clipped > 0.6 and median(values) > 2 * most:
+        return dict(middle=median(values), most=most)
 
 
 @rule("fault", "updates too far")
 def far_updates(r):
-    """Lower --update-epochs or --lr."""
-    clipped, ratio = mean(r.values("clip_frac")), mean(r.values("ratio_max"))
-    if clipped > 0.08 and ratio > 4:
-        return (f"on average {clipped:.0%} of the tokens are clipped, and the likeliest to grow "
-                f"becomes {ratio:.3g} times as likely in one step: the updates go too far from the "
-                "rollout that they use")
+    """on average {clipped:.0%} of the tokens are clipped, and the likeliest to grow becomes
+    {ratio:.3g} times as likely in one step: the updates go too far from the rollout that they use
+
+    Lower --update-epochs or --lr."""
+    clipped, largest = mean(r.values("clip_frac")), mean(r.values("ratio_max"))
+    if clipped > 0.08 and largest > 4:
+        return dict(clipped=clipped, ratio=largest)
 
 
 @rule("fault", "reward hacking")
 def hacking(r):
-    """Look at the pictures. Add what is missing to the reward, raise --kl-beta, or stop at the step
+    """the reward rises, and {name}, on which nothing is trained, falls from {start:.3g} to
+    {end:.3g}: the policy pleases the reward, not what it stands for
+
+    Look at the pictures. Add what is missing to the reward, raise --kl-beta, or stop at the step
     where the measure began to fall."""
     if r.change("reward") < SURE / 2:
         return None
-    for name in r.held_out():
+    names = dict.fromkeys(name for m in r.metrics for name in m)
+    held_out = [name for name in names if name.startswith("watch/")]
+    if [name for name in names if name.startswith("reward/")] != ["reward/shapes"]:
+        held_out = ["verified", *held_out]
+    for name in held_out:
         values, window = r.values(name), r.window(name)
         start, end = r.first(name), r.last(name)
         falls = r.change(name) < -SURE and start - end > 0.1 * abs(start)
         if len(values) >= 2 * window and 0 <= max(values[-window:]) < values[0] / 2:
             falls, start = True, values[0]       # at once, so that there is no slow fall to see
         if falls:
-            return (f"the reward rises, and {name}, on which nothing is trained, falls from "
-                    f"{start:.3g} to {end:.3g}: the policy pleases the reward, not what it stands "
-                    "for")
+            return dict(name=name, start=start, end=end)
 
 
 @rule("fault", "training and evaluation disagree")
 def evaluation_falls(r):
-    """Does every step have other prompts? Are the evaluation's of the same kind? Look at the
+    """the reward of the training's images rises, from {start:.3g} to {end:.3g}, and that of the
+    evaluation falls, from {before:.3g} to {after:.3g}: what is learned does not hold for the
+    evaluation's prompts
+
+    Does every step have other prompts? Are the evaluation's of the same kind? Look at the
     prompts that became worse."""
     before, after = (r.summary.get(when, {}).get("reward") for when in ("before", "after"))
     if before is None or after is None or r.change("reward") < SURE:
         return None
     if after < before - 0.1 * abs(before):
-        return (f"the reward of the training's images rises, from {r.first('reward'):.3g} to "
-                f"{r.last('reward'):.3g}, and that of the evaluation falls, from {before:.3g} to "
-                f"{after:.3g}: what is learned does not hold for the evaluation's prompts")
+        return dict(start=r.first("reward"), end=r.last("reward"), before=before, after=after)
 
 
 @rule("fault", "the reward falls")
 def reward_falls(r):
-    """Lower --lr. In code of your own, check the sign of advantages and loss."""
-    fall = r.best("reward") - r.last("reward")
-    if fall > 0.1 * abs(r.best("reward")) and fall > (SURE + 1) * r.error("reward"):
-        return f"the reward has fallen from {r.best('reward'):.3g} to {r.last('reward'):.3g}"
+    """the reward has fallen from {best:.3g} to {end:.3g}
+
+    Lower --lr. In code of your own, check the sign of advantages and loss."""
+    values, n = r.values("reward"), r.window("reward")
+    means = [mean(values[i:i + n]) for i in range(len(values) - n + 1)]
+    best, end = max(means, default=nan), r.last("reward")
+    if best - end > 0.1 * abs(best) and best - end > (SURE + 1) * r.error("reward"):
+        return dict(best=best, end=end)
 
 
 @rule("fault", "the reward does not rise")
 def no_rise(r):
-    """First the ratio: is mismatch small, and ratio 1 with one update per rollout? Then the signal:
+    """the reward has not risen in {steps} steps ({start:.3g} at first, {end:.3g} now), though the
+    policy has changed
+
+    First the ratio: is mismatch small, and ratio 1 with one update per rollout? Then the signal:
     do rewards belong to the images they stand beside, is there spread within groups? Then more
     images per step, a larger --lr, a smaller --kl-beta."""
     others = (flat, no_effect, reward_falls, wrong_scale)
-    if len(r.metrics) >= 60 and not any(other(r) for other in others):
-        if r.change("reward") < 1.0:
-            return (f"the reward has not risen in {len(r.metrics)} steps "
-                    f"({r.first('reward'):.3g} at first, {r.last('reward'):.3g} now), though the "
-                    "policy has changed")
+    if len(r.metrics) >= 60 and r.change("reward") < 1 and not any(other(r) for other in others):
+        return dict(steps=len(r.metrics), start=r.first("reward"), end=r.last("reward"))
 
 
 @rule("note", "why is the loss 0?")
 def loss_is_zero(r):
-    """The advantages of a group add up to zero, and with one update per rollout every ratio is 1:
+    """the loss is near 0 ({middle:.1g} in the middle), and that is right
+
+    The advantages of a group add up to zero, and with one update per rollout every ratio is 1:
     the loss is minus their mean, which is 0, plus kl_beta times the KL. Its gradient is not 0, for
     each image pulls by its own advantage. Watch the reward, not the loss."""
-    losses = [abs(value) for value in r.values("loss")]
-    if losses and median(losses) < 0.05 and median(r.values("grad_norm")) > 1e-3:
-        return f"the loss is near 0 ({median(losses):.1g} in the middle), and that is right"
+    middle = median([abs(value) for value in r.values("loss")])
+    if middle < 0.05 and median(r.values("grad_norm")) > 1e-3:
+        return dict(middle=middle)
 
 
 @rule("note", "less varied")
 def diversity_lost(r):
-    """--recipe diverse keeps right images varied; on the toy it draws 7 to 12 times as many images,
+    """{lost:.0%} of the diversity of a prompt's images is lost: {left:.0%} of the pretrained
+    model's is left
+
+    --recipe diverse keeps right images varied; on the toy it draws 7 to 12 times as many images,
     elsewhere it is untried (docs/diversity.md). A higher --kl-beta, or fewer steps, keep more of
     what the pretrained model draws, and learn less."""
     before, after = r.summary.get("before", {}), r.summary.get("after", {})
     shares = (after.get("diversity_kept"), r.last("diversity_kept"),
               ratio(after.get("diversity"), before.get("diversity")),
               ratio(r.last("diversity"), r.first("diversity")))
-    share = next((share for share in shares if share is not None and isfinite(share)), nan)
-    if share < 0.9:
-        return (f"{1 - share:.0%} of the diversity of a prompt's images is lost: {share:.0%} of "
-                "the pretrained model's is left")
+    left = next((share for share in shares if share is not None and isfinite(share)), nan)
+    if left < 0.9:
+        return dict(lost=1 - left, left=left)
 
 
 @rule("note", "nothing left to learn")
 def solved(r):
-    """The run could have been shorter; harder prompts or a finer reward would teach more."""
+    """almost all groups are flat by now, for almost all of their images are good
+
+    The run could have been shorter; harder prompts or a finer reward would teach more."""
     if flat(r) and learned(r):
-        return "almost all groups are flat by now, for almost all of their images are good"
+        return dict(share=r.last("flat_groups"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -353,22 +377,21 @@ def diagnose(metrics, settings, summary=None):
     summary: the run's summary.json, if it is over.  Fewer than FEWEST steps say nothing."""
     if len(metrics) < FEWEST:
         return []
-    readings = Readings(metrics, settings, summary)
-    found = [(rule, rule.condition(readings)) for rule in RULES]
-    return [Finding(rule.kind, rule.name, what, rule.advice) for rule, what in found if what]
+    readings = Readings(metrics, settings, summary or {})
+    found = [(finding, function(readings)) for function, finding in RULES.items()]
+    return [finding._replace(what=finding.what.format(**numbers))
+            for finding, numbers in found if numbers]
 
 
 def report(metrics, settings, summary=None):
     """The diagnosis as lines of text."""
     if len(metrics) < FEWEST:
         return [f"doctor: {len(metrics)} steps are too few to say anything; {FEWEST} are needed"]
-    findings, lines = diagnose(metrics, settings, summary), []
-    if not any(f.kind == "fault" for f in findings):
-        lines.append("doctor: nothing wrong")
-    for f in findings:
-        line = f"{f.name}: {f.what}. {f.advice}".replace("?:", "?", 1)
-        lines.append(("doctor: " if f.kind == "fault" else "note: ") + line)
-    return lines
+    findings, speaker = diagnose(metrics, settings, summary), {"fault": "doctor", "note": "note"}
+    lines = [f"{speaker[f.kind]}: {f.name}: {f.what}. {f.advice}".replace("?:", "?", 1)
+             for f in findings]
+    well = [] if any(f.kind == "fault" for f in findings) else ["doctor: nothing wrong"]
+    return well + lines
 
 
 def early_warning(metrics, steps=5):

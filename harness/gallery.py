@@ -6,7 +6,7 @@
                         found the one that was drawn, and which five it found likeliest, with what
                         they look like
 
-A gallery is what `evaluate` returns: a list of Shown, the pictures of a prompt each.
+A gallery is what `evaluate` returns beside the scores.
 Shapes: M prompts, n pictures of each, Q pictures looked at closely, N tokens, K painted patches.
 """
 
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 import argrpo
 from harness.before_after import draw_like_rollout
-from harness.checkpoints import write_atomically
-from harness.page import SMALL, sheet
+from harness.logs import write_atomically
+from harness.page import SMALL, highest, rewards_of, sheet
 from reward import to_uint8
 
 LARGE = 144                                      # pixels of a side, but for SMALL pictures
@@ -43,12 +43,12 @@ class Progress:
     started is when the run began, by time.perf_counter."""
 
     def __init__(self, vq, prompts, reward_fn, settings, measure, folder, started):
-        self.vq, self.prompts, self.settings = vq, prompts, settings
-        self.reward_fn, self.measure, self.folder = reward_fn, measure, folder
+        self.vq, self.prompts, self.reward_fn, self.settings = vq, prompts, reward_fn, settings
+        self.measure, self.folder, self.started = measure, folder, started
+        self.spent = self.last = 0.0             # seconds: of all pictures, and of the last one
         images = min(32, settings.prompts_per_step * settings.group_size // 4)
         count = min(len(prompts.texts), max(1, images // SAMPLES))
         self.index = torch.linspace(0, len(prompts.texts) - 1, count).long()
-        self.started, self.spent, self.last = started, 0.0, 0.0
 
     def is_due(self, done):
         """Whether a picture belongs to the moment after `done` steps, and there is time for it."""
@@ -66,10 +66,10 @@ class Progress:
         kind, cell = ("png", SMALL) if images.shape[-1] <= SMALL else ("jpeg", LARGE)
         pixels = to_uint8(images).numpy()
         blocks = [(texts[i], pixels[i:i + SAMPLES], ()) for i in range(0, len(texts), SAMPLES)]
-        self.folder.mkdir(exist_ok=True)
-        path = self.folder / f"{done:06}.{kind}"
         picture = sheet(blocks, 2, cell, [title])
-        write_atomically(path, lambda file: picture.save(file, kind, quality=90))
+        self.folder.mkdir(exist_ok=True)
+        path = write_atomically(self.folder / f"{done:06}.{kind}",
+                                lambda file: picture.save(file, kind, quality=90))
         self.last = time.perf_counter() - start
         self.spent += self.last
         return path
@@ -93,29 +93,9 @@ def write_arrays(path, arrays):
 
 
 def gallery_arrays(gallery, when):
-    """A gallery as arrays: pictures (M, n, H, W, 3) and scores (names, M, n)."""
-    names = [*gallery[0].scores]
-    scores = [[shown.scores[name] for shown in gallery] for name in names]
-    return {
-        "texts": np.array([shown.text for shown in gallery]),
-        "names": np.array(names),
-        when: to_uint8(torch.stack([shown.images for shown in gallery])).numpy(),
-        f"scores_{when}": np.array(scores, np.float32),
-    }
-
-
-def most_changed(before, after, count):
-    """Which pictures gained most reward: [(row, sample), ...], one a prompt, in two galleries.
-
-    Of equal gains that comes first whose pixels changed most."""
-    gains = []
-    for row, (old, new) in enumerate(zip(before, after)):
-        moved = (new.images - old.images).abs().mean(dim=(1, 2, 3)).tolist()
-        gain = np.array(new.rewards, float) - np.array(old.rewards, float)
-        gain = np.nan_to_num(gain).tolist()      # nothing, where a reward is missing
-        best = max(range(len(gain)), key=lambda i: (gain[i], moved[i]))
-        gains.append((gain[best], moved[best], row, best))
-    return [(row, sample) for *_, row, sample in sorted(gains, reverse=True)[:count]]
+    """What report.npz holds of a gallery, from "before" or "after" training."""
+    return {"texts": gallery["texts"], "names": gallery["names"], when: gallery["pictures"],
+            f"scores_{when}": gallery["scores"]}
 
 
 @torch.no_grad()
@@ -123,28 +103,18 @@ def code_logp(model, prompts, index, tokens, settings):
     """Log-probabilities of all codes, (Q, N, V), for images (Q, N) of the prompts at index (Q,).
 
     After guidance and temperature: the distribution that rollouts are drawn from."""
-    device = next(model.parameters()).device
-    rows = []
-    for some, drawn in zip(index.split(2), tokens.to(device).split(2)):
-        cond, cond_mask = prompts.pick(some, device)
-        both, masks = argrpo.both_branches(model, cond, cond_mask, settings.cfg_scale)
-        with argrpo.autocast(device):
-            logits = model(drawn.repeat(len(both) // len(cond), 1), both, masks)
-        logits = argrpo.guide(logits, settings.cfg_scale) / settings.temperature
-        rows.append(logits.log_softmax(-1))
-    return torch.cat(rows)
+    cond, cond_mask = prompts.pick(index, tokens.device)
+    both, masks = argrpo.both_branches(model, cond, cond_mask, settings.cfg_scale)
+    with argrpo.autocast(tokens.device):
+        logits = model(tokens.repeat(len(both) // len(cond), 1), both, masks)
+    return (argrpo.guide(logits, settings.cfg_scale) / settings.temperature).log_softmax(-1)
 
 
-@torch.no_grad()
-def paint(vq, tokens, place, codes, micro_batch=None):
-    """What codes (k,) look like at a place of the images (k, N), all other tokens as they are.
+def cut_out(vq, tokens, place, micro_batch=None):
+    """What the images (k, N) show at a place: (k, 3, h, w).
 
-    Each is painted with the whole image, and cut out with a margin of one patch, or half a one
-    where they are many: (k, 3, h, w)."""
-    side = isqrt(tokens.shape[1])
-    exchanged = tokens.clone()
-    exchanged[:, place] = codes
-    images = argrpo.to_images(vq, exchanged, micro_batch)            # (k, 3, H, W)
+    There is a margin of one patch around it, or half a one where they are many."""
+    side, images = isqrt(tokens.shape[1]), argrpo.to_images(vq, tokens, micro_batch)
     patch = images.shape[-1] // side
     margin = patch if side <= 8 else patch // 2
     images = F.pad(images, (margin,) * 4, value=1.0)                 # white
@@ -155,18 +125,19 @@ def paint(vq, tokens, place, codes, micro_batch=None):
 def painted_patches(vq, tokens, top, kl, micro_batch=None):
     """Patches (K, 3, h, w) of the codes in top (2, Q, N, 5), and which patch is whose.
 
-    The tokens of which the policies disagree most come first, until SECONDS are over."""
+    Each is cut out of a picture in which that code alone is exchanged.  The tokens of which the
+    policies disagree most come first, until SECONDS are over."""
     patches, patch_of, count = [], torch.full(top.shape, -1), 0
-    deadline = time.perf_counter() + SECONDS
+    V, deadline = top.max() + 1, time.perf_counter() + SECONDS
+    first = V * torch.arange(len(tokens), device=top.device)[:, None]                # (Q, 1)
     for place in kl.mean(dim=0).argsort(descending=True).tolist():
-        images, codes = [], []                   # all different codes of all pictures, one by one
-        for q, picture in enumerate(tokens):
-            some, which = top[:, q, place].unique(return_inverse=True)               # (k,), (2, 5)
-            patch_of[:, q, place] = which.cpu() + count
-            count += len(some)
-            images.append(picture.expand(len(some), -1))
-            codes.append(some)
-        patches.append(paint(vq, torch.cat(images), place, torch.cat(codes), micro_batch))
+        # All different codes of all pictures: code c of picture q has the number q V + c.
+        numbers, which = (first + top[:, :, place]).unique(return_inverse=True)  # (k,), (2, Q, 5)
+        exchanged = tokens[numbers // V]                                             # (k, N)
+        exchanged[:, place] = numbers % V
+        patches.append(cut_out(vq, exchanged, place, micro_batch))
+        patch_of[:, :, place] = which.cpu() + count
+        count += len(numbers)
         if time.perf_counter() > deadline:
             break
     return torch.cat(patches), patch_of
@@ -175,15 +146,18 @@ def painted_patches(vq, tokens, top, kl, micro_batch=None):
 def mind_arrays(reference, model, vq, prompts, before, after, settings):
     """The arrays of the closer look, from the models and their galleries before and after.
 
-    Of some prompts both pictures, as drawn before and after.  For both models: entropy and logp
-    (2, Q, N), top codes and their log-probabilities (2, Q, N, 5), and the number of each code's
-    patch (2, Q, N, 5), or -1 where the time did not suffice; kl (Q, N) of after to before."""
-    count = 4 if model.config.block_size <= 64 else 2
-    chosen = [(gallery[row], sample) for row, sample in most_changed(before, after, count)
-              for gallery in (before, after)]
-    index = torch.tensor([shown.prompt for shown, _ in chosen])
-    tokens = torch.stack([shown.tokens[i] for shown, i in chosen])                   # (Q, N)
-    tokens = tokens.to(next(model.parameters()).device)
+    Of the prompts whose pictures gained most reward, both pictures, as drawn before and after.  For
+    both models: entropy and logp (2, Q, N), top codes and their log-probabilities (2, Q, N, 5), and
+    the number of each code's patch (2, Q, N, 5), or -1 where the time did not suffice; kl (Q, N) of
+    after to before."""
+    both = gallery_arrays(before, "before") | gallery_arrays(after, "after")
+    old, new = rewards_of(both)
+    gained = highest(new - old, both, 4 if model.config.block_size <= 64 else 2)
+    chosen = [(gallery, place) for place in gained for gallery in (before, after)]
+    rows = [row for _, (row, _) in chosen]
+    tokens = torch.from_numpy(np.stack([gallery["tokens"][place] for gallery, place in chosen]))
+    tokens = tokens.to(next(model.parameters()).device)                              # (Q, N)
+    index = torch.from_numpy(before["prompts"][rows])
     logp = torch.stack([code_logp(policy, prompts, index, tokens, settings)
                         for policy in (reference, model)])                           # (2, Q, N, V)
     top_logp, top = logp.topk(TOP)                                                   # (2, Q, N, 5)
@@ -193,7 +167,7 @@ def mind_arrays(reference, model, vq, prompts, before, after, settings):
         tokens=tokens, kl=kl, top=top, top_logp=top_logp, patch_of=patch_of,
         entropy=-(logp.exp() * logp).sum(-1),                                        # (2, Q, N)
         logp=logp.gather(-1, tokens.expand(2, -1, -1)[..., None])[..., 0],           # (2, Q, N)
-        pictures=to_uint8(torch.stack([shown.images[i] for shown, i in chosen])),
         patches=to_uint8(patches))
-    texts = {"mind_texts": np.array([shown.text for shown, _ in chosen])}
-    return texts | {f"mind_{name}": array.cpu().numpy() for name, array in arrays.items()}
+    return {f"mind_{name}": array.cpu().numpy() for name, array in arrays.items()} | {
+        "mind_texts": before["texts"][rows],
+        "mind_pictures": np.stack([gallery["pictures"][place] for gallery, place in chosen])}

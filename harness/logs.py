@@ -1,27 +1,99 @@
-"""Logging where people look, besides the run's own files: TensorBoard, Weights & Biases.
+"""What a run writes down: files that are whole or not there, its own log, and the loggers.
 
-Both packages are optional, and imported when asked for.
+TensorBoard and Weights & Biases are optional packages, and imported when asked for.  torch is not
+needed here.
 """
 
+import json
 import os
 import shlex
 import sys
+from contextlib import suppress
+from math import isfinite, isnan
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+# ---------------------------------------------------------------------------------------------
+# Texts, files, and the log metrics.jsonl
+# ---------------------------------------------------------------------------------------------
+
+def plain(text):
+    """The text in one line that can be drawn and printed: a space for each line end, control
+    character or half of a character."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
+def named(error):
+    return plain(f"{type(error).__name__}: {error}")
+
+
+def write_atomically(path, write):
+    """write(file) into a temporary file beside `path`, which replaces it once it is on the disk.
+
+    Returns the path.  Raises OSError, with what `path` held before still there, if that fails, as
+    on a full disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        return temporary.replace(path)
+    except (OSError, RuntimeError) as error:     # torch.save has errors of its own for a full disk
+        temporary.unlink(missing_ok=True)
+        before = "and there was none before"
+        if path.exists():
+            before = "what it held before is still there"
+        reason = str(error).splitlines()[0]
+        raise OSError(f"cannot write {path} ({reason}); {before}") from error
+
+
+def write_bytes(path, content):
+    return write_atomically(path, lambda file: file.write(content))
+
+
+def write_json(path, value):
+    write_bytes(path, f"{json.dumps(value, indent=2)}\n".encode())
+
+
+def in_json(metrics):
+    """A step's metrics as a line of the log.  JSON has neither NaN nor infinity: they are null."""
+    known = {name: value if value is not None and isfinite(value) else None
+             for name, value in metrics.items()}
+    return json.dumps(known) + "\n"
+
+
+def write_metrics(path, metrics):
+    """The log anew: one line of JSON a step."""
+    write_bytes(path, "".join(map(in_json, metrics)).encode())
+
+
+def read_log(path):
+    """The metrics of the log's steps, in their order.  What is no whole line is left out: after a
+    power cut a file may end in half a line, or in zeros."""
+    steps = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            metrics = json.loads(line.strip(b"\0 "))
+            if isinstance(metrics, dict) and "step" in metrics:
+                steps[metrics["step"]] = metrics
+    return [steps[step] for step in sorted(steps)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Loggers
+# ---------------------------------------------------------------------------------------------
 
 def flattened(metrics, prefix=""):
-    """{"a": {"b": 1}, "c": None} as {"a/b": 1}."""
-    flat = {}
+    """("a/b", 1), ... of {"a": {"b": 1}, "c": None, "d": NaN}."""
     for name, value in metrics.items():
         if isinstance(value, dict):
-            flat |= flattened(value, f"{prefix}{name}/")
-        elif value is not None:
-            flat[prefix + name] = value
-    return flat
+            yield from flattened(value, f"{prefix}{name}/")
+        elif value is not None and not isnan(value):
+            yield prefix + name, value
 
 
 class TensorBoard:
@@ -82,7 +154,7 @@ class Logs:
                 self.loggers[name] = self.kinds[name](settings, config, first)
             except Exception as error:           # anybody's code
                 self.close()
-                raise ValueError(f"--log {name} cannot be opened: {in_a_line(error)}") from error
+                raise ValueError(f"--log {name} cannot be opened: {named(error)}") from error
 
     def attempt(self, what, function, *given):
         """function(*given), for what a run can do without.
@@ -95,7 +167,7 @@ class Logs:
         except Exception as error:
             self.failed.add(what)
             again = f"python report.py {shlex.quote(str(self.out))}"
-            tqdm.write(f"warning: {what} failed ({in_a_line(error)}); nothing else is lost, and "
+            tqdm.write(f"warning: {what} failed ({named(error)}); nothing else is lost, and "
                        f"the page can be made again with: {again}", file=sys.stderr)
 
     def each(self, method, *given):
@@ -104,7 +176,7 @@ class Logs:
 
     def numbers(self, step, metrics):
         """The metrics of a step that are known, under their names."""
-        self.each("numbers", step, flattened(metrics))
+        self.each("numbers", step, dict(flattened(metrics)))
 
     def picture(self, step, name, path):
         """The picture, if it could be drawn."""
@@ -113,7 +185,3 @@ class Logs:
 
     def close(self):
         self.each("close")
-
-
-def in_a_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -47,11 +47,13 @@ PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "refer
 class RunSettings(argrpo.GRPOConfig):
     """The options of a training script: the loop's, and these.
 
-    A script extends it by its name and by its presets and those of the diverse recipe, {preset:
-    {field: value}}."""
+    A script extends it by its name, its task, "c2i" or "t2i", its presets and those of the diverse
+    recipe, {preset: {field: value}}, and the preset that is the default on a GPU, not the toy."""
     script: ClassVar[str]
+    task: ClassVar[str]
     presets: ClassVar[dict]
     diverse: ClassVar[dict]
+    on_gpu: ClassVar[str]
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
@@ -198,30 +200,28 @@ def read_options(cls, argv, prog, description, epilog=""):
 
 
 @contextmanager
-def one_line_errors():
-    """An error while a run is set up is for the user to read: one line, and exit status 2.
+def one_line_errors(status=2, kinds=(ValueError, OSError, ImportError)):
+    """An error of these kinds is for the user to read: one line, and this exit status, by default
+    that of what is wrong before any work.
 
     What a terminal cannot show, then and later, is shown as "?"."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except kinds as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
 
 
-def parse_settings(cls, default_preset, argv, description):
+def parse_settings(cls, argv, description):
     """The settings from the command line, over those of recipe and preset, over `cls`'s defaults.
 
     With --resume the run's own config.json takes the preset's place.  Raises ValueError, naming
     the option and its value, when one is unknown or out of range."""
     given = read_options(cls, argv, f"{cls.script}.py", description,
                          "presets: " + ", ".join(cls.presets))
-    if "resume" in given:
-        settings = resumed(cls, given)
-    else:
-        settings = preset_settings(cls, default_preset, given)
+    settings = resumed(cls, given) if "resume" in given else preset_settings(cls, given)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if settings.prompts_per_step % size:
         raise ValueError(f"prompts_per_step {settings.prompts_per_step} cannot be shared equally "
@@ -230,8 +230,6 @@ def parse_settings(cls, default_preset, argv, description):
         if name and find_spec(name) is None:
             raise ImportError(f"--log {name} needs a package: pip install {name}")
     check_writable(settings.out)
-    if not (settings.resume or settings.selftest):
-        check_new(settings)
     return settings
 
 
@@ -251,9 +249,10 @@ def check_new(settings):
                               "folder, give it one with --out NAME")
 
 
-def preset_settings(cls, default_preset, given):
+def preset_settings(cls, given):
     """What is given, over the recipe, over the preset."""
-    name, recipe = given.get("preset") or default_preset, given.get("recipe", "paper")
+    default = cls.on_gpu if torch.cuda.is_available() else "toy"
+    name, recipe = given.get("preset") or default, given.get("recipe", "paper")
     if name not in cls.presets:
         raise ValueError(f"unknown preset {name!r}: there are {', '.join(cls.presets)}")
     if recipe not in ("paper", "diverse"):
@@ -272,9 +271,9 @@ def resumed(cls, given):
     """The settings of an earlier run, and of what is given that which may change."""
     folder = Path(given["resume"])
     path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to resume: there is no {path}")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "script" not in config:                   # a model of Hugging Face has such a file, too
+        raise FileNotFoundError(f"nothing to resume: there is no {path} of a run")
     if config["script"] != cls.script:
         raise ValueError(f"{folder} holds a run of {config['script']}.py: "
                          "resume it with that script")
@@ -291,10 +290,6 @@ def resumed(cls, given):
             raise ValueError(f"--resume continues a run as it was configured: {name} was "
                              f"{getattr(before, name)!r} and cannot become {value!r}")
     settings = dataclasses.replace(before, **(given | {"out": str(folder)}))
-    done = steps_done(folder)
-    if settings.steps < done:
-        raise ValueError(f"--steps {settings.steps}: {folder} has been trained for {done} already, "
-                         "and a run does not go back")
     settings.given = config.get("given", {}) | given
     return settings
 
@@ -309,23 +304,6 @@ def seen_from(folder, values):
         moved[name] = ",".join(str(folder / item.strip()) if ".py:" in item else item
                                for item in values[name].split(","))
     return moved
-
-
-def steps_done(folder):
-    """The steps of a run's checkpoint; 0 without one, and for a damaged one: that is for
-    `checkpoints.load_checkpoint` to explain."""
-    for path in (folder / "last.pt", folder / "new.pt"):
-        if path.exists():
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-            except Exception:
-                break
-    return 0
-
-
-def resume_command(settings):
-    """What a shell takes to continue a run."""
-    return shlex.join(["python", f"{settings.script}.py", "--resume", str(settings.out)])
 
 
 def images_of(settings):

@@ -14,6 +14,7 @@ infinite are left out of the curves, and shown as a dash in tables.
 """
 
 import base64
+import fnmatch
 import io
 import json
 from collections import namedtuple
@@ -23,16 +24,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from harness import doctor
+from harness.logs import plain, read_log, write_bytes
 
 RunData = namedtuple("RunData", "name folder config settings metrics summary arrays")
 SMALL = 72                                       # pixels: smaller images are shown as they are
 GAP, LINE, HEAD = 4, 20, 30                      # pixels: between pictures, of texts, of titles
 ROWS, SAMPLES, PICKED = 32, 3, 6                 # prompts on the page, pairs of each; best, worst
-TRIVIAL = {"ratio_max": {1.0}, "clip_frac": {0.0}, "missing": {0.0}}    # these need no chart
-STYLE = {                                        # of a chart: small, and the same every time
-    "svg.fonttype": "none", "svg.hashsalt": "curves", "savefig.transparent": True,
-    "text.parse_math": False, "font.size": 8, "font.sans-serif": "DejaVu Sans",
-    "xtick.color": "#6b7280", "ytick.color": "#6b7280", "axes.grid": True,
+TRIVIAL = {"ratio_max": 1, "clip_frac": 0, "missing": 0}     # always so: these need no chart
+STYLE = {                                        # of curves: small, and the same every time
+    "svg.fonttype": "none", "svg.hashsalt": "curves", "text.parse_math": False, "font.size": 8,
+    "axes.titlesize": 9, "xtick.color": "#6b7280", "ytick.color": "#6b7280", "axes.grid": True,
     "axes.grid.axis": "y", "grid.color": "#e5e7eb", "axes.edgecolor": "none",
 }
 NAMELESS = dict.fromkeys(("Creator", "Date", "Format", "Type"))      # no date, so equal to the byte
@@ -46,37 +47,25 @@ def read_run(folder):
     """What is in a run's folder.  Raises FileNotFoundError if it holds no run, and ValueError for
     a damaged file."""
     folder = Path(folder)
-    config = read(folder / "config.json", json.load) or {}
+    config = read(folder / "config.json", json.load)
     if "settings" not in config:                 # a model of Hugging Face has such a file, too
         raise FileNotFoundError(f"{folder} holds no run: there is no {folder / 'config.json'} with "
                                 "a run's settings")
     settings = config["settings"] | {"device": config.get("device", "")}
     return RunData(folder.resolve().name, folder, config, settings,
-                   read(folder / "metrics.jsonl", read_log) or [],
-                   read(folder / "summary.json", json.load) or {},
-                   read(folder / "report.npz", lambda file: dict(np.load(file))) or {})
+                   read_log(folder / "metrics.jsonl"), read(folder / "summary.json", json.load),
+                   read(folder / "report.npz", lambda file: dict(np.load(file))))
 
 
 def read(path, parse):
-    """What parse(file) makes of a file, or None if there is none."""
+    """The dict that parse(file) makes of a file, an empty one if there is none."""
     if not path.exists():
-        return None
+        return {}
     with open(path, "rb") as file:
         try:
             return parse(file)
-        except Exception as error:                   # a damaged file can fail anywhere
+        except Exception as error:               # a damaged file can fail anywhere
             raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def read_log(file):
-    """The metrics of all steps in the log.  A last line that was being written is left out."""
-    metrics = []
-    for line in file.read().decode(errors="replace").split("\n"):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return metrics
 
 
 def content_of(save, **how):
@@ -84,26 +73,6 @@ def content_of(save, **how):
     file = io.BytesIO()
     save(file, **how)
     return file.getvalue()
-
-
-def write(path, content):
-    """Bytes, into a temporary file, which then takes the name: returns the path."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    return temporary.replace(path)
-
-
-def plain(text):
-    """The text in one line that can be drawn and printed: a space for each line end, control
-    character or half of a character."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
-
-
-def names_apart(runs):
-    """The same runs, those of equal names renamed to their whole paths."""
-    names = [run.name for run in runs]
-    return [run._replace(name=str(run.folder)) if names.count(run.name) > 1 else run
-            for run in runs]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,14 +85,10 @@ def sheet(blocks, columns, cell, titles):
     A block is (text, pictures (n, H, W, 3) uint8, notes): its text stands above its pictures, which
     are `cell` pixels wide, and a note below each, if there are notes."""
     font, large = ImageFont.load_default(13), ImageFont.load_default(17)
-    columns = min(columns, len(blocks))
-    _, pictures, notes = blocks[0]
+    columns, (_, pictures, notes) = min(columns, len(blocks)), blocks[0]
     width, height = len(pictures) * (cell + GAP) + 2 * GAP, LINE + cell + 2 * GAP
     if notes:
         height += LINE
-    resampling = Image.Resampling.NEAREST
-    if pictures.shape[-2] > cell:
-        resampling = Image.Resampling.LANCZOS
     size = columns * width + GAP, -(-len(blocks) // columns) * height + HEAD
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
@@ -133,21 +98,23 @@ def sheet(blocks, columns, cell, titles):
         left, top = k % columns * width + 2 * GAP, k // columns * height + HEAD
         draw.text((left, top), plain(text)[:width // 6], "black", font)
         for i, pixels in enumerate(pictures):
-            x = left + i * (cell + GAP)
-            canvas.paste(Image.fromarray(pixels).resize((cell, cell), resampling), (x, top + LINE))
+            x, y = left + i * (cell + GAP), top + LINE
+            # A box is the mean of what it covers: of a small image, one pixel.
+            picture = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.BOX)
+            canvas.paste(picture, (x, y))
             if notes:
-                draw.text((x + cell // 2, top + LINE + cell), notes[i], "black", font, anchor="ma")
+                draw.text((x + cell // 2, y + cell), notes[i], "black", font, anchor="ma")
     return canvas
 
 
-def sheet_of_pairs(arrays, rows=8):
+def sheet_of_pairs(run, rows=8):
     """Pictures before and after side by side: a row a prompt, the same seeds, with the rewards."""
-    blocks, count = [], len(arrays["texts"])
-    for i in np.linspace(0, count - 1, min(rows, count)).astype(int):
+    blocks, a = [], run.arrays
+    for i in np.linspace(0, len(a["texts"]) - 1, min(rows, len(a["texts"]))).astype(int):
         for when in ("before", "after"):
-            notes = [f"{score:.2f}" for score in arrays[f"scores_{when}"][0, i]]
-            blocks.append((arrays["texts"][i], arrays[when][i], notes))
-    return sheet(blocks, 2, 96, ["before", "after"])
+            notes = [short(score) for score in a[f"scores_{when}"][0, i]]
+            blocks.append((a["texts"][i], a[when][i], notes))
+    return content_of(sheet(blocks, 2, 96, ["before", "after"]).save, format="png")
 
 
 def frames_of(folder):
@@ -155,11 +122,12 @@ def frames_of(folder):
     return sorted((Path(folder) / "progress").glob("[!.]*.*g"))
 
 
-def animation(files):
-    """The pictures in the files as one GIF, which stands still at its end, for 3 seconds."""
-    frames = [Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE) for file in files]
-    times = [400] * (len(frames) - 1) + [3000]                               # milliseconds
-    return content_of(frames[0].save, format="GIF", save_all=True, append_images=frames[1:],
+def animation(run):
+    """The pictures of progress as one GIF, which stands still at its end, for 3 seconds."""
+    first, *others = [Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE)
+                      for file in frames_of(run.folder)]
+    times = [400] * len(others) + [3000]                                     # milliseconds
+    return content_of(first.save, format="GIF", save_all=True, append_images=others,
                       duration=times, loop=0)
 
 
@@ -173,26 +141,16 @@ def is_small(pixels):
     return min(pixels.shape[-3:-1]) <= SMALL
 
 
-def data_uri(pixels, sharp=None):
+def data_uri(pixels, sharp=False):
     """Pixels (H, W, 3), uint8, as the address of a picture.  It loses nothing if it is to be sharp,
-    which small ones are unless that says otherwise."""
-    if sharp is None:
-        sharp = is_small(pixels)
-    kind = "png" if sharp else "jpeg"
+    as all small ones are."""
+    kind = "png" if sharp or is_small(pixels) else "jpeg"
     return file_uri(content_of(Image.fromarray(pixels).save, format=kind, quality=88), kind)
 
 
 # ---------------------------------------------------------------------------------------------
 # Curves
 # ---------------------------------------------------------------------------------------------
-
-def add_legend(owner, lines, labels, **how):
-    """A legend of any labels.  matplotlib leaves out those that begin with an underscore, so they
-    are put in last."""
-    legend = owner.legend(lines, ["?"] * len(labels), **how)
-    for text, label in zip(legend.get_texts(), labels):
-        text.set_text(plain(label))
-
 
 def smooth(points):
     """A running mean of up to a twentieth of the points to either side."""
@@ -204,68 +162,61 @@ def smooth(points):
 def metrics_like(pattern, runs):
     """The metrics that a pattern means, in the order in which they first come up.  A star at its
     end stands for anything."""
-    if not pattern.endswith("*"):
-        return [pattern]
-    known = dict.fromkeys(name for run in runs for m in run.metrics for name in m)
-    names = [name for name in known if name.startswith(pattern[:-1])]
-    if pattern == "reward/*" and len(names) == 1:
-        return []                                # it is the reward itself
-    return names
+    names = fnmatch.filter(dict.fromkeys(name for run in runs for m in run.metrics for name in m),
+                           pattern)
+    return names if pattern != "reward/*" or len(names) > 1 else []      # it is the reward itself
+
+
+def lines_of(named):
+    """Lines [(label, points), ...] of [(label, metrics, metric), ...], where there are points."""
+    lines = [(label, doctor.points(metrics, name)) for label, metrics, name in named]
+    return [(label, points) for label, points in lines if points]
 
 
 def charts(pattern, runs):
     """[(metric, SVG), ...] of the metrics that a pattern means and that have something to show."""
     shown = []
     for name in metrics_like(pattern, runs):
-        lines = [(run.name, doctor.points(run.metrics, name)) for run in runs]
-        lines = [(label, points) for label, points in lines if points]
+        lines = lines_of((run.name, run.metrics, name) for run in runs)
         values = {value for _, points in lines for _, value in points}
-        if lines and not (name in TRIVIAL and values <= TRIVIAL[name]):
-            shown.append((name, chart(lines, len(runs) > 1)))
+        if lines and values != {TRIVIAL.get(name)}:
+            shown.append((name, plot({"": lines}, 3.8, 1.9, format="svg", metadata=NAMELESS,
+                                     transparent=True)))
     return shown
 
 
-def chart(lines, labelled):
-    """An SVG of lines [(label, points), ...]: each as it is, pale, and smoothed."""
+def curves(run):
+    """Reward by component, KL, entropy, diversity and, where it was measured, D, as a PNG."""
+    panels = {name: lines_of([(name, run.metrics, name)])
+              for name in ("reward", "kl", "entropy", "diversity", "diversity_kept")}
+    panels["reward"] += lines_of((name, run.metrics, name)
+                                 for name in metrics_like("reward/*", [run]))
+    if not panels["diversity_kept"]:
+        del panels["diversity_kept"]
+    return plot(panels, 2.8, 2.4, dpi=110)
+
+
+def plot(panels, width, height, **how):
+    """Panels {title: lines} side by side, of so many inches each, as the bytes of a picture.
+
+    A line (label, points) is drawn as it is, pale, and smoothed."""
     from matplotlib import figure, rc_context
     with rc_context(STYLE):
-        fig, strong = figure.Figure(figsize=(3.8, 1.9), layout="constrained"), []
-        ax = fig.subplots()
-        for i, (_, points) in enumerate(lines):
-            ax.plot(*zip(*points), f"C{i}", alpha=0.3, linewidth=0.8)
-            marker = "o" if len(points) == 1 else ""
-            strong += ax.plot(*zip(*smooth(points)), f"C{i}", marker=marker)
-        ax.tick_params(length=0)
-        ax.locator_params(axis="x", nbins=5, integer=True)
-        ax.locator_params(axis="y", nbins=5)
-        if labelled:
-            labels = [label for label, _ in lines]
-            add_legend(fig, strong, labels, loc="outside lower left", frameon=False)
-        return content_of(fig.savefig, format="svg", metadata=NAMELESS)
-
-
-def curves(metrics):
-    """Reward by component, KL, entropy, diversity and, where it was measured, D, as a PNG."""
-    from matplotlib import figure, rc_context
-    names = dict.fromkeys(name for m in metrics for name in m)
-    rewards = [name for name in names if name.startswith("reward/")]
-    if len(rewards) != 1:
-        rewards = ["reward", *rewards]
-    panels = {"reward": rewards, "kl": ["kl"], "entropy": ["entropy"], "diversity": ["diversity"]}
-    if doctor.points(metrics, "diversity_kept"):
-        panels["diversity_kept"] = ["diversity_kept"]
-    with rc_context({"text.parse_math": False}):
-        fig = figure.Figure(figsize=(2.8 * len(panels), 2.8), layout="constrained")
-        for ax, (title, names) in zip(fig.subplots(1, len(panels)), panels.items()):
-            known = [name for name in names if doctor.points(metrics, name)]
-            lines = [line for name in known
-                     for line in ax.plot(*zip(*doctor.points(metrics, name)), linewidth=1)]
-            ax.set_title(title, fontsize=9)
-            ax.set_xlabel("step", fontsize=8)
-            ax.tick_params(labelsize=7)
-            if title == "reward":
-                add_legend(ax, lines, [name.removeprefix("reward/") for name in known], fontsize=7)
-        return content_of(fig.savefig, dpi=110)
+        fig = figure.Figure(figsize=(width * len(panels), height), layout="constrained")
+        for k, (title, lines) in enumerate(panels.items(), 1):
+            ax = fig.add_subplot(1, len(panels), k, title=title, xlabel="step")
+            for i, (label, points) in enumerate(lines):
+                ax.plot(*zip(*points), f"C{i}", alpha=0.3, linewidth=0.8)
+                # The dot shows a line of a single point.  matplotlib leaves out a label that begins
+                # with an underscore.
+                ax.plot(*zip(*smooth(points)), f"C{i}.-", markevery=[-1], label=f" {plain(label)}")
+            ax.tick_params(length=0)
+            ax.locator_params(axis="x", nbins=5, integer=True)
+            ax.locator_params(axis="y", nbins=5)
+            if len(lines) > 1:
+                fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left",
+                           ncols=len(panels), frameon=False)
+        return content_of(fig.savefig, **how)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,77 +224,73 @@ def curves(metrics):
 # ---------------------------------------------------------------------------------------------
 
 def results(run):
-    """{name: (before, after)}: of the evaluations, or else of the first and last steps."""
+    """Numbers before and after, {name: number} each: of the evaluations, or else the means at the
+    beginning and at the end of the log."""
     if run.summary:
-        before, after = run.summary["before"], run.summary["after"]
-        return {name: (before.get(name), value) for name, value in after.items()
-                if not isinstance(value, dict)}
-    few, found = max(1, min(10, len(run.metrics) // 4)), {}
-    for name in ("reward", "kl", "entropy", "diversity"):
-        values = [value for _, value in doctor.points(run.metrics, name)]
-        if values:
-            found[name] = doctor.mean(values[:few]), doctor.mean(values[-few:])
-    return found
+        return run.summary["before"], run.summary["after"]
+    readings = doctor.Readings(run.metrics, run.settings, {})
+    known = [name for name in ("reward", "kl", "entropy", "diversity") if readings.values(name)]
+    return tuple({name: mean(name) for name in known} for mean in (readings.first, readings.last))
 
 
 def all_results(runs):
     """[(name, [before of the first run that has it, after of each]), ...]."""
-    rows = {}
-    for k, run in enumerate(runs, 1):
-        for name, (before, after) in results(run).items():
-            row = rows.setdefault(name, [before] + [None] * len(runs))
-            row[k] = after
+    pairs, rows = [results(run) for run in runs], {}
+    for before, after in pairs:
+        for name, value in after.items():
+            if name not in rows and not isinstance(value, dict):
+                rows[name] = [before.get(name), *(after.get(name) for _, after in pairs)]
     return list(rows.items())
 
 
 def shown_scores(arrays):
-    """[(its number in the arrays, name), ...] of the scores that stand below a picture."""
-    names = arrays["names"].tolist()
-    column = dict(zip(names, arrays["scores_before"]))
-    hidden = {"entropy", "diversity"}
-    if sum(name.startswith("reward/") for name in names) == 1:
-        hidden.add("reward")                     # it is that part's, but for a weight
-    if "verified" in column and "reward/shapes" in column and np.array_equal(
-            column["verified"], column["reward/shapes"], equal_nan=True):
-        hidden.add("verified")                   # the reward says it
-    return [(k, name.removeprefix("reward/")) for k, name in enumerate(names)
-            if name not in hidden and not name.startswith("verified/")]
+    """[(its number in the arrays, name), ...] of the scores that stand below a picture: but for
+    those that repeat another one."""
+    names, first = arrays["names"].tolist(), {}
+    for k, column in enumerate(np.hstack([arrays["scores_before"], arrays["scores_after"]])):
+        if names[k] not in ("entropy", "diversity") and not names[k].startswith("verified/"):
+            first.setdefault(column.tobytes(), k)
+    return [(k, names[k].removeprefix("reward/")) for k in first.values()]
+
+
+def rewards_of(arrays):
+    """The rewards before and after, (M, n) each; NaN where one is missing."""
+    return [np.nan_to_num(arrays[f"scores_{when}"][0], nan=np.nan).astype(float)
+            for when in ("before", "after")]
+
+
+def highest(values, arrays, count):
+    """[(row, sample), ...]: of each prompt the picture whose value (M, n) is highest, and of the
+    prompts the first `count`, in their order.
+
+    Of equal values that comes first whose pixels changed most.  NaN comes last."""
+    moved = np.abs(arrays["after"].astype(int) - arrays["before"]).mean(axis=(2, 3, 4))  # (M, n)
+    best = {}
+    for place in np.lexsort((-moved.ravel(), -values.ravel())):
+        row, sample = divmod(int(place), values.shape[1])
+        best.setdefault(row, sample)
+    return list(best.items())[:count]
 
 
 def choices(arrays):
     """{title: [(row, sample), ...]}: the best, worst and most changed pairs, by the reward, then
     those of all prompts evenly."""
-    old, new = (np.nan_to_num(arrays[f"scores_{when}"][0]).astype(float)
-                for when in ("before", "after"))
-    moved = np.abs(arrays["after"].astype(int) - arrays["before"]).mean(axis=(2, 3, 4))
-    moved = moved / (1 + moved.max())            # below 1: it only orders what is otherwise equal
-    tiny = 1e-6 * (1 + np.abs(new).max())
-    orders = {"Best": -new - tiny * moved, "Worst": new - tiny * moved,
-              "Most changed": -np.abs(new - old) - tiny * moved}
-    shown = {}
-    for title, order in orders.items():
-        best = order.argmin(axis=1)              # of each prompt, so that prompts differ
-        rows = order.min(axis=1).argsort(kind="stable")[:PICKED]
-        shown[title] = [(row, best[row]) for row in rows]
+    old, new = rewards_of(arrays)
+    orders = {"Best": new, "Worst": -new, "Most changed": np.abs(new - old)}
+    shown = {title: highest(order, arrays, PICKED) for title, order in orders.items()}
     count, samples = new.shape
     rows = np.linspace(0, count - 1, min(ROWS, count)).astype(int)
     shown["All prompts"] = [(row, i) for row in rows for i in range(min(SAMPLES, samples))]
     return shown
 
 
-def rounded(values):
-    return values.astype(float).round(4).tolist()
-
-
 def sprite(patches):
     """Patches (K, h, w, 3) in one picture, and how many stand in a row of it."""
     K, h, w, _ = patches.shape
     columns = max(1, min(K, 2048 // w))
-    rows = -(-K // columns)
-    cells = np.zeros((rows * columns, h, w, 3), np.uint8)
-    cells[:K] = patches
-    cells = cells.reshape(rows, columns, h, w, 3).swapaxes(1, 2)
-    return cells.reshape(rows * h, columns * w, 3), columns
+    cells = np.pad(patches, [(0, -K % columns), (0, 0), (0, 0), (0, 0)])
+    cells = cells.reshape(-1, columns, h, w, 3).swapaxes(1, 2)
+    return cells.reshape(-1, columns * w, 3), columns
 
 
 def differing(runs):
@@ -367,47 +314,55 @@ def common_prompts(runs):
 
 def number(value):
     """A number for a table; what is not known is a dash."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    if value is None or value != value:          # NaN
         return "–"
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 0.01 and value else f"{value:.3f}"
+        return f"{value:.3g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
     return str(value)
 
 
-def page(runs):
-    """The HTML of one run's page, or of several runs'."""
+def short(score):
+    """A score below a picture."""
+    return "-" if np.isnan(score) else f"{score:.2f}"
+
+
+def rounded(values):
+    return values.astype(float).round(4).tolist()
+
+
+def page(*runs):
+    """The HTML of one run's page, or of several runs', in bytes."""
     import jinja2
-    loader = jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True)
-    environment.filters |= {"number": number, "short": "{:.2f}".format, "uri": data_uri,
-                            "file_uri": file_uri, "exp": np.exp, "rounded": rounded}
-    environment.globals |= {f.__name__: f for f in (
-        all_results, charts, choices, common_prompts, differing, frames_of, is_small, shown_scores,
-        sprite)}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
+                                     autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {function.__name__: function for function in (
+        all_results, charts, choices, common_prompts, data_uri, differing, file_uri, frames_of,
+        is_small, number, rounded, short, shown_scores, sprite)}
+    if len({run.name for run in runs}) < len(runs):
+        runs = [run._replace(name=str(run.folder)) for run in runs]
     one = runs[0] if len(runs) == 1 else None
-    return environment.get_template("report.html.j2").render(
-        runs=names_apart(runs), one=one, most=ROWS, small=SMALL,
-        diagnoses=[doctor.diagnose(run.metrics, run.settings, run.summary) for run in runs])
+    diagnoses = [doctor.diagnose(run.metrics, run.settings, run.summary) for run in runs]
+    html = environment.get_template("report.html.j2").render(
+        runs=runs, one=one, most=ROWS, diagnoses=diagnoses)
+    return html.encode(errors="replace")
 
 
-def write_page(folders, path):
-    """The page of the runs in the folders."""
-    return write(path, page([read_run(folder) for folder in folders]).encode(errors="replace"))
+def write_made(path, make, run):
+    """Writes what make(run) returns; returns the path."""
+    return write_bytes(path, make(run))
 
 
-def show(folder, attempt=lambda what, make: make()):
+def show(folder, attempt=lambda what, function, *given: function(*given)):
     """Makes everything that a run shows, of whatever is in its folder; returns the paths.
 
-    attempt(what, make) calls make, which returns a path."""
-    run, frames = read_run(folder), frames_of(folder)
-    makers = {"report.html": lambda: write_page([folder], folder / "report.html")}
+    attempt(what, function, *given) calls function(*given)."""
+    run, makers = read_run(folder), {"report.html": page}
     if run.metrics:
-        makers["curves.png"] = lambda: write(folder / "curves.png", curves(run.metrics))
+        makers["curves.png"] = curves
     if "after" in run.arrays:
-        makers["before_after.png"] = lambda: write(
-            folder / "before_after.png", content_of(sheet_of_pairs(run.arrays).save, format="png"))
-    if frames:
-        makers["progress.gif"] = lambda: write(folder / "progress.gif", animation(frames))
-    paths = [attempt(what, make) for what, make in makers.items()]
+        makers["before_after.png"] = sheet_of_pairs
+    if frames_of(folder):
+        makers["progress.gif"] = animation
+    paths = [attempt(name, write_made, run.folder / name, make, run)
+             for name, make in makers.items()]
     return [path for path in paths if path]

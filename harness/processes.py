@@ -22,17 +22,30 @@ import torch
 import torch.distributed as dist
 
 
+def kinds_of_device():
+    """What --device takes here: "cpu", and this machine's accelerator, "cuda", "mps", "xpu", ..."""
+    if not hasattr(torch, "accelerator"):        # before torch 2.6
+        return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    return ["cpu", torch.accelerator.current_accelerator().type]
+
+
 def pick_device(name):
-    """The torch device of that name, or by default the GPU if there is one, else the CPU.
+    """The torch device of that name, by default cuda if it is there, else the CPU: another kind of
+    accelerator, which nobody has tried yet, must be named.
 
     Under torchrun it also joins the other processes, and gives each of them a GPU of its own."""
-    gpu = torch.cuda.is_available()
-    if name.startswith("cuda") and not gpu:
-        raise ValueError(f"--device {name}: torch sees no GPU here; leave the option out to use "
-                         "the CPU")
-    if name and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
-        raise ValueError(f"--device {name}: no such device; there are cpu and cuda")
-    device = torch.device(name or ("cuda" if gpu else "cpu"))
+    kinds = kinds_of_device()
+    if name and not re.fullmatch(f"({'|'.join(kinds)})(:[0-9]+)?", name):
+        raise ValueError(f"--device {name}: torch sees no such device here, but {', '.join(kinds)};"
+                         " leave the option out to use the first GPU, or the CPU")
+    device = torch.device(name or ("cuda" if "cuda" in kinds else "cpu"))
+    if device.index:                             # the first is the current one anyway
+        torch.get_device_module(device).set_device(device)
+    # On H100 and H200 torch prefers cuDNN's attention, which makes a new plan for every number of
+    # keys: decoding has one more at each token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         device = join_processes(device)
     return device

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ import argrpo
 from diversity import DiversityBonus, Rehearsal, group_diversity
 from harness import doctor, processes
 from harness.before_after import describe, diversity_kept, evaluate_all, known_mean
-from harness.checkpoints import FolderLock, Record, save_weights, write_json
+from harness.checkpoints import Record, locked, save_weights
 from harness.choices import build_features
 from harness.device import (
     Sampler,
@@ -31,99 +31,98 @@ from harness.device import (
     allowed_mismatch,
     checkpoint_layers,
     choose_sizes,
+    describe_dtype,
     frozen_copy,
-    memory_estimate,
+    matrix_dtype,
     optimizer_of_device,
     out_of_memory_advice,
     packed,
-    print_memory,
 )
 from harness.gallery import Progress, gallery_arrays, mind_arrays, write_arrays
-from harness.logs import Logs
-from harness.options import images_of, one_line_errors
+from harness.logs import Logs, write_json
+from harness.options import check_new, images_of, one_line_errors
 from harness.page import show
-from harness.processes import Interrupted, OtherProcessFailed, StopRequest, failing_together
 from harness.selftest import selftest
 from reward import BadReward
 
+# What may end a run that has begun, with one line.
+FAILURES = (BadReward, FloatingPointError, OSError, ImportError, processes.OtherProcessFailed)
 
-def run(model, vq, prompts, eval_prompts, reward_fn, settings, watched):
-    """Trains `model` on `prompts`, and shows in the folder settings.out what that did to pictures
-    of `eval_prompts`.
 
-    reward_fn is a RewardSet, and watched is `before_after.Watched`.  Returns the summary.
+def run(settings, load):
+    """Trains a model, and shows in the folder settings.out what that did to its pictures.
 
-    After Ctrl-C it exits with status 130 (143 after SIGTERM); after a bad reward, a number that is
-    not finite or a full disk with status 1: with everything saved, and a line that says how to go
-    on.  With settings.selftest it exits after `selftest`, with status 0 if all is well, else 1."""
-    with StopRequest() as stop, out_of_memory_advice(settings):
-        try:
-            with one_line_errors():
+    load(settings, device) gives the model and the tokenizer, on the CPU, the prompts to train on
+    and those to evaluate on, the RewardSet, and `before_after.Watched`.  When it is called, the
+    folder is locked: no other run enters it.  Returns the summary.
+
+    What is wrong before any work ends it with status 2.  After Ctrl-C it exits with status 130 (143
+    after SIGTERM); after a bad reward, a number that is not finite or a full disk with status 1:
+    with everything saved, and a line that says how to go on.  With settings.selftest it exits after
+    `selftest`, with status 0 if all is well, else 1."""
+    with one_line_errors(1, FAILURES), out_of_memory_advice(settings):
+        with one_line_errors():
+            device = processes.pick_device(settings.device)
+        with own_folder(settings) as record:
+            with one_line_errors(), processes.failing_together():
+                parts = load(settings, device)
+                model, vq, prompts, _, reward_fn, _ = parts
+                model.to(device)                 # first now, when T5 has left the memory
+                vq.to(device)
                 features = None
                 if settings.diversity_bonus:
-                    device = next(model.parameters()).device
                     features = build_features(settings.bonus_features, vq, device)
-                choose_sizes(model, vq, settings)
-            if settings.selftest:
-                sys.exit(selftest(model, vq, prompts, reward_fn, settings))
-            with own_folder(settings, next(model.parameters()).device) as (record, logs):
-                return before_training_and_after(model, vq, prompts, eval_prompts, reward_fn,
-                                                 settings, watched, features, record, logs, stop)
-        except Interrupted:
-            sys.exit(128 + stop.received)
-        except (BadReward, FloatingPointError, OSError, ImportError, OtherProcessFailed) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+                if settings.checkpointing:
+                    checkpoint_layers(model)
+                choose_sizes(model, vq, prompts, settings)
+                config = configuration(settings, device)
+                logs = Logs(settings, config, record.done, record.writer)
+            with closing(logs), processes.StopRequest() as stop:
+                if settings.selftest:
+                    sys.exit(selftest(model, vq, prompts, reward_fn, settings))
+                try:
+                    return before_training_and_after(parts, settings, features, config, record,
+                                                     logs, stop)
+                except processes.Interrupted:
+                    sys.exit(128 + stop.received)
 
 
 @contextmanager
-def own_folder(settings, device):
-    """Keeps the run's folder for this run, with all its processes, and yields its Record and Logs.
+def own_folder(settings):
+    """Keeps the run's folder for this run, with all its processes, and yields its Record.
 
-    What may refuse does so here, before any work, with exit status 2.  A new run that ends before
-    its first step is over leaves the folder as it was: the corrected command may use it."""
-    out, first, record = Path(settings.out), processes.rank_and_size()[0] == 0, None
-    with one_line_errors(), failing_together():
-        if first:
-            made = not out.exists()
-            lock = FolderLock(out)
-            before = list(out.iterdir())
-    try:
+    A new run that ends before its first step is over leaves the folder as it was, but for weights
+    that --from-scratch has made: the corrected command may use it."""
+    out = Path(settings.out)                     # the self-test leaves nothing
+    owner = processes.rank_and_size()[0] == 0 and not settings.selftest
+    with ExitStack() as stack:
+        with one_line_errors(), processes.failing_together():
+            if owner:
+                stack.enter_context(locked(out))
+                if not settings.resume:
+                    check_new(settings)
         processes.wait_for_all()
-        with failing_together():
-            record = Record(settings, writer=first)
-        with one_line_errors(), failing_together():
-            if not settings.resume and (out / "config.json").exists():
-                raise FileExistsError(f"{out} holds a run that has just begun: take another "
-                                      "folder with --out NAME")
-            if record.done > settings.steps:
-                raise ValueError(f"{out} has done {record.done} steps already: --steps must be at "
-                                 f"least {record.done}, not {settings.steps}")
-            logs = Logs(settings, configuration(settings, device), record.done, first)
-        processes.wait_for_all()
-        with closing(logs):
-            yield record, logs
-    finally:
-        if first:
-            unfinished = not settings.resume and (record is None or record.done == 0)
-            for path in set(out.iterdir()).difference(before) if unfinished else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            lock.release()
-            if unfinished and made:
-                with suppress(OSError):          # another run has come
-                    out.rmdir()
+        with one_line_errors(kinds=ValueError), processes.failing_together():
+            record = Record(settings, writer=owner)
+        try:
+            yield record
+        finally:
+            if owner and not settings.resume and record.done == 0:
+                for path in set(out.glob("[!.]*")) - {out / "weights"}:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, settings, watched,
-                              features, record, logs, stop):
-    """What `run` does in its folder, without its answers to errors.  features are the bonus's."""
+def before_training_and_after(parts, settings, features, config, record, logs, stop):
+    """What `run` does in its folder, without its answers to errors.
+
+    parts are `load`'s, features the bonus's, and config is what config.json holds."""
+    model, vq, prompts, eval_prompts, reward_fn, watched = parts
     out, device = Path(settings.out), next(model.parameters()).device
-    rank, size = processes.rank_and_size()
+    (rank, size), first_step = processes.rank_and_size(), record.done
     sampler, started, attempt = Sampler(settings.compile), time.perf_counter(), logs.attempt
-    config, first_step = configuration(settings, device), record.done
 
     # 1. Before.  One process evaluates and writes; the others wait for it.
-    with failing_together():
+    with processes.failing_together():
         if rank == 0:
             print_sizes(model, vq, prompts, settings)
             before, gallery_before, spread = evaluate_all(
@@ -140,10 +139,8 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     evaluated = time.perf_counter()
 
     # 2. Training, from the last checkpoint on if the run is resumed.
-    with failing_together():
+    with processes.failing_together():
         reference, optimizer = frozen_copy(model), optimizer_of_device(model, settings)
-        if settings.checkpointing:
-            checkpoint_layers(model)
         seams, remembered = diverse_recipe(reference, vq, prompts, reward_fn, settings, features)
         record.restore(model, optimizer, remembered)
         warning, stopwatch = "", Stopwatch(model)
@@ -178,7 +175,7 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
     if stop.everywhere():
         if rank == 0:
             show(out, attempt)
-        raise Interrupted
+        raise processes.Interrupted
     trained = time.perf_counter()
     if rank > 0:
         return None
@@ -219,20 +216,17 @@ def print_sizes(model, vq, prompts, settings):
         remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
         print(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
               f"as many as --recipe paper, and once {remembered} of the pretrained model, or fewer")
-    print_memory(memory_estimate(model, vq, s))
+    print(describe_dtype(next(model.parameters()).device), flush=True)
 
 
 def diverse_recipe(reference, vq, prompts, reward_fn, settings, features):
-    """What the settings add to the paper's method: seams of `argrpo.train` (none with --recipe
-    paper), and what they remember, {name: {text: ...}}, for the checkpoints."""
+    """What the settings add to the paper's method: seams of `argrpo.train`, None with --recipe
+    paper, and what they remember, {name: {text: ...}}, for the checkpoints."""
     rehearsal = Rehearsal(packed(reference), vq, prompts, reward_fn, settings,
                           settings.rehearsal, settings.rehearsal_groups, features)
     bonus = DiversityBonus(rehearsal, settings.diversity_bonus, processes.gather)
-    seams = {}
-    if settings.rehearsal:
-        seams["extra_loss"] = rehearsal
-    if settings.diversity_bonus:
-        seams["advantage_fn"] = bonus
+    seams = {"extra_loss": rehearsal if settings.rehearsal else None,
+             "advantage_fn": bonus if settings.diversity_bonus else None}
     return seams, {"rehearsal": rehearsal.remembered, "features": rehearsal.described,
                    "recent": bonus.recent}
 
@@ -261,7 +255,8 @@ def warn_of_mismatch(metrics, settings, device):
 
     With log-probabilities without guidance, that is what the settings ask for."""
     on_policy = settings.logprob_cfg == "guided" or settings.cfg_scale == 1
-    if on_policy and metrics["mismatch_mean"] > allowed_mismatch(device, settings.cfg_scale):
+    if on_policy and metrics["mismatch_mean"] > allowed_mismatch(
+            matrix_dtype(device), settings.cfg_scale):
         warnings.warn(
             "the ratio should be 1 on the first pass over a rollout, but sampler and learner "
             f"differ by {metrics['mismatch_mean']:.4f} nats a token on average "

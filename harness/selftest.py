@@ -1,14 +1,13 @@
 """A minute's trial of the chosen models and rewards, before a long run: `--selftest`.
 
 Each check yields lines (what, whether it is all right, a sentence that says what was found or what
-to do).  They work on copies of the model, and leave nothing behind.
+to do).  They do what training will do, in passes of its sizes and with its layers' checkpointing,
+and need no more memory.  They leave no file behind, but the model trained by a step.
 """
 
 import copy
 import dataclasses
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -16,7 +15,14 @@ import torch
 import argrpo
 from harness.before_after import draw_like_rollout
 from harness.checkpoints import load_checkpoint, save_checkpoint
-from harness.device import Sampler, allowed_mismatch, frozen_copy
+from harness.device import (
+    Sampler,
+    allowed_mismatch,
+    frozen_copy,
+    matrix_dtype,
+    measured,
+    optimizer_of_device,
+)
 from rewards import checker
 
 PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks share
@@ -25,16 +31,17 @@ PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks
 def selftest(model, vq, prompts, reward_fn, settings):
     """Prints a line for each check.  Returns the exit status: 0, or 1 if something is wrong."""
     P = min(PROMPTS, len(prompts.texts), settings.prompts_per_step)
-    small = dataclasses.replace(settings, micro_batch=min(settings.micro_batch, P * SAMPLES))
     index = argrpo.pick_prompts(len(prompts.texts), 0, P, settings.seed)
     texts, tokens, logp, images = draw_like_rollout(Sampler(settings.compile)(model), vq, prompts,
-                                                    index, small, SAMPLES, "selftest")
+                                                    index, settings, SAMPLES, "selftest")
     index = index.repeat_interleave(SAMPLES)
+    one = dataclasses.replace(settings, steps=1, warmup_steps=1)
+    optimizer = optimizer_of_device(model, one)
     checks = (check_sampler(model, prompts, index, tokens, logp, settings),
               check_accumulation(model, prompts, index, tokens, settings),
               check_rewards(reward_fn, images, texts),
-              check_step(model, vq, prompts, reward_fn, settings),
-              check_checkpoint(model, settings))
+              check_step(model, vq, prompts, reward_fn, one, optimizer, settings.steps),
+              check_checkpoint(model, optimizer, settings.out))
     good = True
     for check in checks:
         for what, fine, sentence in check:
@@ -48,7 +55,7 @@ def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
     with torch.no_grad():
         logp, _ = argrpo.policy_logp(model, prompts, index, tokens, settings)
     mean = (logp - sampler_logp).abs().mean().item()
-    allowed = allowed_mismatch(tokens.device, settings.cfg_scale)
+    allowed = allowed_mismatch(matrix_dtype(tokens.device), settings.cfg_scale)
     finding = f"sampler and learner differ by {mean:.1e} nats a token on average"
     if settings.logprob_cfg == "none" and settings.cfg_scale != 1:
         yield "sampler", True, finding + ", as --logprob-cfg none asks for"
@@ -60,21 +67,24 @@ def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
 
 
 def check_accumulation(model, prompts, index, tokens, settings):
-    """Whether the gradient is the same in one pass and added up over passes of one image."""
+    """Whether the gradient is the same in the update's passes and added up over single images."""
     advantages = torch.linspace(-1, 1, len(tokens), device=tokens.device)[:, None]
-    gradients = []
-    for size in (len(tokens), 1):
-        copied = copy.deepcopy(model)
-        copied.zero_grad()
+    gradients, sizes = [], {min(settings.micro_batch, len(tokens)), 1}
+    if len(sizes) == 1:
+        yield "accumulation", True, "each pass is of one image: there is nothing to compare"
+        return
+    for size in sizes:
         for rows in torch.arange(len(tokens)).split(size):
-            logp, _ = argrpo.policy_logp(copied, prompts, index[rows], tokens[rows], settings)
+            logp, _ = argrpo.policy_logp(model, prompts, index[rows], tokens[rows], settings)
             (-(advantages[rows] * logp).mean() * len(rows) / len(tokens)).backward()
-        gradients.append([p.grad for p in copied.parameters() if p.grad is not None])
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
     apart = sum((a - b).square().sum() for a, b in zip(*gradients)).sqrt()
     whole = sum(a.square().sum() for a in gradients[0]).sqrt()
     relative = (apart / whole).item()
-    allowed = 0.05 if tokens.is_cuda else 1e-3
-    sentence = f"the gradient of one pass and that of many differ by {relative:.1e} of its length"
+    allowed = 1e-3 if matrix_dtype(tokens.device) == torch.float32 else 0.05
+    sentence = (f"the gradient of passes of {max(sizes)} images and that of passes of one differ "
+                f"by {relative:.1e} of its length")
     if not relative <= allowed:                  # NaN is bad, too
         sentence += f", more than {allowed}: is there a layer that mixes the images of a batch?"
     yield "accumulation", relative <= allowed, sentence
@@ -91,24 +101,16 @@ def check_rewards(reward_fn, images, texts):
     yield from wrong or [("reward", True, f"{len(findings)} checks; " + findings[-1][2])]
 
 
-def check_step(model, vq, prompts, reward_fn, settings):
-    """One whole step of a copy, with its time and memory."""
-    one = dataclasses.replace(settings, steps=1, warmup_steps=1)
-    device = next(model.parameters()).device
-    learner = copy.deepcopy(model)
-    optimizer = argrpo.make_optimizer(learner, one)
-    start = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    step = next(argrpo.train(learner, frozen_copy(model), vq, prompts, reward_fn, one,
-                             optimizer, sampler=Sampler(settings.compile)))
-    seconds = time.perf_counter() - start
-    used = peak_memory(device) / 2 ** 30
-    moved = any(not torch.equal(a, b) for a, b in zip(learner.parameters(), model.parameters()))
-    minutes = settings.steps * seconds / 60
-    yield "step", moved, (f"{seconds:.1f} s, {used:.2f} GiB at most, reward "
-                          f"{step.metrics['reward']:.3f}; {settings.steps} steps would take about "
-                          f"{minutes:.0f} minutes")
+def check_step(model, vq, prompts, reward_fn, one, optimizer, steps):
+    """One whole step, by the settings `one`, with its time and memory, and what all steps take."""
+    reference = frozen_copy(model)
+    training = argrpo.train(model, reference, vq, prompts, reward_fn, one, optimizer,
+                            sampler=Sampler(one.compile))
+    step, seconds, peak = measured(model.output.weight.device, lambda: next(training))
+    moved = not torch.equal(model.norm.weight, reference.norm.weight)        # float32 in both
+    yield "step", moved, (f"{seconds:.1f} s, {peak / 2 ** 30:.2f} GiB at most, reward "
+                          f"{step.metrics['reward']:.3f}; {steps} steps would take about "
+                          f"{steps * seconds / 60:.0f} minutes")
     useful = 1 - step.metrics["flat_groups"]
     if useful:
         yield "signal", True, f"{useful:.0%} of the step's groups have a spread of rewards"
@@ -117,31 +119,20 @@ def check_step(model, vq, prompts, reward_fn, settings):
                                 "take harder prompts, a larger --group-size or a finer reward")
 
 
-def peak_memory(device):
-    """Bytes: of the GPU since its statistics were reset, else of this process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not there on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def check_checkpoint(model, settings):
+def check_checkpoint(model, optimizer, out):
     """A checkpoint written where the run's will be, and read again."""
-    written, read = copy.deepcopy(model), copy.deepcopy(model)
-    optimizers = [argrpo.make_optimizer(m, settings) for m in (written, read)]
-    parent = next(p for p in (Path(settings.out), *Path(settings.out).absolute().parents)
-                  if p.is_dir())
+    written = copy.deepcopy(model.state_dict())
+    parent = next(p for p in (Path(out), *Path(out).absolute().parents) if p.is_dir())
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=parent) as folder:
-        for p in read.parameters():
-            p.zero_()
         path = Path(folder) / "last.pt"
         try:
-            save_checkpoint(path, 1, written, optimizers[0])
-            load_checkpoint(path, read, optimizers[1])
+            save_checkpoint(path, 1, model, optimizer)
+            for p in model.parameters():
+                p.zero_()
+            load_checkpoint(path, model, optimizer)
         except OSError as error:
             yield "checkpoint", False, str(error)
             return
         size = path.stat().st_size / 2 ** 20
-    same = all(torch.equal(a, b) for a, b in zip(written.parameters(), read.parameters()))
+    same = all(torch.equal(a, written[name]) for name, a in model.state_dict().items())
     yield "checkpoint", same, f"{size:.0f} MiB, the same after writing and reading"

@@ -69,7 +69,7 @@ class Experiment:
             if not path.exists():
                 sys.exit(f"error: --stored: there is no {path}, for this lab has not been run for "
                          "docs/labs yet; run it without --stored")
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text("utf-8"))
             self.measured, self.stored_note = stored["measured"], stored["runs"]
 
     def seconds(self):
@@ -109,10 +109,10 @@ class Experiment:
         fig.savefig(path.with_suffix(".png"), dpi=110)
         lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
         text = "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-        path.with_suffix(".md").write_text(f"{text}\n\n{note}\n")
+        path.with_suffix(".md").write_text(f"{text}\n\n{note}\n", "utf-8")
         if not self.options.stored:
             numbers = json.dumps({"runs": note, "measured": self.measured}, indent=1)
-            path.with_suffix(".json").write_text(numbers + "\n")
+            path.with_suffix(".json").write_text(numbers + "\n", "utf-8")
         print(f"\n{text}\n\n{path}.png and .md; {self.seconds()}")
         if not NOTEBOOK:
             plt.close(fig)
@@ -137,17 +137,16 @@ def prompts_of(task, texts=None, plain=False):
 
     Plain, a caption's words have one feature for which word it is and another for where it stands,
     and none for both together, nor for the relation in which the caption puts things."""
-    if task == "c2i":
-        texts = toy.CLASSES if texts is None else texts
-        return argrpo.Prompts(texts, torch.tensor([toy.CLASSES.index(text) for text in texts]))
-    texts = [*toy.SEEN_CLASSES, *toy.SEEN_PAIRS] if texts is None else texts
-    features, mask = toy.encode_captions(texts)
+    if texts is None:
+        texts = toy.CLASSES if task == "c2i" else [*toy.SEEN_CLASSES, *toy.SEEN_PAIRS]
+    prompts = toy.as_prompts(task, texts)
     if plain:
-        each = rearrange(features, "b t (context place word) -> b t context place word",
+        each = rearrange(prompts.cond, "b t (context place word) -> b t context place word",
                          place=toy.CAPTION_LENGTH, word=len(toy.WORDS)).sum(2)
         separate = torch.cat([each.sum(2), each.sum(3)], dim=2)      # words, places
-        features = torch.nn.functional.pad(separate, (0, features.shape[2] - separate.shape[2]))
-    return argrpo.Prompts(texts, features, mask)
+        missing = toy.CAPTION_DIM - separate.shape[2]
+        prompts.cond = torch.nn.functional.pad(separate, (0, missing))
+    return prompts
 
 
 def every(step, pairs):

@@ -18,6 +18,7 @@ Where this departs from the official AR-GRPO code:
 """
 
 import functools
+import weakref
 
 import torch
 from torch import nn
@@ -25,7 +26,10 @@ from torchvision.transforms import functional as vision
 
 from pretrained import load_weights
 from reward import register
-from rewards.sources import weights_of
+from rewards.sources import frozen, weights_of
+
+# Names of open_clip.  OpenAI's weights, the first two, need its quick GELU.
+CLIP_B, CLIP_L, HPSV2 = "ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-H-14"
 
 
 def preprocess(images, size, mean, std):
@@ -38,23 +42,14 @@ def preprocess(images, size, mean, std):
 class Tower:
     """An image encoder and a text encoder, functions from a batch to vectors of any length.
 
-    Asked again about the very same batch, as by a second reward, it answers without computing,
-    until `forget`."""
+    Asked again about the very same images or about equal texts, as by a second reward, it answers
+    without computing.  It keeps the last features, but not the images."""
 
     def __init__(self, encode_image, encode_text, micro_batch=32):
         self.encode_image, self.encode_text = encode_image, encode_text
         self.micro_batch = micro_batch
-        self.last = {}                           # "images" or "texts" -> (batch, its features)
-
-    def forget(self):
-        """Lets go of the last batch."""
-        self.last.clear()
-
-    def once(self, kind, batch, compute):
-        """compute(), or what it gave when the last batch of this kind was this very object."""
-        if kind not in self.last or self.last[kind][0] is not batch:
-            self.last[kind] = batch, compute()
-        return self.last[kind][1]
+        self.seen = self.read = None, None       # the last images (a weak reference), their
+                                                 # features; the last texts, theirs
 
     def unit_vectors(self, encode, batch):
         """encode(batch), a micro-batch at a time, as vectors of length one: (B, C)."""
@@ -64,13 +59,18 @@ class Tower:
 
     def image_features(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, C), of length one."""
-        return self.once("images", images, lambda: self.unit_vectors(self.encode_image, images))
+        last, features = self.seen
+        if last is None or last() is not images:
+            features = self.unit_vectors(self.encode_image, images)
+            self.seen = weakref.ref(images), features
+        return features
 
     def text_features(self, texts):
         """B texts -> (B, C), of length one."""
         distinct = list(dict.fromkeys(texts))    # equal texts are encoded once
-        features = self.once("texts", texts, lambda: self.unit_vectors(self.encode_text, distinct))
-        return features[[distinct.index(text) for text in texts]]
+        if self.read[0] != distinct:
+            self.read = distinct, self.unit_vectors(self.encode_text, distinct)
+        return self.read[1][[distinct.index(text) for text in texts]]
 
     def cosine(self, images, prompts):
         """How well each image fits its prompt: (B,) in [-1, 1]."""
@@ -80,7 +80,7 @@ class Tower:
 def tower_of(model, name, device):
     """The Tower of an open_clip model, in the model's own precision."""
     import open_clip
-    model = model.to(device).eval().requires_grad_(False)
+    model = frozen(model, device)
     tokenizer = open_clip.get_tokenizer(name)
     how = open_clip.get_model_preprocess_cfg(model)
     dtype = model.visual.conv1.weight.dtype
@@ -89,10 +89,7 @@ def tower_of(model, name, device):
         pixels = preprocess(images, how["size"][0], how["mean"], how["std"])
         return model.encode_image(pixels.to(dtype))
 
-    def encode_text(texts):
-        return model.encode_text(tokenizer(texts).to(device))
-
-    return Tower(encode_image, encode_text)
+    return Tower(encode_image, lambda texts: model.encode_text(tokenizer(texts).to(device)))
 
 
 @functools.cache
@@ -105,14 +102,6 @@ def open_clip_tower(name, device):
     precision = "fp16" if torch.device(device).type == "cuda" else "fp32"
     model = open_clip.create_model(name, precision=precision, load_weights=False)
     return tower_of(load_weights(model, path), name, device)
-
-
-def clip_tower(device):
-    return open_clip_tower("ViT-B-32-quickgelu", device)     # OpenAI's weights need its quick GELU
-
-
-def hpsv2_tower(device):
-    return open_clip_tower("ViT-H-14", device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -135,7 +124,6 @@ class Cosine:
 
     def __init__(self, tower, score):
         self.tower, self.score = tower, score
-        self.forget = tower.forget
 
     def __call__(self, images, prompts):
         return self.score(self.tower.cosine(images, prompts))
@@ -146,20 +134,19 @@ class Clip(Cosine):
     """CLIP ViT-B/32 (arXiv 2103.00020): 5 times the cosine of image and prompt."""
 
     def __init__(self, device):
-        super().__init__(clip_tower(device), times_five)
+        super().__init__(open_clip_tower(CLIP_B, device), times_five)
         self.device = device
 
     def features(self, images):
         """images (B, 3, H, W) in [0, 1] -> (B, 768), of length one: those of the larger ViT-L/14,
         so that a policy which learned to please the ViT-B/32 is compared by other eyes."""
-        tower = open_clip_tower("ViT-L-14-quickgelu", self.device)
-        return tower.unit_vectors(tower.encode_image, images)
+        return open_clip_tower(CLIP_L, self.device).image_features(images)
 
 
 @register("clip_bin")
 def clip_bin(device):
     """The same cosine in the paper's four bins."""
-    return Cosine(clip_tower(device), binned)
+    return Cosine(open_clip_tower(CLIP_B, device), binned)
 
 
 @register("hpsv2")
@@ -167,13 +154,13 @@ def hpsv2(device):
     """HPSv2.1 (arXiv 2306.09341), a CLIP ViT-H/14 tuned on human preferences.
 
     5 times its cosine of image and prompt."""
-    return Cosine(hpsv2_tower(device), times_five)
+    return Cosine(open_clip_tower(HPSV2, device), times_five)
 
 
 @register("hpsv2_bin")
 def hpsv2_bin(device):
     """The same cosine in the paper's four bins."""
-    return Cosine(hpsv2_tower(device), binned)
+    return Cosine(open_clip_tower(HPSV2, device), binned)
 
 
 @register("pickscore")
@@ -184,7 +171,7 @@ def pickscore(device):
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from transformers import AutoTokenizer, CLIPModel
     folder = weights_of("pickscore")
-    model = CLIPModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    model = frozen(CLIPModel.from_pretrained(folder), device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     size = model.config.vision_config.image_size
 

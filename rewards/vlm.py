@@ -21,7 +21,7 @@ import re
 import torch
 
 from reward import register, to_uint8
-from rewards.sources import weights_of
+from rewards.sources import frozen, weights_of
 
 LABEL = (
     'This picture was generated for the text: "{prompt}". Judge it by five criteria, each worth '
@@ -37,8 +37,6 @@ WEIRD = (
     "Look closely: is anything about this picture strange? Give 0 points if something is and "
     "1 point if nothing is. "
 )
-# name -> (question, the most points that it gives)
-QUESTIONS = {"label": (LABEL, 5), "fake": (FAKE, 1), "weird": (WEIRD, 1)}
 ANSWER_FORMAT = 'End your answer with one line of JSON: {"score": NUMBER}'
 
 
@@ -61,22 +59,17 @@ class VisionLanguageModel:
         self.processor = AutoProcessor.from_pretrained(folder)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        self.model = model.to(device).eval().requires_grad_(False)
-
-    def chat(self, question):
-        """One image and a question, in the model's own format."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}],
-                                                  add_generation_prompt=True, tokenize=False)
+        self.model = frozen(model, device)
 
     def __call__(self, images, questions, attempt):
         """Attempt 0 is greedy, the others are random.  Each gives the same answers every time."""
-        inputs = self.processor(text=[self.chat(question) for question in questions],
-                                images=list(to_uint8(images)), padding=True, padding_side="left",
-                                return_tensors="pt").to(self.model.device)
-        policy = {"do_sample": False}
-        if attempt > 0:
-            policy = {"do_sample": True, "temperature": 0.6}
+        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+                 for text in questions]
+        texts = self.processor.apply_chat_template(chats, add_generation_prompt=True,
+                                                   tokenize=False)
+        inputs = self.processor(text=texts, images=list(to_uint8(images)), padding=True,
+                                padding_side="left", return_tensors="pt").to(self.model.device)
+        policy = {"do_sample": True, "temperature": 0.6} if attempt > 0 else {"do_sample": False}
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
             torch.manual_seed(attempt)
             tokens = self.model.generate(**inputs, **policy, max_new_tokens=128)
@@ -90,12 +83,13 @@ vision_language_model = functools.cache(VisionLanguageModel)         # one for a
 class Ask:
     """The reward from one question: a quarter of the points in the answer, as in the official code.
 
-    An image whose answer has no points is asked about again, twice at most, and is then missing."""
+    An image whose answer has no points is asked about again, twice at most, and is then missing.
+    A micro-batch counts images of 256 x 256 pixels, of larger ones fewer: by arithmetic, 64 take
+    2 GB on a GPU, beside the model's 8."""
     may_miss = True
     attempts = 3
 
-    def __init__(self, question, device, micro_batch=16):
-        self.question, self.highest = QUESTIONS[question]
+    def __init__(self, device, micro_batch=64):
         self.micro_batch = micro_batch
         self.model = vision_language_model(device)
 
@@ -107,7 +101,8 @@ class Ask:
 
     def __call__(self, images, prompts):
         scores = torch.full((len(prompts),), math.nan)
-        for rows in torch.arange(len(prompts)).split(self.micro_batch):
+        larger = max(1, images[0, 0].numel() / 256 ** 2)
+        for rows in torch.arange(len(prompts)).split(max(1, int(self.micro_batch / larger))):
             for attempt in range(self.attempts):
                 open_rows = rows[scores[rows].isnan()]                   # still without points
                 if len(open_rows):
@@ -117,18 +112,18 @@ class Ask:
 
 
 @register("qwen_label")
-def qwen_label(device):
+class Label(Ask):
     """How well the image shows its prompt, by five criteria: in [0, 1.25]."""
-    return Ask("label", device)
+    question, highest = LABEL, 5
 
 
 @register("qwen_fake")
-def qwen_fake(device):
+class Fake(Ask):
     """0.25 if the model takes the image for a photograph, 0 if for an AI's work."""
-    return Ask("fake", device)
+    question, highest = FAKE, 1
 
 
 @register("qwen_weird")
-def qwen_weird(device):
+class Weird(Ask):
     """0.25 if the model finds nothing strange about the image, else 0."""
-    return Ask("weird", device)
+    question, highest = WEIRD, 1

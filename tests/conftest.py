@@ -229,7 +229,7 @@ class Loop:
 
 def read_metrics(out, seconds=False):
     """The steps that a run logged in its folder, without the times they took."""
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [{name: value for name, value in step.items() if seconds or "seconds" not in name}
             for step in steps]
 

@@ -65,7 +65,7 @@ MUTANTS = list(enumerate([NO_BUG, *(bug for bug in BUGS if bug.tests)]))        
 
 def copy_tree(folder, bug):
     """A copy of the tree with the bug in it.  Raises ValueError if the bug does not fit."""
-    code = with_bug((ROOT / bug.file).read_text(), bug)
+    code = with_bug((ROOT / bug.file).read_text("utf-8"), bug)
     for path in ROOT.rglob("*.py"):
         name = path.relative_to(ROOT)
         if name.parts[0] not in ("labs", "examples", "runs"):
@@ -74,7 +74,7 @@ def copy_tree(folder, bug):
     for name in ("pyproject.toml", "tests/golden", "toy/weights", "assignments/right",
                  *(path.relative_to(ROOT) for path in ROOT.glob("assignments/*.toml"))):
         (folder / name).symlink_to(ROOT / name)
-    (folder / bug.file).write_text(code)
+    (folder / bug.file).write_text(code, "utf-8")
 
 
 def warm_up():
@@ -163,7 +163,7 @@ class Trial:
             os.waitpid(self.pid, 0)
             self.result = "yes", "(no end)", f"longer than {LIMIT} s"
             return True
-        failure = first_failure(self.log.read_text(errors="replace"))
+        failure = first_failure(self.log.read_text("utf-8", errors="replace"))
         code = os.waitstatus_to_exitcode(status)
         if code == 0 and self.rounds:
             self.where = "wider"

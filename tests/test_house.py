@@ -76,7 +76,7 @@ def imports(path):
 
     By name: the text in `import_module("toy")`, and "rewards.clip" or f"rewards.{name}" anywhere,
     for a text that is a module's whole name has no other use."""
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -108,7 +108,7 @@ def test_imports_are_seen_wherever_they_are(tmp_path):
     file = tmp_path / "doors.py"
     file.write_text('import toy.models, torch\ndef f(name):\n    from rewards import clip\n'
                     '    importlib.import_module("harness")\n    load(f"rewards.{name}")\n'
-                    '    find_spec("report")\n    read("report")\n')
+                    '    find_spec("report")\n    read("report")\n', "utf-8")
     assert list(imports(file)) == [(1, "toy.models"), (1, "torch"), (3, "rewards"), (4, "harness"),
                                    (6, "report"), (5, "rewards.")]
 
@@ -190,7 +190,7 @@ def test_no_two_modules_share_a_name():
 
 
 def test_every_test_file_runs():
-    options = (ROOT / "pyproject.toml").read_text()
+    options = (ROOT / "pyproject.toml").read_text("utf-8")
     folders = re.findall(r'"([^"]+)"', re.search(r"testpaths = \[(.*?)\]", options, re.S)[1])
     found = [str(path) for path in FILES if path.match("tests/**/test_*.py")
              and not any(path.is_relative_to(folder) for folder in folders)]
@@ -202,7 +202,7 @@ def test_every_test_file_runs():
 @cache
 def lines_of_code(path):
     """The lines of a file without blanks, comments and docstrings."""
-    text = (ROOT / path).read_text()
+    text = (ROOT / path).read_text("utf-8")
     docstrings, lines = set(), set()
     for node in ast.walk(ast.parse(text)):
         if (isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
@@ -220,7 +220,7 @@ def test_lines_of_code_are_counted_without_blanks_comments_and_docstrings(tmp_pa
     file = tmp_path / "six.py"
     file.write_text('"""A docstring\nof two lines."""\n\n# a comment\nx = """a text,\n\nno '
                     'docstring"""\n\ndef f():\n    """Another."""\n    return (1,    # a comment\n'
-                    '            2)\n')
+                    '            2)\n', "utf-8")
     assert lines_of_code(file) == 6
 
 
@@ -256,7 +256,7 @@ def test_no_file_outgrows_its_reader():
 
 @pytest.mark.parametrize("name, most", {"argrpo.py": 720, "README.md": 150}.items())
 def test_what_is_read_in_one_sitting_stays_so(name, most):
-    lines = len((ROOT / name).read_text().splitlines())
+    lines = len((ROOT / name).read_text("utf-8").splitlines())
     assert lines <= most, f"{name} has {lines} lines, all counted, and is to have {most} at most"
 
 
@@ -283,7 +283,7 @@ OTHERS = {                                       # files that are somebody else'
 
 def paths_named(path):
     """The paths that a text names: in code, in links and, in a docstring, anywhere."""
-    text = (ROOT / path).read_text()
+    text = (ROOT / path).read_text("utf-8")
     if path.suffix == ".py":
         code = ast.get_docstring(ast.parse(text)) or ""
         links = []

@@ -24,15 +24,9 @@ them wrong, which leaves reinforcement learning something to do.
 # ruff: noqa: F401, I001 (the imports are the names that the package offers)
 
 from toy.models import CAPTION_DIM, CAPTION_LENGTH, CONFIGS, FOLDER, VQ_CONFIG, WORDS
-from toy.models import encode_captions, load, shipped_spread
+from toy.models import as_prompts, encode_captions, load, shipped_spread
 from toy.scenes import CLASSES, COUNTS, GROUND, PAIRS, PALETTE, PLACES, SHAPES, SIZE, THINGS
 from toy.scenes import SEEN_CLASSES, SEEN_PAIRS, UNSEEN, UNSEEN_CLASSES, UNSEEN_PAIRS
 from toy.scenes import Request, Thing, holds, make_scene, mixed, parse, render
 from toy.verifier import coarse_layout, distinct_in, fulfils, read_scenes, spread, spread_by_prompt
 from toy.verifier import verify, verify_all, verify_by_kind
-
-
-def main(argv=None):
-    """The command `python -m toy`.  Pretraining is imported only here: few runs need it."""
-    from toy.__main__ import main as pretraining_command
-    pretraining_command(argv)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from argrpo import GPTConfig, Transformer
+from argrpo import GPTConfig, Prompts, Transformer
 from pretrained import load_weights
 from toy.scenes import CLASSES, COUNT_PROMPT, COUNTS, PAIR_PROMPT, PALETTE, PLACES, SHAPES, parse
 from toy.verifier import mean_if_any
@@ -18,9 +18,8 @@ FOLDER = Path(__file__).parent / "weights"       # the shipped checkpoints
 # Captions as features: what Flan-T5 does for LlamaGen
 # ---------------------------------------------------------------------------------------------
 
-PLURALS = [shape + "s" for shape in SHAPES]
-PLACE_WORDS = ["above", "below", "left", "right", "of"]
-WORDS = ["a", *COUNTS, *PALETTE, *SHAPES, *PLURALS, *PLACE_WORDS]
+WORDS = ["a", *COUNTS, *PALETTE, *SHAPES, *(shape + "s" for shape in SHAPES),
+         "above", "below", "left", "right", "of"]
 CAPTION_LENGTH = 8
 CONTEXTS = (None, *PLACES)
 CAPTION_DIM = len(CONTEXTS) * CAPTION_LENGTH * len(WORDS)
@@ -35,17 +34,22 @@ def encode_captions(captions):
     too, gives words in their context: the "red" of what stands above is not the "red" of what
     stands below."""
     features = torch.zeros(len(captions), CAPTION_LENGTH, CAPTION_DIM)
-    mask = torch.zeros(len(captions), CAPTION_LENGTH, dtype=torch.bool)
     for b, caption in enumerate(captions):
         context = CONTEXTS.index(parse(caption).relation)
         match = COUNT_PROMPT.search(caption) or PAIR_PROMPT.search(caption)
         words = match.group().split()
-        padding = CAPTION_LENGTH - len(words)
         for position, word in enumerate(words):
             block = context * CAPTION_LENGTH + position
-            features[b, padding + position, block * len(WORDS) + WORDS.index(word)] = 1
-            mask[b, padding + position] = True
-    return features, mask
+            from_the_end = position - len(words)
+            features[b, from_the_end, block * len(WORDS) + WORDS.index(word)] = 1
+    return features, features.any(dim=2)
+
+
+def as_prompts(task, texts):
+    """The texts with the conditions that the task's transformer reads."""
+    if task == "t2i":
+        return Prompts(texts, *encode_captions(texts))
+    return Prompts(texts, torch.tensor([CLASSES.index(text) for text in texts]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -66,7 +70,7 @@ def shipped_spread(task, texts):
     """The spread of the shipped model's right pictures, {part: mean over the texts}, as
     `verifier.spread` gives it, but from 128 pictures of each text: `tests/toy/measure_spread.py`
     measured it once.  None if one of the texts is not among those measured."""
-    known = json.loads((FOLDER / "spread.json").read_text())[task]
+    known = json.loads((FOLDER / "spread.json").read_text("utf-8"))[task]
     if not set(texts) <= set(known["texts"]):
         return None
     return {part: mean_if_any([values[text] for text in texts if text in values])
@@ -77,8 +81,6 @@ def load(task, folder=FOLDER, gpt_path="", vq_path=""):
     """The pretrained toy, (Transformer, VQModel), for the task "c2i" or "t2i".
 
     The paths name files of your own."""
-    gpt_path = gpt_path or Path(folder) / f"toy_{task}.pt"
-    vq_path = vq_path or Path(folder) / "toy_vq.pt"
-    gpt = load_weights(Transformer(CONFIGS[task]), gpt_path)
-    vq = load_weights(VQModel(VQ_CONFIG), vq_path)
+    gpt = load_weights(Transformer(CONFIGS[task]), gpt_path or Path(folder) / f"toy_{task}.pt")
+    vq = load_weights(VQModel(VQ_CONFIG), vq_path or Path(folder) / "toy_vq.pt")
     return gpt, vq.requires_grad_(False)

@@ -1,19 +1,23 @@
-"""Pretraining the toy's models from nothing: first the tokenizer, then both transformers.
+"""Pretrains the toy's tokenizer and transformers from nothing: minutes on two cores.
+
+    python -m toy                       # renders scenes, trains the tokenizer and the transformers
+    python -m toy --out my_weights      # the same, somewhere else
 
 Shapes: M pictures in all, b of them in a batch, N tokens a picture, V codes, C numbers a code.
 """
 
+import argparse
 import math
 import random
-from math import isqrt
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from argrpo import Prompts, Transformer, to_images
+from argrpo import Transformer, to_images
 from pretrained import load_weights
-from toy.models import CONFIGS, VQ_CONFIG, encode_captions
+from toy.models import CONFIGS, FOLDER, VQ_CONFIG, as_prompts
 from toy.scenes import CLASSES, GROUND, SEEN_CLASSES, SEEN_PAIRS, make_scene, render
 from toy.verifier import verify
 from vqgan import VQModel
@@ -84,7 +88,7 @@ def pretrain_vq(images, rng, steps):
         features = vq.features(x)                                                    # (b, N, C)
         tokens = torch.where(is_ground, GROUND_CODE, vq.quantize.nearest(features))
         codes, vq_loss = vq.straight_through(features, tokens)
-        side = isqrt(tokens.shape[1])
+        side = math.isqrt(tokens.shape[1])
         reconstruction = vq.from_codes(codes, side, side)
         # Left alone, the encoder describes the neighbours in the ground's patches, with 80 codes
         # that look the same.  The transformer would have to learn that noise, and GRPO after it.
@@ -123,13 +127,6 @@ def pretrain_gpt(gpt, tokens, prompts, rng, steps, lr=3e-3):
                     data_size=len(tokens), batch_size=32, lr=lr, weight_decay=0.05)
 
 
-def as_prompts(task, texts):
-    """The texts with the conditions that the task's transformer reads."""
-    if task == "t2i":
-        return Prompts(texts, *encode_captions(texts))
-    return Prompts(texts, torch.tensor([CLASSES.index(text) for text in texts]))
-
-
 # ---------------------------------------------------------------------------------------------
 # All three
 # ---------------------------------------------------------------------------------------------
@@ -163,25 +160,31 @@ def save(model, path):
     torch.save({"model": weights}, path)
 
 
-def pretrain_toy(folder, seed=0, scenes=16000, only=None):
-    """Writes toy_vq.pt, toy_c2i.pt and toy_t2i.pt, or only the one named, into the folder.
-
-    scenes: pictures per task."""
+def pretrain_toy(out, seed=0, scenes=16000):
+    """Writes toy_vq.pt, toy_c2i.pt and toy_t2i.pt into a folder.  scenes: pictures per task."""
+    out.mkdir(parents=True, exist_ok=True)
     texts = choose_texts(seed, scenes)
-    if only in (None, "vq"):
-        images = torch.cat([draw_scenes(task, texts[task], seed) for task in texts])
-        vq = pretrain_vq(images, random_stream(seed, "tokenizer"), STEPS["vq"])
-        save(vq, folder / "toy_vq.pt")
+    images = {task: draw_scenes(task, texts[task], seed) for task in texts}
+    vq = pretrain_vq(torch.cat([*images.values()]), random_stream(seed, "tokenizer"), STEPS["vq"])
+    save(vq, out / "toy_vq.pt")
     # Read back in half precision, as everybody will have it.
-    vq = load_weights(VQModel(VQ_CONFIG), folder / "toy_vq.pt").requires_grad_(False)
+    vq = load_weights(VQModel(VQ_CONFIG), out / "toy_vq.pt").requires_grad_(False)
     for task in texts:
-        if only not in (None, task):
-            continue
-        images = draw_scenes(task, texts[task], seed)
-        tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images.split(256)])
+        tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images[task].split(256)])
         right = verify(to_images(vq, tokens[:2000], micro_batch=16), texts[task][:2000]).mean()
         print(f"{task}: the verifier finds {right:.1%} of the tokenizer's reconstructions right")
         prompts = as_prompts(task, texts[task])
         rng = random_stream(seed, task)
         gpt = pretrain_gpt(Transformer(CONFIGS[task]), tokens, prompts, rng, STEPS[task])
-        save(gpt, folder / f"toy_{task}.pt")
+        save(gpt, out / f"toy_{task}.pt")
+    print(f"wrote toy_vq.pt, toy_c2i.pt and toy_t2i.pt into {out}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m toy", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FOLDER,
+                        help="folder for the three checkpoints (default: toy/weights)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=16000,
+                        help="pictures per task (default: 16000)")
+    pretrain_toy(**vars(parser.parse_args(argv)))

@@ -1,7 +1,7 @@
 """The toy's prompts, the scenes that fulfil them, and the pictures of the scenes."""
 
 import re
-from itertools import combinations
+from itertools import combinations, cycle
 from typing import NamedTuple
 
 import torch
@@ -13,35 +13,19 @@ PALETTE = {"red": (0.90, 0.20, 0.15), "green": (0.20, 0.80, 0.25), "blue": (0.20
 SHAPES = ("circle", "square", "triangle")
 COUNTS = ("one", "two", "three")
 PLACES = ("above", "below", "left of", "right of")
-THINGS = [(colour, shape) for colour in PALETTE for shape in SHAPES]
+THINGS = [f"{colour} {shape}" for colour in PALETTE for shape in SHAPES]
 
 # ---------------------------------------------------------------------------------------------
 # Prompts
 # ---------------------------------------------------------------------------------------------
 
-
-def list_classes():
-    """The 27 classes, in the order of their labels."""
-    classes = []
-    for count in COUNTS:
-        ending = "" if count == "one" else "s"
-        for colour, shape in THINGS:
-            classes.append(f"{count} {colour} {shape}{ending}")
-    return classes
-
-
-def list_pairs():
-    """The 288 captions of two different things: 36 pairs, in both orders, in four places."""
-    pairs = []
-    for one, other in combinations(THINGS, 2):
-        for (colour_a, shape_a), (colour_b, shape_b) in ((one, other), (other, one)):
-            for place in PLACES:
-                pairs.append(f"a {colour_a} {shape_a} {place} a {colour_b} {shape_b}")
-    return pairs
-
-
-CLASSES = list_classes()                         # class k is CLASSES[k]
-PAIRS = list_pairs()                             # pair k has the captions PAIRS[8 * k:8 * k + 8]
+# The 27 classes, in the order of their labels.
+CLASSES = [f"{count} {thing}{ending}" for count, ending in zip(COUNTS, ("", "s", "s"))
+           for thing in THINGS]
+# The 288 captions of two different things: 36 pairs, each in both orders and four places.  Pair k
+# has the captions PAIRS[8 * k:8 * k + 8].
+PAIRS = [f"a {first} {place} a {second}" for one, other in combinations(THINGS, 2)
+         for first, second in ((one, other), (other, one)) for place in PLACES]
 
 # Compositions that t2i never sees in pretraining, though all of their words are familiar: three
 # classes, and five of the 36 pairs of things, in all eight relations to each other.
@@ -54,10 +38,7 @@ SEEN_PAIRS = [caption for caption in PAIRS if caption not in UNSEEN]
 
 def mixed(pairs, counted):
     """One pair, one counted caption, and so on through all pairs."""
-    texts = []
-    for k, pair in enumerate(pairs):
-        texts += [pair, counted[k % len(counted)]]
-    return texts
+    return [text for both in zip(pairs, cycle(counted)) for text in both]
 
 
 ONE_THING = rf"({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})"
@@ -108,32 +89,21 @@ def holds(relation, a, b, gap=0.0):
     }[relation]
 
 
-def is_clear(thing, others, gap):
-    """Whether the thing is at least `gap` pixels from each of the others, in some direction."""
-    for other in others:
-        if not any(holds(relation, thing, other, gap) for relation in PLACES):
-            return False
-    return True
-
-
 def make_scene(prompt, rng):
     """A random scene that fulfils the prompt: a list of Things, at least four pixels apart.
 
     Boxes are 8 or 12 pixels wide (8 when there are three) and lie on the grid of the tokenizer's
     patches."""
     request = parse(prompt)
+    places = PLACES if request.relation is None else (request.relation,)
     while True:                                  # start over until everything fits
         things = []
         for colour, shape in request.things:
             size = 8 if len(request.things) == 3 else rng.choice((8, 12))
-            left = 4 * rng.randint(0, (SIZE - size) // 4)
-            top = 4 * rng.randint(0, (SIZE - size) // 4)
-            thing = Thing(colour, shape, left + size / 2, top + size / 2, size, size)
-            if is_clear(thing, things, gap=4):
-                things.append(thing)
-        if len(things) < len(request.things):
-            continue
-        if request.relation is None or holds(request.relation, *things, gap=4):
+            x, y = (4 * rng.randint(0, (SIZE - size) // 4) + size / 2 for _ in range(2))
+            things.append(Thing(colour, shape, x, y, size, size))
+        if all(any(holds(place, a, b, gap=4) for place in places)
+               for a, b in combinations(things, 2)):
             return things
 
 
@@ -165,15 +135,9 @@ def stencil(shape, boxes):
 def render(scenes):
     """Pictures of the scenes: (B, 3, SIZE, SIZE) in [0, 1]."""
     images = GROUND.view(1, 3, 1, 1).repeat(len(scenes), 1, SIZE, SIZE)
-    for layer in range(max(len(scene) for scene in scenes)):     # all first things, all second ..
-        deep_enough = [i for i, scene in enumerate(scenes) if len(scene) > layer]
-        for rows in torch.tensor(deep_enough).split(500):
-            things = [scenes[i][layer] for i in rows.tolist()]
-            boxes = torch.tensor([thing[2:] for thing in things])                      # (b, 4)
-            alpha = torch.zeros(len(things), 1, SIZE, SIZE)
-            for shape in SHAPES:
-                these = [i for i, thing in enumerate(things) if thing.shape == shape]
-                alpha[these, 0] = stencil(shape, boxes[these])
-            colours = torch.tensor([PALETTE[thing.colour] for thing in things])            # (b, 3)
-            images[rows] = images[rows] * (1 - alpha) + colours[:, :, None, None] * alpha
+    for image, scene in zip(images, scenes):
+        for thing in scene:
+            alpha = stencil(thing.shape, torch.tensor([thing[2:]]))        # (1, SIZE, SIZE)
+            colour = torch.tensor(PALETTE[thing.colour]).view(3, 1, 1)
+            image.copy_(image * (1 - alpha) + colour * alpha)
     return images

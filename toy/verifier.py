@@ -5,6 +5,7 @@ Shapes: K is the number of blobs in all pictures together.
 
 import math
 from collections import Counter
+from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ MAX_STRAY = 0.25                                 # largest deviation of the grou
 
 
 def connected_components(mask):
-    """mask (B, H, W) bool -> labels (B, H, W): 0 outside, and one number per component."""
+    """mask (B, H, W) bool -> labels (B, H, W): 0 outside, and in each component the number of its
+    last pixel, counted from 1."""
     numbers = torch.arange(1, mask[0].numel() + 1, device=mask.device).float()
     labels = numbers.view(1, *mask.shape[1:]) * mask
     busy = mask.flatten(1).any(dim=1)            # most masks are empty, and need no work
@@ -50,14 +52,11 @@ def find_blobs(planes):
 
     The area is the blob's own pixels and the half-covered ones around them."""
     labels = connected_components(planes > 0.5)
-    # The components of all planes are numbered together: (plane, label) as one integer.
-    pixels = SIZE * SIZE + 1
-    offsets = pixels * torch.arange(len(planes), device=planes.device).view(-1, 1, 1)
-    components = torch.unique((labels.long() + offsets)[labels > 0])                 # (K,)
-    plane, label = components // pixels, components % pixels
-    blob = (labels[plane] == label.view(-1, 1, 1)).float()
-    area = F.max_pool2d(blob[:, None], 3, stride=1, padding=1)[:, 0]
-    return plane, area
+    numbers = torch.arange(1, SIZE * SIZE + 1, device=planes.device)
+    # One pixel of each component has the component's number.
+    plane, pixel = (labels.flatten(1) == numbers).nonzero(as_tuple=True)             # (K,), (K,)
+    blob = (labels[plane] == numbers[pixel].view(-1, 1, 1)).float()
+    return plane, F.max_pool2d(blob[:, None], 3, stride=1, padding=1)[:, 0]
 
 
 def bounding_boxes(soft):
@@ -92,8 +91,7 @@ def ground_is_clean(images, image, area):
     """Whether all that is outside the blobs' areas looks like the ground: (B,) bool.
 
     image (K,) says which image an area (K, H, W) belongs to."""
-    covered = torch.zeros(len(images), SIZE, SIZE, device=images.device)
-    covered = covered.index_add(0, image, area) > 0
+    covered = area.new_zeros(len(images), SIZE, SIZE).index_add(0, image, area) > 0
     deviation = (images - GROUND.to(images.device).view(3, 1, 1)).abs().amax(dim=1)
     return (deviation * ~covered).amax(dim=(1, 2)) <= MAX_STRAY
 
@@ -114,13 +112,11 @@ def read_scenes(images):
     shape, good = recognise(soft, boxes)                                   # (K,), (K,)
     image, colour = plane // 3, plane % 3
     clean = ground_is_clean(images, image, area)                           # (B,)
-
-    bad = set((~clean).nonzero()[:, 0].tolist()) | set(image[~good].tolist())
-    colour_names = list(PALETTE)
+    clean[image[~good]] = False
     scenes = [[] for _ in images]
     for i, c, s, box in zip(image.tolist(), colour.tolist(), shape.tolist(), boxes.tolist()):
-        scenes[i].append(Thing(colour_names[c], SHAPES[s], *box))
-    return [None if i in bad else scene for i, scene in enumerate(scenes)]
+        scenes[i].append(Thing(list(PALETTE)[c], SHAPES[s], *box))
+    return [scene if readable else None for scene, readable in zip(scenes, clean.tolist())]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -129,17 +125,11 @@ def read_scenes(images):
 
 def fulfils(scene, prompt):
     """Whether a scene, as read off a picture, is exactly what the prompt asks for."""
-    request = parse(prompt)
-    if scene is None:
+    things, relation = parse(prompt)
+    if scene is None or len(scene) != len(things):
         return False
-    if sorted((thing.colour, thing.shape) for thing in scene) != sorted(request.things):
-        return False
-    if request.relation is None:
-        return True
-    first, second = scene
-    if (first.colour, first.shape) != request.things[0]:
-        first, second = second, first
-    return holds(request.relation, first, second)
+    return any(tuple(thing[:2] for thing in order) == things
+               and (relation is None or holds(relation, *order)) for order in permutations(scene))
 
 
 def verify(images, prompts):
@@ -165,10 +155,8 @@ def verify_by_kind(images, prompts):
     placed = torch.tensor([parse(prompt).relation is not None for prompt in prompts],
                           device=right.device)
     kinds = {"seen": ~unseen, "unseen": unseen, "counting": ~placed, "position": placed}
-    measures = {"verified": right}
-    for kind, mask in kinds.items():
-        measures[f"verified/{kind}"] = right.masked_fill(~mask, torch.nan)
-    return measures
+    return {"verified": right} | {f"verified/{kind}": right.masked_fill(~mask, torch.nan)
+                                  for kind, mask in kinds.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,15 +176,6 @@ def distinct_in(n, values):
     draws = math.comb(len(values), n)
     counts = Counter(values).values()
     return sum(1 - math.comb(len(values) - count, n) / draws for count in counts)
-
-
-def right_pictures(images, prompts):
-    """The right pictures of each prompt: {prompt: [(image, scene), ...]}."""
-    right = {}
-    for image, scene, prompt in zip(images, read_scenes(images), prompts, strict=True):
-        if fulfils(scene, prompt):
-            right.setdefault(prompt, []).append((image, scene))
-    return right
 
 
 def spread(images, prompts):
@@ -221,13 +200,15 @@ def spread_by_prompt(images, prompts):
         sizes       standard deviation of the size of one or two things, in pixels
         layouts     how many different coarse layouts to expect in eight pictures
     """
-    parts = {"distance": {}, "centres": {}, "sizes": {}, "layouts": {}}
-    for prompt, pictures in right_pictures(images, prompts).items():
+    parts, right = {"distance": {}, "centres": {}, "sizes": {}, "layouts": {}}, {}
+    for image, scene, prompt in zip(images, read_scenes(images), prompts, strict=True):
+        if fulfils(scene, prompt):
+            right.setdefault(prompt, []).append((image, scene))
+    for prompt, pictures in right.items():
         if len(pictures) < 2:
             continue
         pixels = torch.stack([image.flatten() for image, _ in pictures])
-        distance = torch.pdist(pixels, p=1).mean().item() / pixels.shape[1]
-        parts["distance"][prompt] = distance
+        parts["distance"][prompt] = torch.pdist(pixels, p=1).mean().item() / pixels.shape[1]
         boxes = torch.tensor([thing[2:] for _, scene in pictures for thing in scene])      # (K, 4)
         if len(boxes) == len(pictures):
             parts["centres"][prompt] = boxes[:, :2].std(dim=0).mean().item()

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-HINTS = json.loads((Path(__file__).parent / "hints.json").read_text())
+HINTS = json.loads((Path(__file__).parent / "hints.json").read_text("utf-8"))
 
 
 def main(argv):

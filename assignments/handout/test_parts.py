@@ -48,7 +48,7 @@ def test_my_reward_gives_a_number_for_each_picture():
 
 @pytest.mark.part4
 def test_answers_are_complete():
-    answers = tomllib.loads((HERE / "answers.toml").read_text())
+    answers = tomllib.loads((HERE / "answers.toml").read_text("utf-8"))
     runs = sorted(path.name for path in (HERE / "debug").iterdir())
     assert sorted(answers) == runs
     for run in runs:

@@ -43,7 +43,7 @@ def main():
         print(f"step {m['step']:3d}  reward {m['reward']:.3f}  verified {m['verified']:.3f}  "
               f"kl {m['kl']:.4f}  entropy {m['entropy']:.3f}", flush=True)
     if args.log:
-        with open(args.log, "w") as file:
+        with open(args.log, "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
     after = share_of_right(model, vq, prompts)
     print(f"right pictures, of fixed random numbers: {before:.0%} before, {after:.0%} after")

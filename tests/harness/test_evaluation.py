@@ -70,10 +70,11 @@ def test_evaluations_reward_reads_each_images_own_prompt(model_type):
                                came_true, tiny_settings(eval_images=30), measure)
     assert scores["reward"] == scores["reward/came true"] == 1, "judged by another text"
     assert scores["measured"] == 1, "measured by another text"
-    for text, images, rewards in (shown[:3] for shown in gallery):
-        assert came_true(images, [text] * len(images))[0].all(), "the gallery mixes up its prompts"
-        assert rewards == [1.0] * len(images), (
-            "the rewards that are shown are those of the pictures")
+    for text, pictures in zip(gallery["texts"], gallery["pictures"]):
+        images = torch.from_numpy(pictures).movedim(-1, 1) / 255
+        assert came_true(images, [text] * 5)[0].all(), "the gallery mixes up its prompts"
+    assert (gallery["scores"][0] == 1).all() and gallery["names"][0] == "reward"
+    assert gallery["texts"].tolist() == [f"code {NUMBERS[k]}" for k in gallery["prompts"]]
 
 
 @BOTH

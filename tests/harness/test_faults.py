@@ -19,9 +19,10 @@ import argrpo
 import toy
 import train_c2i
 from harness import processes
-from harness.checkpoints import load_checkpoint, save_checkpoint, write_atomically, write_count
+from harness.checkpoints import load_checkpoint, save_checkpoint
 from harness.choices import check_models
 from harness.device import frozen_copy
+from harness.logs import write_atomically
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--prompts-per-step", "2", "--group-size", "4", "--eval-images", "8",
@@ -164,6 +165,22 @@ def test_a_truncated_checkpoint_is_named_with_the_last_good_one(keep, tmp_path):
     assert load_checkpoint(last, model, optimizer) == 2
 
 
+@pytest.mark.parametrize("where", ["tok_embeddings.weight", "the optimizer's exp_avg"])
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(where, tmp_path):
+    model = tiny_model()
+    optimizer = argrpo.make_optimizer(model, argrpo.GRPOConfig())
+    model(torch.zeros(1, 16, dtype=torch.long), torch.tensor([0])).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "last.pt", 1, model, optimizer)
+    assert load_checkpoint(tmp_path / "last.pt", model, optimizer) == 1
+    weight = model.tok_embeddings.weight
+    spoiled = weight.data if where.startswith("tok") else optimizer.state[weight]["exp_avg"]
+    spoiled[3, 0] = math.inf
+    save_checkpoint(tmp_path / "last.pt", 2, model, optimizer)
+    with pytest.raises(OSError, match=f"NaN or infinite numbers in {where}.*previous.pt: rename"):
+        load_checkpoint(tmp_path / "last.pt", model, optimizer)
+
+
 def test_a_failing_write_keeps_the_previous_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     write_atomically(path, lambda file: file.write(b"good"))
@@ -253,34 +270,27 @@ def test_an_error_in_the_users_reward_stops_the_run_after_saving(tmp_path, capsy
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
 
 
-def test_a_model_that_overflows_stops_before_its_update(tmp_path, monkeypatch, capsys):
-    """The log-probs of step 2 are made infinite; steps 0 and 1 are saved."""
+@pytest.mark.parametrize("epochs, saved", [(1, "up to there"), (2, "up to step 0")])
+def test_a_model_that_overflows_stops_before_its_update(epochs, saved, tmp_path, monkeypatch,
+                                                        capsys):
+    """The log-probs in the last epoch of step 2 are made infinite.  Steps 0 and 1 are saved, unless
+    the weights have already made a part of step 2."""
     honest, calls = argrpo.token_logp, []
 
     def overflowing(*args, **how):
         logp, entropy = honest(*args, **how)
-        calls.append(0)                  # the reference's pass and the policy's in each step
-        return (logp - math.inf if len(calls) == 6 else logp), entropy
+        calls.append(0)                  # a pass of the reference in each step, and one an epoch
+        return (logp - math.inf if len(calls) == 3 * (1 + epochs) else logp), entropy
     monkeypatch.setattr(argrpo, "token_logp", overflowing)
     with pytest.raises(SystemExit) as stop:
-        train_c2i.main([*QUICK, "--steps", "6", "--save-every", "1000",
-                        "--out", str(tmp_path / "run")])
+        train_c2i.main([*QUICK, "--steps", "6", "--save-every", "1000", "--update-epochs",
+                        str(epochs), "--out", str(tmp_path / "run")])
     errors = capsys.readouterr().err
     assert stop.value.code == 1 and "error: step 2: the gradient's norm is nan" in errors
-    assert "stopped in step 2 of 6, saved up to there" in errors
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
-
-
-def test_every_write_to_the_training_state_is_noticed():
-    model = tiny_model()
-    optimizer = argrpo.make_optimizer(model, argrpo.GRPOConfig())
-    counts = [write_count(model, optimizer)]
-    for _ in range(2):
-        model(torch.zeros(1, 16, dtype=torch.long), torch.tensor([0])).sum().backward()
-        assert write_count(model, optimizer) == counts[-1]       # gradients are no state
-        optimizer.step()
-        counts.append(write_count(model, optimizer))
-    assert counts[0] < counts[1] < counts[2]
+    assert f"stopped in step 2 of 6, saved {saved}; continue" in errors
+    last = tmp_path / "run" / "last.pt"
+    assert last.exists() == (epochs == 1)
+    assert epochs == 2 or torch.load(last, weights_only=True)["step"] == 2
 
 
 # --- bad input -------------------------------------------------------------------------------

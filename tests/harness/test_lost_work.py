@@ -1,8 +1,8 @@
 """What must not cost a run its work: pictures, loggers, a second run, a power cut."""
 
+import errno
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -19,7 +19,6 @@ import train_c2i
 from argrpo import Prompts
 from harness import checkpoints, processes
 from harness.before_after import Watched, draw_like_rollout, evaluate, evaluate_spread
-from harness.checkpoints import FolderLock
 from reward import RewardSet
 from train_c2i import C2iSettings
 
@@ -36,9 +35,9 @@ def tiny(folder, **changes):
 def train(settings, reward=REWARDS):
     """A run of a second; its exit status, 0 for one that ends well."""
     torch.manual_seed(0)
+    parts = tiny_model(block_size=4, n_layer=1), Blocks(), PROMPTS, PROMPTS, reward, Watched()
     try:
-        harness.run.run(tiny_model(block_size=4, n_layer=1), Blocks(), PROMPTS, PROMPTS, reward,
-                        settings, Watched())
+        harness.run.run(settings, lambda settings, device: parts)
     except SystemExit as stop:
         return stop.code
     return 0
@@ -50,7 +49,7 @@ def fails(*given, **how):
 
 # --- what draws and reports ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["sheet_of_pairs", "curves", "write_page",
+@pytest.mark.parametrize("name", ["sheet_of_pairs", "curves", "page",
                                   "mind_arrays", "write_arrays"])
 def test_a_picture_that_fails_loses_nothing(name, tmp_path, monkeypatch, capsys):
     out = tmp_path / "my run"
@@ -71,8 +70,8 @@ def test_a_picture_that_fails_loses_nothing(name, tmp_path, monkeypatch, capsys)
     kept = {"model.pt", "summary.json", "report.npz", "before_after.png", "curves.png"}
     lost = {"sheet_of_pairs": "before_after.png", "curves": "curves.png",
             "write_arrays": "before_after.png"}.get(name)    # which is made from them
-    assert names >= kept - {lost} and ".lock" not in names
-    assert name == "write_page" or "report.html" in names, "the page needs none of the others"
+    assert names >= kept - {lost} and not {".lock", ".holder"} & names
+    assert name == "page" or "report.html" in names, "the page needs none of the others"
 
 
 def test_model_and_summary_are_there_before_anything_is_drawn(tmp_path, monkeypatch):
@@ -172,7 +171,7 @@ def test_a_failing_run_is_no_success_for_wandb(tmp_path, wandb):
     assert status == logger.status == 1
 
 
-@pytest.mark.parametrize("kept", [(), ("notes.txt",)])
+@pytest.mark.parametrize("kept", [(), (".hidden",)])
 def test_what_fails_before_the_end_of_the_first_step_is_no_run(kept, tmp_path, capsys):
     """And what the folder held before is still there."""
     out, calls = tmp_path / "run", []
@@ -211,10 +210,10 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path, monkeypatch):
 
 HOLDS = """
 import sys, pathlib
-from harness.checkpoints import FolderLock
-lock = FolderLock(pathlib.Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
+from harness.checkpoints import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -253,32 +252,36 @@ def test_a_folder_has_one_run_at_a_time(resumed, tmp_path, holder, capsys):
     process.kill()
     process.wait()
     assert train(tiny(out, **change)) == 0
-    assert not (out / ".lock").exists()
+    assert not list(out.glob(".*"))
 
 
-def test_where_there_are_no_locks_a_sign_of_life_is_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "BEAT", 0.05)
+def test_the_folder_is_locked_before_anything_is_loaded(tmp_path, capsys):
+    """What ends the loading leaves it free, but for weights that were pretrained meanwhile."""
+    out = tmp_path / "runs" / "one"
 
-    def lockless(file):
-        raise OSError(checkpoints.errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(checkpoints, "lock_file", lockless)
-    lock = FolderLock(tmp_path)
-    for _ in range(2):
-        with pytest.raises(OSError, match=f"in use by process {os.getpid()}"):
-            FolderLock(tmp_path)
-        checkpoints.time.sleep(0.3)              # longer than a process may be silent
-    lock.released.set()                          # as if it were killed
-    checkpoints.time.sleep(0.5)
-    FolderLock(tmp_path).release()
+    def load(settings, device):
+        assert (out / ".lock").exists()
+        if settings.from_scratch:
+            (out / "weights").mkdir()
+        raise ValueError("no such model")
+    for from_scratch, left in ((False, []), (True, [tmp_path / "runs", out, out / "weights"])):
+        with pytest.raises(SystemExit) as stop:
+            harness.run.run(tiny(out, from_scratch=from_scratch), load)
+        assert stop.value.code == 2 and "error: no such model\n" in capsys.readouterr().err
+        assert list(tmp_path.rglob("*")) == left
+    assert train(tiny(out, from_scratch=True)) == 0, "the corrected command"
 
 
-def test_a_run_that_began_meanwhile_is_not_overwritten(tmp_path, capsys):
-    """Two commands at once: both found the folder empty, and one was faster."""
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told(error, tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def lockless(file, operation):
+        raise OSError(error, "no locks here")
+    monkeypatch.setattr(fcntl, "flock", lockless)
     assert train(tiny(tmp_path / "run")) == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
-    assert train(tiny(tmp_path / "run")) == 2
-    assert "holds a run that has just begun" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+    assert capsys.readouterr().err.count(f"cannot be locked ([Errno {error}] no locks here)") == 1
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 # --- the log after a power cut -------------------------------------------------------------------
@@ -343,7 +346,7 @@ def test_no_pass_draws_more_images_than_a_rollouts(what, spy):
         drawn.calls.clear()
         if what == "evaluate":
             _, gallery = evaluate(model, Blocks(), prompts, brightness, settings)
-            assert len(gallery) == count and all(len(row.images) == 6 for row in gallery)
+            assert gallery["pictures"].shape[:2] == gallery["tokens"].shape[:2] == (count, 6)
         elif what == "evaluate_spread":
             evaluate_spread(model, Blocks(), prompts, settings, lambda images, texts: {})
         else:

@@ -1,12 +1,12 @@
 """LlamaGen at full size with random weights: on the meta device, and (slow) on the CPU."""
 
-import dataclasses
 import json
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import weights
 
 import argrpo
 import evaluate
@@ -16,13 +16,9 @@ import toy
 import train_c2i
 import train_t2i
 from harness import device
+from harness.choices import class_prompts
 from harness.compare import reduced
-from harness.device import (
-    choose_sizes,
-    first_that_fits,
-    memory_estimate,
-    out_of_memory_advice,
-)
+from harness.device import choose_sizes, out_of_memory_advice
 from harness.options import resumed
 from harness.run import configuration
 from rewards import clip
@@ -67,88 +63,95 @@ def test_every_c2i_model_has_a_preset_with_the_papers_settings():
         assert (s.group_size, s.cfg_scale, s.kl_beta, s.lr, s.steps) == (8, 2.0, 0.1, 1e-5, 400)
 
 
-def test_the_memory_estimate_by_hand():
-    """GPT-B: 111M parameters, each 4 bytes of weight, 4 of gradient, 8 of AdamW, 4 of reference."""
-    model, vq, settings = without_memory("B-256", micro_batch=1)
-    parts = memory_estimate(model, vq, settings)
-    parameters = sum(p.numel() for p in model.parameters())
-    fixed = ("weights", "gradients", "optimizer", "reference")
-    assert sum(parts[name] for name in fixed) == 20 * parameters
-    # 4 prompts x 8 samples x 2 branches, 256 positions, keys and values, 12 layers, 768 channels,
-    # float32 on this device.
-    assert parts["KV cache, 64 rows"] == 64 * 256 * 2 * 12 * 768 * 4
-    # 4 images x 2 branches, 256 positions, 768 channels, 100 bytes in each of 12 layers, and 24
-    # bytes for each of 16384 logits.
-    more = memory_estimate(model, vq, dataclasses.replace(settings, micro_batch=4))
-    assert more["activations, 8 rows"] == 8 * 256 * (768 * 100 * 12 + 24 * 16384)
-    assert "KV cache, 64 rows" not in more
-    there = ("weights", "tokenizer", "activations, 8 rows")
-    rest = sum(size for name, size in more.items() if name not in there)
-    sizes = [dict(micro_batch=size) for size in (16, 8, 4, 2, 1)]
-    for size in (4, 8, 16):                                      # that much fits, and no more
-        free = (rest + 2 * size * 256 * (768 * 1200 + 24 * 16384)) / 0.8
-        assert first_that_fits(model, vq, settings, sizes, 1.01 * free)["micro_batch"] == size
-    assert first_that_fits(model, vq, settings, sizes, free=0) == {"micro_batch": 1}
-    large = dataclasses.replace(settings, micro_batch=64, checkpointing=True)
-    saving = memory_estimate(model, vq, large)
-    assert saving["activations, 128 rows"] < 16 * 0.4 * more["activations, 8 rows"]
+def refusing(most_drawn, most_learned):
+    """The toy's model for a GPU whose memory holds so many rows of a rollout, and of an update."""
+    model, vq = toy.load("c2i")
+
+    class Refusing(type(model)):
+        def prefill(self, cond, cond_mask=None, copies=1):
+            refuse(len(cond) * copies, most_drawn)
+            return super().prefill(cond, cond_mask, copies)
+
+        def forward(self, tokens, cond, cond_mask=None):
+            refuse(len(tokens) if torch.is_grad_enabled() else 0, most_learned)
+            return super().forward(tokens, cond, cond_mask)
+
+    model.__class__ = Refusing
+    return model, vq
 
 
-def without_memory(preset, **changes):
-    """Model, tokenizer and settings of a published c2i preset, on the meta device."""
-    with torch.device("meta"):
-        model, vq = argrpo.Transformer(pretrained.gpt_config(preset)), VQModel(VQConfig())
-    return model, vq, train_c2i.C2iSettings(**train_c2i.PRESETS[preset] | changes)
+def refuse(rows, most):
+    if rows > most:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {rows} rows")
 
 
-def test_the_prompts_of_a_rollouts_pass_by_hand():
-    """GPT-XL at 384: a prompt is 8 images x 2 branches of 576 positions, with a key and a value of
-    1280 channels in 36 layers.  Half of the step's 4 prompts fit where three do not: passes are
-    equal."""
-    model, vq, settings = without_memory("XL-384", checkpointing=True)
-    prompt = 16 * 576 * 2 * 36 * 1280 * 4                        # bytes, float32 on this device
-    alone = dataclasses.replace(settings, micro_batch=1, rollout_prompts=1)
-    parts = memory_estimate(model, vq, alone)
-    assert parts["KV cache, 16 rows"] == prompt
-    there = ("weights", "tokenizer", "KV cache, 16 rows")
-    rest = sum(size for name, size in parts.items() if name not in there)
-    sizes = [dict(rollout_prompts=prompts, micro_batch=1) for prompts in (4, 2, 2, 1)]
-    for fit, chosen in ((4, 4), (3, 2), (2, 2), (1, 1), (0, 1)):
-        free = (rest + fit * prompt) / 0.8
-        found = first_that_fits(model, vq, settings, sizes, 1.001 * free)
-        assert found["rollout_prompts"] == chosen
-    for name, chosen in (("B-256", 4), ("L-384", 2), ("XL-384", 1), ("3B-384", 1)):
-        model, vq, settings = without_memory(name)
-        choose_sizes(model, vq, settings)                        # on a CPU
-        assert settings.rollout_prompts == chosen
-
-
-def test_open_sizes_follow_from_the_free_memory_of_all_processes(monkeypatch):
-    """A GPU that is faked; the other process would take 3 prompts and 2 images at a time."""
-    model, vq, settings = without_memory("B-256")
+def sizes_of(monkeypatch, most_drawn, most_learned, **changes):
+    """The prompts of a pass and the micro-batch that a GPU chooses, or the CPU taken for one."""
+    model, vq = refusing(most_drawn, most_learned)
+    before = weights(model).clone()
+    settings = train_c2i.C2iSettings(**dict(
+        prompts_per_step=6, group_size=2, rollout_prompts=None, micro_batch=None) | changes)
+    prompts = class_prompts("toy", "all")
     monkeypatch.setattr(device, "on_gpu", lambda model: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    free = 2 ** 40
-    choose_sizes(model, vq, settings)
-    assert (settings.rollout_prompts, settings.micro_batch) == (4, 16)
-    settings.rollout_prompts = settings.micro_batch = None
-    others = iter([3, 2])
+    choose_sizes(model, vq, prompts, settings)
+    assert torch.equal(weights(model), before) and all(p.grad is None for p in model.parameters())
+    return settings.rollout_prompts, settings.micro_batch
+
+
+@pytest.mark.parametrize("drawn, learned, chosen", [
+    (99, 99, (6, 16)), (12, 12, (6, 16)), (11, 99, (3, 16)), (4, 7, (2, 4)), (2, 1, (1, 1))])
+def test_what_runs_out_of_memory_is_halved(drawn, learned, chosen, monkeypatch):
+    """6 prompts x 2 images are 12 rows of a rollout, and at most 12 of a micro-batch of 16."""
+    assert sizes_of(monkeypatch, drawn, learned) == chosen
+
+
+def test_what_is_given_is_not_chosen(monkeypatch):
+    assert sizes_of(monkeypatch, 99, 3, rollout_prompts=0) == (0, 2)
+    assert sizes_of(monkeypatch, 3, 99, micro_batch=5) == (1, 5)
+    assert sizes_of(monkeypatch, 0, 0, micro_batch=5, rollout_prompts=4) == (4, 5)   # no trial
+    with pytest.raises(torch.OutOfMemoryError, match="allocate 5 rows"):
+        sizes_of(monkeypatch, 99, 4, micro_batch=5)
+    with pytest.raises(torch.OutOfMemoryError, match="allocate 2 rows"):
+        sizes_of(monkeypatch, 1, 99)
+
+
+def test_guidance_doubles_the_rows(monkeypatch):
+    assert sizes_of(monkeypatch, 23, 8, cfg_scale=2.0) == (3, 4)
+    assert sizes_of(monkeypatch, 23, 8, cfg_scale=2.0, logprob_cfg="none") == (3, 8)
+
+
+def test_all_processes_take_the_smallest_sizes(monkeypatch):
+    """Of two processes, 6 prompts are 3 each; the other one finds 2 prompts, or 4 images."""
+    monkeypatch.setattr(device, "rank_and_size", lambda: (0, 2))
+    others = iter([2, 4])
     monkeypatch.setattr(device, "gather", lambda mine: [mine, next(others)])
-    choose_sizes(model, vq, settings)
-    assert (settings.rollout_prompts, settings.micro_batch) == (3, 2)
-    free = 0                                             # what is given is not chosen anew
-    choose_sizes(model, vq, settings)
-    assert (settings.rollout_prompts, settings.micro_batch) == (3, 2)
+    assert sizes_of(monkeypatch, 6, 99) == (2, 4)
+
+
+def test_other_errors_of_a_trial_are_no_lack_of_memory(monkeypatch):
+    monkeypatch.setitem(globals(), "refuse", lambda rows, most: torch.zeros(1) @ torch.zeros(2))
+    with pytest.raises(RuntimeError, match="size"):
+        sizes_of(monkeypatch, 99, 99)
+
+
+def test_a_cpu_draws_all_prompts_at_once_and_learns_from_a_thousand_tokens():
+    """Without a trial: these models are on the meta device, which is taken for a CPU here."""
+    for preset, micro_batch in (("B-256", 4), ("XL-384", 1)):
+        with torch.device("meta"):
+            model = argrpo.Transformer(pretrained.gpt_config(preset))
+        settings = train_c2i.C2iSettings(**train_c2i.PRESETS[preset])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(device, "on_gpu", lambda model: False)
+            choose_sizes(model, None, None, settings)
+        assert (settings.rollout_prompts, settings.micro_batch) == (4, micro_batch)
 
 
 def test_a_resumed_run_keeps_the_chosen_prompts_of_a_pass(tmp_path, monkeypatch):
     """What is drawn depends on them, whatever memory is free now."""
     settings = train_c2i.C2iSettings(rollout_prompts=None, out=str(tmp_path))
     for chosen in (2, 5):                                # the second time another would fit
-        monkeypatch.setattr(device, "first_that_fits",
-                            lambda *given, n=chosen: {"rollout_prompts": n})
-        choose_sizes(*toy.load("c2i"), settings)
+        monkeypatch.setattr(device, "gather", lambda mine, n=chosen: [n])
+        choose_sizes(*toy.load("c2i"), None, settings)
         config = configuration(settings)
         (tmp_path / "config.json").write_text(json.dumps(config))
         settings = resumed(train_c2i.C2iSettings, {"resume": str(tmp_path)})
@@ -160,7 +163,9 @@ def test_a_resumed_run_keeps_the_chosen_prompts_of_a_pass(tmp_path, monkeypatch)
 def test_running_out_of_gpu_memory_says_what_to_lower():
     with pytest.raises(SystemExit, match=r"lower --micro-batch \(now 3"):
         with out_of_memory_advice(train_c2i.C2iSettings(micro_batch=3)):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 20 GiB)")
+    with pytest.raises(RuntimeError, match="another"), out_of_memory_advice(None):
+        raise RuntimeError("another error")
 
 
 def test_sample_draws_a_grid_and_an_npz(tmp_path, capsys):
@@ -235,7 +240,8 @@ def random_tower(name, device):
 def test_gpt_b_256_at_full_size(tmp_path, capsys, monkeypatch):
     """The whole way of a published model: load, sample 8 images with guidance, score them with the
     default reward, one GRPO step, export, load again."""
-    monkeypatch.setattr(clip, "open_clip_tower", random_tower)
+    for module in ("rewards.quality", "rewards.clip"):
+        monkeypatch.setattr(f"{module}.open_clip_tower", random_tower)
     gpt, vq = argrpo.Transformer(pretrained.gpt_config("B-256")), VQModel(VQConfig())
     torch.nn.init.normal_(gpt.output.weight, std=0.02)
     torch.save({"model": gpt.half().state_dict(), "steps": 1}, tmp_path / "gpt.pt")

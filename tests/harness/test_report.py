@@ -24,10 +24,20 @@ import report
 import toy
 import train_c2i
 from harness import gallery, options
-from harness.before_after import Shown, evaluate
+from harness.before_after import evaluate
+from harness.device import CheckpointedBlock
 from harness.gallery import SHARE, Progress
 from harness.options import RunSettings
-from harness.page import RunData, charts, curves, page, read_run, sprite
+from harness.page import (
+    RunData,
+    charts,
+    curves,
+    highest,
+    page,
+    read_run,
+    rewards_of,
+    sprite,
+)
 from reward import to_uint8
 
 ROOT = Path(__file__).parents[2]
@@ -178,14 +188,16 @@ def test_a_code_is_painted_in_its_place_in_the_picture(closely):
     assert seen == {True, False}
 
 
-@pytest.mark.parametrize("lost", [None, math.nan])
-def test_a_picture_without_a_reward_has_gained_nothing(lost):
-    def shown(*rewards):
-        return Shown("a", torch.zeros(2, 3, 4, 4), rewards, {"reward": rewards}, None, 0)
-
-    before, after = [shown(0.1, lost), shown(lost, 0.5)], [shown(0.3, 9.0), shown(9.0, 0.9)]
-    assert gallery.most_changed(before, after, 2) == [(1, 1), (0, 0)]
-    assert np.isnan(gallery.gallery_arrays(before, "before")["scores_before"]).sum() == 2
+def test_the_best_of_each_prompt_comes_first():
+    """Of equal ones the picture that changed more; one without a reward last."""
+    before, after = np.zeros((3, 2, 4, 4, 3), np.uint8), np.zeros((3, 2, 4, 4, 3), np.uint8)
+    after[2, 1] = 9
+    arrays = dict(before=before, after=after,
+                  scores_before=np.float32([[[0.1, np.nan], [np.nan, 0.5], [0, 0]]]),
+                  scores_after=np.float32([[[0.3, 9], [9, 0.9], [np.inf, np.inf]]]))
+    old, new = rewards_of(arrays)
+    assert highest(new - old, arrays, 3) == [(2, 1), (1, 1), (0, 0)]
+    assert highest(-new, arrays, 2) == [(0, 0), (1, 1)]
 
 
 def test_patches_that_took_too_long_are_marked(closely, monkeypatch):
@@ -305,7 +317,7 @@ def test_two_runs_are_compared(finished, killed, tmp_path, monkeypatch):
 
 def test_runs_of_the_same_name_are_told_apart(finished, tmp_path):
     other = Path(shutil.copytree(finished, tmp_path / finished.name))
-    text = page([read_run(finished), read_run(other)])
+    text = page(read_run(finished), read_run(other)).decode()
     assert f"<th>{finished}</th>" in text and f"<th>{other}</th>" in text
 
 
@@ -364,7 +376,7 @@ def test_texts_are_data(finished, tmp_path, capsys):
 def test_a_name_with_an_underscore_stands_in_the_legend():
     run = run_of([{"step": i, "reward": i} for i in range(3)])
     (_, svg), = charts("reward", [run._replace(name="_mine"), run._replace(name="a & $b$_2")])
-    assert b">_mine<" in svg and b">a &amp; $b$_2<" in svg
+    assert b"> _mine<" in svg and b"> a &amp; $b$_2<" in svg
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
@@ -422,12 +434,12 @@ def test_curves_show_what_is_there():
     (_, svg), = charts("reward", [run])
     assert lines_in(svg) == 2
     (_, svg), = charts("reward", [run, run._replace(name="two")])
-    assert lines_in(svg) == 4 and b">two<" in svg
+    assert lines_in(svg) == 4 and b"> two<" in svg
 
 
 def test_curves_of_a_step_alone_or_of_no_known_number():
     for metrics in ([{"step": 0, "reward": 0.5}], [{"step": 0, "reward": math.nan}]):
-        assert curves(metrics).startswith(b"\x89PNG")
+        assert curves(run_of(metrics)).startswith(b"\x89PNG")
 
 
 def lines_in(svg, points=20):
@@ -550,6 +562,23 @@ def test_the_selftest_of_a_healthy_choice(tmp_path, capsys):
     status, lines = selftest(tmp_path, capsys)
     assert status == 0 and all(line.startswith("ok") for line in lines.values())
     assert list(lines) == ["sampler", "accumulation", "reward", "step", "signal", "checkpoint"]
+
+
+def test_the_selftest_takes_the_passes_that_training_will_make(tmp_path, capsys, monkeypatch):
+    """None has more images, and the layers are computed again where the settings ask for it."""
+    honest, passes = argrpo.policy_logp, set()
+
+    def note(model, prompts, index, tokens, config):
+        if torch.is_grad_enabled():
+            passes.add((len(tokens), type(model.layers[0])))
+        return honest(model, prompts, index, tokens, config)
+
+    monkeypatch.setattr(argrpo, "policy_logp", note)
+    status, lines = selftest(tmp_path, capsys, "--micro-batch", "3", "--checkpointing")
+    assert status == 0 and passes == {(size, CheckpointedBlock) for size in (1, 2, 3)}
+    assert "of passes of 3 images" in lines["accumulation"]
+    _, lines = selftest(tmp_path, capsys, "--micro-batch", "1")
+    assert "nothing to compare" in lines["accumulation"]
 
 
 def test_the_selftest_finds_another_sampler(tmp_path, capsys, monkeypatch):

@@ -45,8 +45,8 @@ def run_stub(monkeypatch, folder, stub):
     """A tiny run without spread and bonus whose loop is the stub."""
     monkeypatch.setattr(argrpo, "train", stub)
     prompts = Prompts(["a", "b"], torch.arange(2))
-    harness.run.run(tiny_model(block_size=4, n_layer=1), Blocks(), prompts, prompts, REWARDS,
-                    tiny_settings(folder), Watched())
+    parts = tiny_model(block_size=4, n_layer=1), Blocks(), prompts, prompts, REWARDS, Watched()
+    harness.run.run(tiny_settings(folder), lambda settings, device: parts)
 
 
 class WatchedRun:
@@ -67,9 +67,9 @@ class WatchedRun:
         self.watch(patch, before_after, "evaluate_spread")
         self.watch(patch, argrpo, "train")
         patch.setattr(harness.run, "draw", lambda *given: None)
-        self.summary = harness.run.run(
-            self.model, Blocks(), self.prompts, self.eval_prompts, REWARDS, self.settings,
-            Watched(self.measure, self.spread))
+        parts = (self.model, Blocks(), self.prompts, self.eval_prompts, REWARDS,
+                 Watched(self.measure, self.spread))
+        self.summary = harness.run.run(self.settings, lambda settings, device: parts)
 
     def watch(self, patch, module, name):
         function = getattr(module, name)
@@ -195,7 +195,8 @@ def test_without_recipe_the_plain_method_is_run(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         run_stub(monkeypatch, tmp_path, train)
-    assert not {"advantage_fn", "extra_loss", "loss_fn"} & set(seen[0]), "the paper's algorithm"
+    assert seen[0]["advantage_fn"] is seen[0]["extra_loss"] is None, "the paper's algorithm"
+    assert "loss_fn" not in seen[0]
 
 
 # --- several processes, played by one ----------------------------------------------------------

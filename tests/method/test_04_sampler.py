@@ -259,14 +259,24 @@ def test_a_caption_without_words_is_still_finite():
 
 # --- bfloat16 -----------------------------------------------------------------------------------
 
-def test_autocast_is_for_gpus(monkeypatch):
-    """bfloat16 on cuda, nothing on the CPU.  See argrpo.autocast."""
+@pytest.mark.parametrize("kind, capability, on", [
+    ("cuda", (8, 0), True), ("cuda", (12, 1), True), ("cuda", (7, 5), False), ("cpu", None, False),
+    ("mps", None, False), ("xpu", None, False)])
+def test_autocast_is_for_gpus_that_have_bfloat16(monkeypatch, kind, capability, on):
+    """A T4 (7, 5) says that it supports bfloat16, and emulates it.  See argrpo.autocast."""
     made = Spy(lambda *given, **how: (given, how))
     monkeypatch.setattr(torch, "autocast", made)
-    for kind, on in (("cuda", True), ("cpu", False)):
-        given, how = argrpo.autocast(torch.device(kind))
-        assert (given, how) == ((kind,), dict(dtype=torch.bfloat16, enabled=on)), (
-            "bfloat16 on a GPU, and only there")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given, **how: True)
+    given, how = argrpo.autocast(torch.device(kind))
+    assert (given, how) == ((kind,), dict(dtype=torch.bfloat16, enabled=on)), (
+        f"bfloat16 is for GPUs of compute capability 8 and more, not for {kind} {capability}")
+
+
+def test_random_numbers_are_as_fine_as_the_device_can_have_them():
+    """Apple's GPUs (mps) refuse float64.  See argrpo.finest_float."""
+    kinds = {kind: argrpo.finest_float(torch.device(kind)) for kind in ("cpu", "cuda", "mps")}
+    assert kinds == {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}
 
 
 @BOTH

@@ -173,14 +173,13 @@ def test_exact_one_letter_wrong_and_not_at_all(ocr, pictures):
     assert scores.tolist() == pytest.approx([1.0, 0.9, 0.0, 0.0])
 
 
-def test_the_reader_gets_blue_first(packages, pictures):
+def test_the_reader_gets_blue_first(ocr, pictures, monkeypatch):
     """PP-OCR was trained on BGR, where yellow is (0, 255, 255)."""
-    from rewards.ocr import Reader
     image = pictures.drawn_text("x", ground=(255, 255, 0))
     seen = []
-    reader = Reader()
-    reader.engine = lambda pixels: seen.append(pixels) or SimpleNamespace(txts=None)
-    assert reader(image[None]) == [()]
+    monkeypatch.setattr(ocr.rewards["ocr"][0], "engine",
+                        lambda pixels: seen.append(pixels) or SimpleNamespace(txts=None))
+    assert ocr(image[None], ['"x"'])[0].tolist() == [0]
     assert seen[0].shape == (256, 256, 3) and seen[0][0, 0].tolist() == [0, 255, 255]
 
 

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,12 +76,27 @@ def test_a_reward_of_weight_0_is_reported_and_counts_nothing():
      r"'mine' must return a tensor of shape \(4,\), one score per image, not \(4, 1\)"),
     (torch.zeros(3), r"not \(3,\)"),
     ([0.0] * 4, "not list"),
+    (torch.zeros(4).numpy(), "not ndarray"),
+    (torch.tensor(0.0), r"not \(\)"),
+    (torch.zeros(4, dtype=torch.complex64), "not complex numbers"),
+    (torch.full((4,), 1e300, dtype=torch.float64), "gave inf to image 0"),
     (torch.tensor([0.0, 1.0, float("nan"), 0.0]), "gave nan to image 2, prompt 'one red circle'"),
     (torch.tensor([0.0, float("inf"), 0.0, 0.0]), "gave inf to image 1"),
 ])
 def test_scores_that_are_not_one_finite_number_per_image(scores, message):
     with pytest.raises(ValueError, match=message):
         RewardSet({"mine": (lambda images, prompts: scores, 1.0)})(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("scores", [
+    torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64), torch.tensor([0, 1, 0, 1]),
+    torch.tensor([False, True, False, True]), torch.tensor([0.0, 1.0, 0.0, 1.0]).half(),
+    torch.tensor([0.0, 1.0, 0.0, 1.0]).requires_grad_(),
+], ids=["float64", "int", "bool", "half", "requires_grad"])
+def test_any_real_numbers_become_float32(scores):
+    total, parts = RewardSet({"mine": (lambda images, prompts: scores, 2.0)})(IMAGES, PROMPTS)
+    assert total.tolist() == [0, 2, 0, 2] and parts["mine"].tolist() == [0, 1, 0, 1]
+    assert total.dtype == parts["mine"].dtype == torch.float32 and not total.requires_grad
 
 
 @pytest.mark.parametrize("may_miss", [False, True])
@@ -141,6 +157,16 @@ def test_prompts_that_a_reward_cannot_judge_are_counted_and_named(mine):
                                  "1 more; nothing is quoted in 'a'")
 
 
+def test_prompts_that_are_only_refused_together_are_all_named():
+    def check(prompts):
+        if len(prompts) > 1:
+            raise ValueError("one prompt at a time")
+
+    picky = SimpleNamespace(check_prompts=check)
+    with pytest.raises(reward.BadReward, match="'a', 'b'; one prompt at a time"):
+        RewardSet({"picky": (picky, 1.0)}).check_prompts(["a", "b"])
+
+
 def test_an_error_in_a_check_of_prompts_is_located(mine):
     message = "'broken' cannot judge 2 of 2 .*KeyError: 'missing' .*mine.py, line 14"
     with pytest.raises(reward.BadReward, match=message):
@@ -189,35 +215,6 @@ def test_running_out_of_memory_is_no_bad_reward():
         RewardSet({"hungry": (hungry, 1.0)})(IMAGES, PROMPTS)
 
 
-class Remembers:
-    """A reward that keeps the batch until it is told to forget."""
-    kept = None
-
-    def __call__(self, images, prompts):
-        self.kept = images
-        return torch.zeros(len(prompts))
-
-    def forget(self):
-        self.kept = None
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_what_rewards_remember_of_a_batch_is_forgotten_after_it(fails):
-    """Also after a reward in the middle of the set raised an error."""
-    def second(images, prompts):
-        assert first.kept is images              # for the other rewards of the batch
-        return {}["score"] if fails else torch.zeros(len(prompts))
-
-    first, last = Remembers(), Remembers()
-    rewards = RewardSet({"first": (first, 1.0), "second": (second, 1.0), "last": (last, 1.0)})
-    if fails:
-        with pytest.raises(reward.BadReward, match="'second' failed .*KeyError: 'score'"):
-            rewards(IMAGES, PROMPTS)
-    else:
-        rewards(IMAGES, PROMPTS)
-    assert first.kept is None and last.kept is None
-
-
 # --- from a text to a RewardSet ----------------------------------------------------------------
 
 def test_a_reward_from_the_users_own_file(tmp_path):
@@ -244,6 +241,12 @@ class Words:
 @pytest.mark.parametrize("spec, message", [
     ("", "no reward given: choose with --reward from aesthetic"),
     ("brightness,", "cannot read ''"),
+    ("brightness,,jpeg", "cannot read ''"),
+    ("brightness : 2", "cannot read 'brightness : 2'"),
+    ("brightness:1:2", "cannot read 'brightness:1:2'"),
+    ("brightness:", "finite number, not ''"),
+    ("mine.py", "cannot read 'mine.py'"),
+    ("jpeg:resnet50", "finite number, not 'resnet50'"),
     ("nonsense", "unknown reward 'nonsense': there are aesthetic, brightness"),
     ("brightness:heavy", "weight of reward 'brightness' must be a finite number, not 'heavy'"),
     ("brightness:nan", "finite number, not 'nan'"),
@@ -374,11 +377,16 @@ def test_scores_are_copied():
 
 
 def test_a_reward_with_trainable_parameters_keeps_no_graph():
-    """A reward model that was not frozen: its scores are numbers, not a path for gradients."""
+    """A reward model that was not frozen: its scores are numbers, not a path for gradients, and it
+    runs without remembering its activations."""
+    def net(images, prompts):
+        scores = scale * images.mean(dim=(1, 2, 3))
+        assert not scores.requires_grad, "the reward's own pass keeps its graph"
+        return scores
+
     scale = torch.nn.Parameter(torch.tensor(2.0))
-    rewards = RewardSet({"net": (lambda images, prompts: scale * images.mean(dim=(1, 2, 3)), 1.0)})
-    total, parts = rewards(torch.rand(2, 3, 4, 4), ["a", "b"])
-    assert not total.requires_grad and not parts["net"].requires_grad
+    total, parts = RewardSet({"net": (net, 1.0)})(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert not total.requires_grad and not parts["net"].requires_grad, "the scores keep a graph"
 
 
 def test_what_is_not_the_rewards_fault_is_not_said_of_it():
@@ -435,6 +443,37 @@ def again(images, prompts):
     _, parts = rewards(torch.rand(1, 3, 4, 4), ["a"])
     assert {name: part.item() for name, part in parts.items()} == {
         "Level": 3, "count": 1, "again": 2}, "one file, one module"
+
+
+def test_neighbours_of_one_name_are_not_taken_for_each_other(tmp_path):
+    """Python would give the second reward the first one's neighbour, and so wrong numbers."""
+    for folder, level in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        written(tmp_path / folder, helpers=f"LEVEL = {level}\n", mine=(
+            "import helpers\n\ndef score(images, prompts):\n"
+            "    return images.mean(dim=(1, 2, 3)) * 0 + helpers.LEVEL\n"))
+        written(tmp_path / folder, same=f"import helpers\nscore_{folder} = print\n")
+    try:
+        for name in ("mine.py:score", "same.py:score_a"):    # files of one folder share it
+            build_rewards(f"{tmp_path}/a/{name}", CPU)
+        [first] = build_rewards(f"{tmp_path}/a/mine.py:score", CPU)(IMAGES, PROMPTS)[1].values()
+        assert first.tolist() == [1] * 4
+        message = (rf"mine\.py imports {tmp_path}/b/helpers\.py, but another module of that name "
+                   rf"is loaded, {tmp_path}/a/helpers\.py: rename one")
+        with pytest.raises(reward.BadReward, match=message) as error:
+            build_rewards(f"{tmp_path}/b/mine.py:score", CPU)
+        assert "\n" not in str(error.value)
+    finally:
+        sys.modules.pop("helpers", None)
+
+
+def test_a_neighbour_named_like_a_module_of_the_house_is_refused(tmp_path):
+    """Also where it is imported later, inside a function."""
+    written(tmp_path, reward="LEVEL = 1\n", mine=(
+        "def score(images, prompts):\n    from reward import LEVEL\n"
+        "    return images[:, 0, 0, 0] * LEVEL\n"))
+    with pytest.raises(reward.BadReward, match=r"mine\.py imports .*reward\.py, but another"):
+        build_rewards(f"{tmp_path}/mine.py:score", CPU)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -540,6 +579,16 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     written(tmp_path, mine=BRIGHT)
     assert list(build_rewards("jpeg,~/mine.py:score", CPU).rewards) == ["jpeg", "score"]
+
+
+def test_a_reward_file_of_windows_in_a_folder_with_spaces_behind_a_link(tmp_path):
+    folder = tmp_path / "my own rewards"
+    folder.mkdir()
+    (folder / "mine.py").write_bytes(b"\xef\xbb\xbf" + BRIGHT.replace("\n", "\r\n").encode())
+    (tmp_path / "link.py").symlink_to(folder / "mine.py")
+    for path in (folder / "mine.py", tmp_path / "link.py"):
+        total, _ = build_rewards(f" {path}:score:2 , jpeg:0", CPU)(IMAGES, PROMPTS)
+        torch.testing.assert_close(total, 2 * IMAGES.mean(dim=(1, 2, 3)))
 
 
 def test_a_folder_is_no_reward_file(tmp_path):

@@ -2,8 +2,11 @@
 
 Their formulas, and their code on small random models.  Nothing is downloaded."""
 
+import gc
 import random
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +23,8 @@ import rewards.clip
 import rewards.vlm
 import toy
 import train_c2i
-from reward import RewardSet, build_rewards
-from rewards.clip import Tower, binned, clip_tower, hpsv2_tower, open_clip_tower, preprocess
+from reward import BadReward, RewardSet, build_rewards
+from rewards.clip import CLIP_B, CLIP_L, HPSV2, Tower, binned, open_clip_tower, preprocess
 from rewards.quality import aesthetic_head, random_crops
 from rewards.sources import SOURCES, weights_of
 
@@ -154,34 +157,37 @@ def test_micro_batches_bound_the_memory_and_change_nothing():
     assert [n for kind, n in asked if kind == "images"] == [3, 3, 1]
 
 
-def test_rewards_of_one_model_share_it_and_forget_the_batch(random_towers):
+def test_rewards_of_one_model_share_it(random_towers):
     rewards = build_rewards("clip,clip_bin,clip_iqa,hpsv2,hpsv2_bin,aesthetic", CPU)
     assert sorted(random_towers) == ["ViT-B-32-quickgelu", "ViT-H-14", "ViT-L-14-quickgelu"]
     total, parts = rewards(torch.rand(3, 3, 40, 40), ["a", "b", "b"])
     torch.testing.assert_close(parts["clip_bin"], binned(parts["clip"] / 5))
     torch.testing.assert_close(parts["hpsv2_bin"], binned(parts["hpsv2"] / 5))
     torch.testing.assert_close(total, sum(parts.values()))
-    towers = {reward.tower for reward, _ in rewards.rewards.values()}
-    assert len(towers) == 3 and all(tower.last == {} for tower in towers)
+    assert len({reward.tower for reward, _ in rewards.rewards.values()}) == 3
 
 
-def test_a_tower_forgets_the_batch_after_an_error_too(random_towers):
-    def fails(images, prompts):
-        assert clip.tower.last["images"][0] is images
-        raise RuntimeError("no answer")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_tower_keeps_features_but_no_images(fails, random_towers):
+    """It would hold on to a batch of GPU memory through the whole update."""
+    def second(images, prompts):
+        seen.append(weakref.ref(images))
+        assert clip.tower.seen[0]() is images    # for the other rewards of the batch
+        return {}["answer"] if fails else torch.zeros(3)
 
-    (clip, _), = build_rewards("clip", CPU).rewards.values()
-    rewards = RewardSet({"clip": (clip, 1.0), "fails": (fails, 1.0)})
-    with pytest.raises(ValueError, match="'fails' failed .*no answer"):
+    seen, ((clip, _),) = [], build_rewards("clip", CPU).rewards.values()
+    rewards = RewardSet({"clip": (clip, 1.0), "second": (second, 1.0)})
+    with pytest.raises(BadReward) if fails else nullcontext():
         rewards(torch.rand(3, 3, 40, 40), ["a", "b", "b"])
-    assert clip.tower.last == {}
+    gc.collect()                                 # an error's traceback is a circle
+    assert seen[0]() is None
 
 
 def test_features_of_clip_are_those_of_its_larger_model(random_towers):
-    tower, images = open_clip_tower("ViT-L-14-quickgelu", CPU), torch.rand(3, 3, 40, 40)
+    tower, images = open_clip_tower(CLIP_L, CPU), torch.rand(3, 3, 40, 40)
     [(clip, _)] = build_rewards("clip", CPU).rewards.values()
     features = clip.features(images)
-    assert features.shape == (3, 768) and tower.last == {}               # nothing is kept of them
+    assert features.shape == (3, 768)
     torch.testing.assert_close(features, tower.image_features(images))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
 
@@ -191,11 +197,11 @@ def test_bins_at_their_edges():
     assert binned(cosines).tolist() == [-1.0, -1.0, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5]
 
 
-@pytest.mark.parametrize("name, tower_of_it", [("clip", clip_tower), ("hpsv2", hpsv2_tower)])
-def test_cosine_rewards_have_the_official_scale(name, tower_of_it, random_towers):
+@pytest.mark.parametrize("name, model", [("clip", CLIP_B), ("hpsv2", HPSV2)])
+def test_cosine_rewards_have_the_official_scale(name, model, random_towers):
     images, prompts = torch.rand(3, 3, 40, 40), ["a", "b", "c"]
     scores, _ = build_rewards(name, CPU)(images, prompts)
-    torch.testing.assert_close(scores, 5 * tower_of_it(CPU).cosine(images, prompts))
+    torch.testing.assert_close(scores, 5 * open_clip_tower(model, CPU).cosine(images, prompts))
 
 
 def test_pickscore_is_the_scaled_cosine(monkeypatch, tmp_path):
@@ -229,8 +235,8 @@ def test_pickscore_is_the_scaled_cosine(monkeypatch, tmp_path):
 def test_clip_iqa_is_twice_the_probability_of_good(random_towers):
     images = torch.rand(3, 3, 40, 40)
     scores, _ = build_rewards("clip_iqa", CPU)(images, ["x"] * 3)
-    good = clip_tower(CPU).cosine(images, ["Good photo."] * 3)
-    bad = clip_tower(CPU).cosine(images, ["Bad photo."] * 3)
+    tower = open_clip_tower(CLIP_B, CPU)
+    good, bad = (tower.cosine(images, [f"{word} photo."] * 3) for word in ("Good", "Bad"))
     expected = 2 / (1 + (100 * (bad - good)).exp())
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-5)
 
@@ -281,6 +287,42 @@ def test_maniqa_sees_the_pixels_as_they_are(monkeypatch):
     after = np.random.rand()
     np.random.seed(5)
     assert after == np.random.rand()                         # numpy's random numbers go on
+
+
+@pytest.fixture
+def flags():
+    """What allows TF32.  It is afterwards as it was before."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    yield flags
+    for flag, allowed in zip(flags, before):
+        flag.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_maniqa_is_in_tf32_on_a_gpu_and_restores_the_flags(device, allowed, flags, monkeypatch):
+    """Also when it raises.  Nothing here runs on a GPU: it is the flags that are looked at."""
+    def metric(crops):
+        seen.append([flag.allow_tf32 for flag in flags])
+        if len(seen) == 2:
+            raise RuntimeError("no answer")
+        return crops.mean(dim=(1, 2, 3))
+
+    seen, pyiqa = [], SimpleNamespace(create_metric=lambda name, device, test_sample: metric)
+    monkeypatch.setitem(sys.modules, "pyiqa", pyiqa)
+    for flag in flags:
+        flag.allow_tf32 = allowed
+    maniqa = build_rewards("maniqa", torch.device(device))
+    np.random.seed(5)
+    for fails in (False, True):
+        with pytest.raises(BadReward, match="no answer") if fails else nullcontext():
+            maniqa(torch.rand(1, 3, 256, 256), ["x"])
+        assert seen[-1] == [allowed or device == "cuda"] * 2
+        assert [flag.allow_tf32 for flag in flags] == [allowed] * 2
+    after = np.random.rand()
+    np.random.seed(5)
+    assert after == np.random.rand()
 
 
 def test_crops_are_the_same_windows_of_every_image_every_time():

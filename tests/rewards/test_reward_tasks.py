@@ -1,6 +1,5 @@
 """Is it what was asked for?  GenEval's compositions, and texts that are read off the image."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -160,7 +159,9 @@ def ocr(monkeypatch):
     pytest.importorskip("rapidfuzz")
 
     def score(prompt, lines):
-        monkeypatch.setattr(rewards.ocr, "Reader", lambda: lambda images: [lines] * len(images))
+        found = SimpleNamespace(txts=lines)
+        rapidocr = SimpleNamespace(RapidOCR=lambda params: lambda picture: found)
+        monkeypatch.setattr(rewards.ocr, "optional", lambda package, reward: rapidocr)
         return build_rewards("ocr", CPU)(torch.rand(1, 3, 8, 8), [prompt])[0].item()
     return score
 
@@ -178,8 +179,8 @@ def test_of_several_quoted_texts_each_counts_in_any_place(ocr):
 
 
 def test_ocr_needs_a_quoted_text(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rapidfuzz", SimpleNamespace())
-    monkeypatch.setattr(rewards.ocr, "Reader", lambda: None)
+    rapidocr = SimpleNamespace(RapidOCR=lambda params: None)
+    monkeypatch.setattr(rewards.ocr, "optional", lambda package, reward: rapidocr)
     ocr = build_rewards("ocr", CPU)
     ocr.check_prompts(['a sign that says "Hello"', "one that says \u201cHi\u201d"])
     message = "'ocr' cannot judge 2 of 3 prompts: 'a sign', 'a \" \"'; .* text in double quotes"

@@ -9,7 +9,7 @@ import rewards.vlm
 from argrpo import group_advantages
 from reward import build_rewards
 from rewards.sources import SOURCES
-from rewards.vlm import Ask, VisionLanguageModel, parse_score, vision_language_model
+from rewards.vlm import Fake, VisionLanguageModel, parse_score, vision_language_model
 
 CPU = torch.device("cpu")
 
@@ -98,9 +98,18 @@ def test_the_official_scales(name, answer, score, scripted):
 
 def test_a_long_batch_is_asked_a_few_images_at_a_time(scripted):
     asked = scripted({0.1: ['{"score": 1}'], 0.2: ['{"score": 0}']})
-    scores = Ask("fake", CPU, micro_batch=2)(grey(0.1, 0.2, 0.1), ["x"] * 3)
+    scores = Fake(CPU, micro_batch=2)(grey(0.1, 0.2, 0.1), ["x"] * 3)
     assert scores.tolist() == [0.25, 0.0, 0.25]
     assert [len(questions) for _, questions in asked] == [2, 1]
+
+
+def test_of_larger_pictures_fewer_are_asked_about_at_a_time(scripted):
+    """The same number of pixels: what a language model needs of memory grows with them."""
+    asked = scripted({0.1: ['{"score": 1}']})
+    for side, sizes in ((256, [4, 1]), (512, [1] * 5), (1024, [1] * 5), (24, [4, 1])):
+        del asked[:]
+        Fake(CPU, micro_batch=4)(torch.full((5, 3, side, side), 0.1), ["x"] * 5)
+        assert [len(questions) for _, questions in asked] == sizes
 
 
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -150,5 +159,5 @@ def test_a_small_qwen_answers_a_batch(monkeypatch, tmp_path):
         assert len(answers) == 3
         assert answers == model(images, questions, attempt)              # repeatable
     assert torch.equal(torch.get_rng_state(), state)         # leaves other randomness alone
-    scores = Ask("fake", CPU)(images, ["x"] * 3)
+    scores = Fake(CPU)(images, ["x"] * 3)
     assert torch.isnan(scores).all()                         # it never writes "score: 1"

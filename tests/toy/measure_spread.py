@@ -9,7 +9,6 @@ import torch
 
 import toy
 from argrpo import draw_images, rng_for
-from toy.pretraining import as_prompts
 
 
 def measure_spread(folder, samples=128):
@@ -21,7 +20,7 @@ def measure_spread(folder, samples=128):
     result = {}
     for task, some in texts.items():
         gpt, vq = toy.load(task, folder)
-        prompts, parts = as_prompts(task, some), {}
+        prompts, parts = toy.as_prompts(task, some), {}
         for k in range(len(some)):
             _, _, images = draw_images(gpt, vq, prompts, torch.tensor([k]),
                                        rng_for("cpu", "spread", task, k), micro_batch=64,
@@ -29,7 +28,7 @@ def measure_spread(folder, samples=128):
             for part, values in toy.spread_by_prompt(images, [some[k]] * samples).items():
                 parts.setdefault(part, {}).update(values)
         result[task] = {"texts": some, "samples": samples, "parts": parts}
-    (folder / "spread.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "spread.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

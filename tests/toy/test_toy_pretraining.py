@@ -243,9 +243,9 @@ def test_scenes_are_those_of_their_texts_and_of_their_seed():
 
 def test_conditions_are_those_of_their_texts():
     texts = ["two red circles", "one blue square"]
-    assert pretraining.as_prompts("c2i", texts).cond.tolist() == [
+    assert toy.as_prompts("c2i", texts).cond.tolist() == [
         toy.CLASSES.index(text) for text in texts], "the label of each text"
-    t2i = pretraining.as_prompts("t2i", texts)
+    t2i = toy.as_prompts("t2i", texts)
     features, mask = toy.encode_captions(texts)
     assert t2i.texts == texts and torch.equal(t2i.cond, features), "the features of each caption"
     assert torch.equal(t2i.cond_mask, mask), "and its mask"
@@ -292,23 +292,10 @@ def test_everything_fits_together(tmp_path, monkeypatch):
         assert torch.equal(tokens, vq.encode(images[task] * 2 - 1)), (
             "tokens are of the task's pictures in [-1, 1], by the tokenizer in half precision")
     assert len({seen[name][-1] for name in seen}) == 3, "each model's random stream is its own"
+    gpt, vq = toy.load("c2i", tmp_path)
+    assert not any(p.requires_grad for p in vq.parameters()), "the tokenizer is frozen"
+    assert all(p.requires_grad for p in gpt.parameters()), "the transformer is to be trained"
     for path in tmp_path.glob("toy_*.pt"):
         saved = torch.load(path, weights_only=True)["model"]
         assert {tensor.dtype for tensor in saved.values()} == {torch.float16}, (
             "weights are saved in half precision")
-
-
-def test_only_one_of_them(tmp_path, monkeypatch):
-    """With only="c2i", the tokenizer in the folder is used and left alone."""
-    torch.manual_seed(0)
-    vq = VQModel(models.VQ_CONFIG)
-    pretraining.save(vq, tmp_path / "toy_vq.pt")
-    before = (tmp_path / "toy_vq.pt").read_bytes()
-    monkeypatch.setattr(pretraining, "pretrain_gpt", lambda gpt, *given: gpt)
-    pretraining.pretrain_toy(tmp_path, scenes=8, only="c2i")
-    assert {path.name for path in tmp_path.iterdir()} == {"toy_vq.pt", "toy_c2i.pt"}, (
-        "only the transformer is new")
-    assert (tmp_path / "toy_vq.pt").read_bytes() == before, "the tokenizer that was there stays"
-    gpt, vq = toy.load("c2i", tmp_path)
-    assert not any(p.requires_grad for p in vq.parameters()), "the tokenizer is frozen"
-    assert all(p.requires_grad for p in gpt.parameters()), "the transformer is to be trained"
