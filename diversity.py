@@ -73,8 +73,7 @@ def names_of(prompts):
     another condition, as ImageNet's two classes "missile" have."""
     first, names = {}, []
     for k, text in enumerate(prompts.texts):
-        j = first.setdefault(text, k)
-        equal = torch.equal(prompts.cond[j], prompts.cond[k])
+        equal = torch.equal(prompts.cond[k], prompts.cond[first.setdefault(text, k)])
         names.append(text if equal else f"{text} ({k})")
     return names
 
@@ -87,8 +86,8 @@ class Rehearsal:
     the more often a prompt comes up, the more groups it needs, lest the policy learn a few images
     by heart.  features, if given, describes them for a `DiversityBonus`.
 
-    What is drawn depends on the prompt's name (`names_of`), the seed, and how many groups a pass of
-    the sampler has (config.rollout_prompts), not on the step or the process.  A run that is to
+    What is drawn depends on the prompt's name (`names_of`) and the seed, not on the step, the
+    process or the prompts beside it: each prompt has a random stream of its own.  A run that is to
     continue without drawing again has to save `remembered`."""
 
     def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups, features=None):
@@ -100,32 +99,32 @@ class Rehearsal:
         self.remembered = {}                     # name -> tokens (n, N) of its right images
         self.described = {}                      # name -> their features (n, ...)
 
-    def remember(self, index):
-        """Lets the reference draw those prompts at index (P,) that come up for the first time."""
-        for k in index.tolist():
-            name = self.names[k]
-            if name not in self.remembered:
-                self.remembered[name], self.described[name] = self.draw_right(k, name)
-
     @torch.no_grad()
-    def draw_right(self, k, name):
-        """All groups of prompt k, as many at once as a rollout has: the right images' tokens (n, N)
-        and features (n, ...), which are None without `features`."""
-        c, G = self.config, self.config.group_size
-        tokens, features = [], []
-        for some in torch.arange(self.groups).split(c.rollout_prompts or c.prompts_per_step):
-            rng = argrpo.rng_for(self.device, c.seed, "rehearsal", name, some[0].item())
-            count = len(some) * G
-            drawn, _, images = argrpo.draw_images(
-                self.reference, self.vq, self.prompts, torch.tensor([k]), rng,
-                samples_per_prompt=count, micro_batch=c.micro_batch, cfg_scale=c.cfg_scale,
+    def remember(self, index):
+        """Lets the reference draw those prompts at index (P,) that come up for the first time, as
+        many groups at once as a rollout has, and keeps the right images' tokens (n, N) and features
+        (n, ...), which are empty without `features`."""
+        new = {self.names[k]: k for k in index.tolist() if self.names[k] not in self.remembered}
+        if not new:
+            return
+        c, G, N = self.config, self.config.group_size, self.reference.config.block_size
+        count, room = self.groups * G, c.rollout_prompts or c.prompts_per_step
+        rngs = [argrpo.rng_for(self.device, c.seed, "rehearsal", name, 0) for name in new]
+        uniform = torch.cat([torch.rand(N, count, generator=rng, dtype=torch.float64,
+                                        device=self.device).T for rng in rngs])
+        index, drawn = torch.tensor(list(new.values())).repeat_interleave(self.groups), []
+        for some, numbers in zip(index.split(room), uniform.split(room * G)):
+            tokens, _, images = argrpo.draw_images(
+                self.reference, self.vq, self.prompts, some, None, uniform=numbers,
+                samples_per_prompt=G, micro_batch=c.micro_batch, cfg_scale=c.cfg_scale,
                 temperature=c.temperature)
-            rewards, _ = self.reward_fn(images, [self.prompts.texts[k]] * count)
-            right = right_images(rewards, G).flatten()                               # (count,)
-            tokens.append(drawn[right])
-            if self.features is not None:
-                features.append(self.features.describe(images, drawn)[right])
-        return torch.cat(tokens), torch.cat(features) if features else None
+            texts = [self.prompts.texts[k] for k in some.repeat_interleave(G).tolist()]
+            rewards, _ = self.reward_fn(images, texts)
+            features = self.features.describe(images, tokens) if self.features else tokens[:, :0]
+            drawn.append((tokens, features, right_images(rewards, G).flatten()))
+        columns = [torch.cat(column).split(count) for column in zip(*drawn)]
+        for name, tokens, features, right in zip(new, *columns):
+            self.remembered[name], self.described[name] = tokens[right], features[right]
 
     def choose(self, index, step):
         """Half a group at most of each prompt's images: tokens (n, N), and their prompts (n,)."""

@@ -162,8 +162,8 @@ def smooth(points):
 def metrics_like(pattern, runs):
     """The metrics that a pattern means, in the order in which they first come up.  A star at its
     end stands for anything."""
-    names = fnmatch.filter(dict.fromkeys(name for run in runs for m in run.metrics for name in m),
-                           pattern)
+    known = dict.fromkeys(name for run in runs for m in run.metrics for name in m)
+    names = fnmatch.filter(known, pattern)
     return names if pattern != "reward/*" or len(names) > 1 else []      # it is the reward itself
 
 

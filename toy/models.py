@@ -8,7 +8,7 @@ import torch
 
 from argrpo import GPTConfig, Prompts, Transformer
 from pretrained import load_weights
-from toy.scenes import CLASSES, COUNT_PROMPT, COUNTS, PAIR_PROMPT, PALETTE, PLACES, SHAPES, parse
+from toy.scenes import CLASSES, COUNTS, PALETTE, PLACES, SHAPES, parse
 from toy.verifier import mean_if_any
 from vqgan import VQConfig, VQModel
 
@@ -36,8 +36,7 @@ def encode_captions(captions):
     features = torch.zeros(len(captions), CAPTION_LENGTH, CAPTION_DIM)
     for b, caption in enumerate(captions):
         context = CONTEXTS.index(parse(caption).relation)
-        match = COUNT_PROMPT.search(caption) or PAIR_PROMPT.search(caption)
-        words = match.group().split()
+        words = caption.split()
         for position, word in enumerate(words):
             block = context * CAPTION_LENGTH + position
             from_the_end = position - len(words)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from argrpo import Transformer, to_images
-from pretrained import load_weights
 from toy.models import CONFIGS, FOLDER, VQ_CONFIG, as_prompts
 from toy.scenes import CLASSES, GROUND, SEEN_CLASSES, SEEN_PAIRS, make_scene, render
 from toy.verifier import verify
@@ -161,22 +160,25 @@ def save(model, path):
 
 
 def pretrain_toy(out, seed=0, scenes=16000):
-    """Writes toy_vq.pt, toy_c2i.pt and toy_t2i.pt into a folder.  scenes: pictures per task."""
+    """Writes toy_vq.pt, toy_c2i.pt and toy_t2i.pt into a folder.  scenes: pictures per task.
+
+    They go together: nothing is written until all are made."""
     out.mkdir(parents=True, exist_ok=True)
     texts = choose_texts(seed, scenes)
     images = {task: draw_scenes(task, texts[task], seed) for task in texts}
     vq = pretrain_vq(torch.cat([*images.values()]), random_stream(seed, "tokenizer"), STEPS["vq"])
-    save(vq, out / "toy_vq.pt")
-    # Read back in half precision, as everybody will have it.
-    vq = load_weights(VQModel(VQ_CONFIG), out / "toy_vq.pt").requires_grad_(False)
+    vq.half().float().requires_grad_(False)      # rounded, as everybody will have it
+    models = {"vq": vq}
     for task in texts:
         tokens = torch.cat([vq.encode(chunk * 2 - 1) for chunk in images[task].split(256)])
         right = verify(to_images(vq, tokens[:2000], micro_batch=16), texts[task][:2000]).mean()
         print(f"{task}: the verifier finds {right:.1%} of the tokenizer's reconstructions right")
         prompts = as_prompts(task, texts[task])
         rng = random_stream(seed, task)
-        gpt = pretrain_gpt(Transformer(CONFIGS[task]), tokens, prompts, rng, STEPS[task])
-        save(gpt, out / f"toy_{task}.pt")
+        gpt = Transformer(CONFIGS[task])
+        models[task] = pretrain_gpt(gpt, tokens, prompts, rng, STEPS[task])
+    for name, model in models.items():
+        save(model, out / f"toy_{name}.pt")
     print(f"wrote toy_vq.pt, toy_c2i.pt and toy_t2i.pt into {out}")
 
 

@@ -1,6 +1,5 @@
 """The toy's prompts, the scenes that fulfil them, and the pictures of the scenes."""
 
-import re
 from itertools import combinations, cycle
 from typing import NamedTuple
 
@@ -13,19 +12,29 @@ PALETTE = {"red": (0.90, 0.20, 0.15), "green": (0.20, 0.80, 0.25), "blue": (0.20
 SHAPES = ("circle", "square", "triangle")
 COUNTS = ("one", "two", "three")
 PLACES = ("above", "below", "left of", "right of")
-THINGS = [f"{colour} {shape}" for colour in PALETTE for shape in SHAPES]
+THINGS = [(colour, shape) for colour in PALETTE for shape in SHAPES]
 
 # ---------------------------------------------------------------------------------------------
 # Prompts
 # ---------------------------------------------------------------------------------------------
 
-# The 27 classes, in the order of their labels.
-CLASSES = [f"{count} {thing}{ending}" for count, ending in zip(COUNTS, ("", "s", "s"))
-           for thing in THINGS]
+
+class Request(NamedTuple):
+    """What a prompt asks for: the things, and the relation of the first to the second, if any."""
+    things: tuple            # of (colour, shape)
+    relation: str | None     # one of PLACES
+
+
+# The 27 classes, in the order of their labels: class k is CLASSES[k].
+COUNTED = {f"{count} {colour} {shape}{'s' * (n > 1)}": Request(((colour, shape),) * n, None)
+           for n, count in enumerate(COUNTS, start=1) for colour, shape in THINGS}
+CLASSES = list(COUNTED)
 # The 288 captions of two different things: 36 pairs, each in both orders and four places.  Pair k
 # has the captions PAIRS[8 * k:8 * k + 8].
-PAIRS = [f"a {first} {place} a {second}" for one, other in combinations(THINGS, 2)
-         for first, second in ((one, other), (other, one)) for place in PLACES]
+PLACED = {f"a {' '.join(first)} {place} a {' '.join(second)}": Request((first, second), place)
+          for one, other in combinations(THINGS, 2)
+          for first, second in ((one, other), (other, one)) for place in PLACES}
+PAIRS = list(PLACED)
 
 # Compositions that t2i never sees in pretraining, though all of their words are familiar: three
 # classes, and five of the 36 pairs of things, in all eight relations to each other.
@@ -41,27 +50,13 @@ def mixed(pairs, counted):
     return [text for both in zip(pairs, cycle(counted)) for text in both]
 
 
-ONE_THING = rf"({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})"
-COUNT_PROMPT = re.compile(rf"({'|'.join(COUNTS)}) {ONE_THING}s?$")
-PAIR_PROMPT = re.compile(rf"a {ONE_THING} ({'|'.join(PLACES)}) a {ONE_THING}$")
-
-
-class Request(NamedTuple):
-    """What a prompt asks for: the things, and the relation of the first to the second, if any."""
-    things: tuple            # of (colour, shape)
-    relation: str | None     # one of PLACES
-
-
 def parse(prompt):
-    """The prompt as a Request.  Raises ValueError if the toy's world has no such thing."""
-    if match := COUNT_PROMPT.search(prompt):
-        count, colour, shape = match.groups()
-        return Request(((colour, shape),) * (COUNTS.index(count) + 1), None)
-    if match := PAIR_PROMPT.search(prompt):
-        colour_a, shape_a, relation, colour_b, shape_b = match.groups()
-        return Request(((colour_a, shape_a), (colour_b, shape_b)), relation)
-    raise ValueError(f"the toy cannot draw or verify {prompt!r}: ask for one of its classes, "
-                     f"such as {CLASSES[9]!r}, or for a pair, such as {PAIRS[0]!r}")
+    """The prompt as a Request.  Raises ValueError if it is none of the toy's, word for word."""
+    request = COUNTED.get(prompt) or PLACED.get(prompt)
+    if request is None:
+        raise ValueError(f"the toy cannot draw or verify {prompt!r}: ask for one of its classes, "
+                         f"such as {CLASSES[9]!r}, or for a pair, such as {PAIRS[0]!r}")
+    return request
 
 
 # ---------------------------------------------------------------------------------------------

@@ -298,6 +298,26 @@ def test_a_damaged_end_of_the_log_is_dropped(end, tmp_path, capsys):
     assert read_metrics(out)[:2] == complete and "missing" not in capsys.readouterr().err
 
 
+def test_the_log_of_a_step_without_rewards_is_strict_json(tmp_path, wandb):
+    """Null in the log; loggers and the page leave it out, and the doctor names it."""
+    def misses(images, texts):
+        return torch.full((len(texts),), math.nan if len(logger.logged) < 3 else 0.5)
+    misses.may_miss, logger, out = True, wandb(), tmp_path / "run"
+    assert train(tiny(out, log="wandb", steps=4), RewardSet({"misses": (misses, 1.0)})) == 0
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+    steps = [json.loads(line, parse_constant=refuse)
+             for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["reward"] for m in steps] == [m["reward/misses"] for m in steps]
+    assert [m["reward"] for m in steps] == [None, None, 0.5, 0.5]
+    assert [m["missing"] for m in steps] == [1, 1, 0, 0]
+    logged = [numbers for _, numbers in logger.logged if "reward_std" in numbers]
+    assert [numbers.get("reward") for numbers in logged] == [None, None, 0.5, 0.5]
+    (out / "report.html").unlink()
+    assert [path.name for path in harness.page.show(out)][0] == "report.html"
+
+
 @pytest.mark.parametrize("lost", [1, 2])
 def test_steps_that_the_log_has_lost_are_told(lost, tmp_path, capsys):
     out = tmp_path / "run"

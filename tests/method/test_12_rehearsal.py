@@ -13,7 +13,6 @@ from conftest import (
     obedient_model,
     obedient_prompts,
     same,
-    seeds_of,
     tiny_condition,
     tiny_model,
     weights,
@@ -70,14 +69,14 @@ def test_the_reference_draws_what_is_rehearsed(model_type, spy):
         for p in model.parameters():
             p += 1.0                             # training has moved the policy
     rehearsal(model, torch.tensor([3, 1]), step=5)
-    passes = [(k, count) for k in (3, 1) for count in (8, 4)]
-    assert len(drawn.calls) == len(passes), "three groups of each prompt, two at a time"
-    for ((drawer, cond, mask), how), (k, count) in zip(drawn.calls, passes):
+    passes = [3, 3], [3, 1], [1, 1]
+    assert len(drawn.calls) == len(passes), "three groups of each prompt, two groups at a time"
+    for ((drawer, cond, mask), how), numbers in zip(drawn.calls, passes):
         assert drawer is rehearsal.reference, "the pretrained model draws, and not the policy"
         assert (how["cfg_scale"], how["temperature"]) == (2.0, 1.3), "under the rollout's policy"
-        assert how["samples_per_prompt"] == count, "whole groups of G images"
-        assert torch.equal(cond, prompts.cond[[k]]), "the prompts of the step, one by one"
-        assert mask is None or torch.equal(mask, prompts.cond_mask[[k]])
+        assert how["samples_per_prompt"] == 4, "whole groups of G images"
+        assert torch.equal(cond, prompts.cond[numbers]), "the new prompts of a step, side by side"
+        assert mask is None or torch.equal(mask, prompts.cond_mask[numbers])
 
 
 @BOTH
@@ -95,9 +94,10 @@ def test_only_right_images_are_remembered(model_type):
 
 
 def test_what_is_drawn_depends_on_the_text_alone():
-    """Not on the step, on other prompts, nor on the process: so it can be drawn again."""
+    """Not on the step, on other prompts, on how many groups a pass has, nor on the process: so it
+    can be drawn again."""
     _, first, _, _ = tiny_rehearsal()
-    _, second, _, _ = tiny_rehearsal()
+    _, second, _, _ = tiny_rehearsal(rollout_prompts=1)
     first.remember(torch.tensor([0, 4, 2]))
     second.remember(torch.tensor([2]))
     second.remember(torch.tensor([3, 0]))
@@ -121,17 +121,18 @@ def test_a_prompt_that_stands_twice_is_drawn_once_and_two_classes_of_one_text_ar
         assert not torch.equal(*rehearsal.remembered.values())
 
 
-def test_no_two_draws_of_rehearsal_share_a_random_stream(spy):
-    """Over prompts, passes and seeds; and none is a rollout's."""
-    drawn = spy(argrpo, "generate")
+def test_no_two_draws_of_rehearsal_share_random_numbers(spy):
+    """Over prompts, images and seeds; and no stream is a rollout's."""
+    drawn, made = spy(argrpo, "generate"), spy(argrpo, "rng_for")
     for seed in (0, 1):
         model, rehearsal, config, prompts = tiny_rehearsal(seed=seed, rollout_prompts=1, steps=3)
         for _ in argrpo.train(model, rehearsal.reference, Blocks(), prompts, dark, config,
                               argrpo.make_optimizer(model, config), extra_loss=rehearsal):
             pass
-    seeds = seeds_of(drawn)
-    rehearsed = sum(args[0] is not model and len(args[1]) == 1 for args, _ in drawn.calls)
-    assert rehearsed > 10 and len(set(seeds)) == len(seeds), "two draws with the same numbers"
+    numbers = torch.cat([how["uniform"] for _, how in drawn.calls if "uniform" in how])
+    assert len(numbers) == 2 * 5 * 8 and len(numbers.unique()) == numbers.numel()
+    keys = [key for (_, *key), _ in made.calls if key[1] in ("rollout", "rehearsal")]
+    assert len({str(key) for key in keys}) == len(keys), "two draws from one stream"
 
 
 # --- what is rehearsed -------------------------------------------------------------------------
@@ -221,18 +222,19 @@ def observe(monkeypatch, weight=0.5, groups=2, **changes):
         kept = torch.cat(list(rehearsal.remembered.values()))
         gradients = [p.grad.flatten() for p in model.parameters()]
     return {"passes": torch.tensor([len(args[1]) for args, _ in drawn.calls]),
-            "streams": torch.tensor(seeds_of(drawn)), "remembered": kept,
+            "numbers": torch.cat([how["uniform"].flatten() for _, how in drawn.calls]),
+            "remembered": kept,
             "rows at once": torch.tensor([len(args[1]) for args, _ in scored.calls]),
             "loss": torch.tensor(logged["rehearsal"]), "gradient": torch.cat(gradients)}
 
 
 # What each changes; all other settings of the loop change nothing.
 SETTINGS = {
-    "weight": (1.0, "gradient", ""), "groups": (4, "passes, streams, remembered, loss", "*"),
-    "seed": (1, "streams, remembered, loss, gradient", "rows at once"),
-    "group_size": (6, "remembered, rows at once, loss, gradient", ""),
+    "weight": (1.0, "gradient", ""), "groups": (4, "passes, numbers, remembered, loss", "*"),
+    "seed": (1, "numbers, remembered, loss, gradient", "rows at once"),
+    "group_size": (6, "numbers, remembered, rows at once, loss, gradient", ""),
     "micro_batch": (2, "rows at once", ""),
-    "rollout_prompts": (1, "passes, streams", "*"),
+    "rollout_prompts": (1, "passes", ""),
     "cfg_scale": (1.0, "loss, gradient", "remembered, rows at once"),
     "temperature": (0.8, "loss, gradient", "remembered, rows at once"),
     "logprob_cfg": ("none", "loss, gradient", "")}

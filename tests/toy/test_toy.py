@@ -123,8 +123,11 @@ def test_unseen_compositions_are_kept_apart():
 
 
 @pytest.mark.parametrize("prompt", [
-    "", "four red circles", "a red circle", "one pink circle", "a red circle on a blue square"])
+    "", "four red circles", "a red circle", "one pink circle", "a red circle on a blue square",
+    "twenty two red circles", "a green square and two red circles", "two red circle",
+    "a red circle above a blue square above a green square", "a red circle below a red circle"])
 def test_prompts_outside_the_world(prompt):
+    """A prompt that only ends as one of the toy's asks for something else."""
     with pytest.raises(ValueError, match="the toy cannot draw or verify"):
         toy.parse(prompt)
 

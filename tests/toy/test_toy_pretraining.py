@@ -275,6 +275,7 @@ def test_everything_fits_together(tmp_path, monkeypatch):
 
     def fake_gpt(gpt, tokens, prompts, rng, steps):
         seen[gpt.config.model_type] = tokens, prompts, steps, rng.random()
+        assert not any(tmp_path.iterdir()), "new and old models do not go together"
         return gpt
     monkeypatch.setattr(pretraining, "pretrain_vq", fake_vq)
     monkeypatch.setattr(pretraining, "pretrain_gpt", fake_gpt)
