@@ -48,6 +48,7 @@ def in_log(folder):
 
 
 def saved_step(folder):
+    assert (folder / "last.pt").exists(), "there is no checkpoint: nothing was saved"
     return torch.load(folder / "last.pt", weights_only=True)["step"]
 
 
@@ -144,8 +145,9 @@ def diverse_run(folder, **changes):
                     diversity_bonus=2.0)
     prompts = Prompts(["a", "b"], torch.arange(2))
     rewards = RewardSet({"mine": (lambda images, texts: brightness(images, texts)[0], 1.0)})
-    harness.run.run(tiny_model(block_size=4, n_layer=1), Blocks(), prompts, prompts, rewards,
-                    C2iSettings(out=str(folder), **(settings | changes)), Watched())
+    parts = tiny_model(block_size=4, n_layer=1), Blocks(), prompts, prompts, rewards, Watched()
+    harness.run.run(C2iSettings(out=str(folder), **(settings | changes)),
+                    lambda settings, device: parts)
 
 
 def test_a_resumed_run_remembers_what_rehearsal_and_bonus_have_seen(tmp_path, no_pictures,
