@@ -255,7 +255,7 @@ MIXTURES = {
 
 
 # What tables call something else: a function of such a name is called by its file, too.
-TAKEN = {"image", "reward", "entropy", "verified"}
+TAKEN = {"image", "reward", "entropy", "verified", "pixels", "D", "FID", "precision", "recall"}
 
 
 def known_rewards():
@@ -349,7 +349,8 @@ def load_file(path, stamp):
         with blamed(f"{path.name} cannot be loaded"):
             check_neighbours(path)
             file_spec.loader.exec_module(module)
-        if (os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()) != (folder, dtype, graph):
+        there = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+        if there != (folder, dtype, graph):
             raise BadReward(f"{path.name} changes the working directory, torch's default dtype or "
                             "its gradient mode for all: do that inside the reward, and undo it")
     finally:
