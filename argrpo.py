@@ -337,8 +337,8 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def finest_float(device):
-    """float64, but on Apple's GPUs (mps), which have no such numbers, float32."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """float64, but float32 on Apple's and Intel's GPUs, of which many have no such numbers."""
+    return torch.float32 if device.type in ("mps", "xpu") else torch.float64
 
 
 def sample_inverse_cdf(logp, uniform):

@@ -83,8 +83,8 @@ def draw(model, vq, prompts, index, numbers, seed, best_of=1, **policy):
     device = next(model.parameters()).device
     keys = [(number,) if k == 0 else (number, k) for number in numbers for k in range(best_of)]
     streams = [argrpo.rng_for(device, seed, "image", *key) for key in keys]
-    uniform = torch.stack([torch.rand(model.config.block_size, generator=rng, dtype=torch.float64,
-                                      device=device) for rng in streams])
+    uniform = torch.stack([torch.rand(model.config.block_size, generator=rng, device=device,
+                                      dtype=argrpo.finest_float(device)) for rng in streams])
     _, logp, images = argrpo.draw_images(model, vq, prompts, index.repeat_interleave(best_of),
                                          None, uniform=uniform, micro_batch=16, **policy)
     likeliest = logp.sum(1).view(-1, best_of).argmax(1)                              # (B,)

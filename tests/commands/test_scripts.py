@@ -194,14 +194,16 @@ def test_a_run_is_resumed_from_another_folder(another, tmp_path, monkeypatch):
     config = json.loads((another / "config.json").read_text())
     (tmp_path / "mine.pt").write_text("")
     config["folder"] = str(tmp_path)
-    config["settings"] |= dict(gpt_ckpt="mine.pt", vq_ckpt="some/repo", watch="jpeg,w.py:f:2")
+    config["settings"] |= dict(gpt_ckpt="mine.pt", vq_ckpt="some/repo",
+                               watch="jpeg,w.py:f:2,~/h.py:f")
     (another / "config.json").write_text(json.dumps(config))
     (tmp_path / "elsewhere").mkdir()
     for folder, prefix in ((tmp_path, ""), (tmp_path / "elsewhere", f"{tmp_path}/")):
         monkeypatch.chdir(folder)
         found = options.resumed(train_c2i.C2iSettings, {"resume": str(another)})
         assert found.gpt_ckpt == prefix + "mine.pt" and found.vq_ckpt == "some/repo"
-        assert found.watch == f"jpeg,{prefix}w.py:f:2"
+        home = str(Path.home()) if prefix else "~"
+        assert found.watch == f"jpeg,{prefix}w.py:f:2,{home}/h.py:f"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

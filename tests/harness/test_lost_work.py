@@ -417,6 +417,37 @@ def git(folder, *words):
                           capture_output=True).stdout.strip()
 
 
+@pytest.mark.parametrize("what", ["prompts", "transformer", "tokenizer"])
+def test_a_run_is_not_resumed_from_other_files(what, tmp_path, capsys):
+    """A caption file that was edited, a checkpoint that was replaced: the reference is another."""
+    assert train(tiny(tmp_path)) == 0
+    torch.manual_seed(1 if what == "transformer" else 0)
+    model, prompts = tiny_model(block_size=4, n_layer=1), PROMPTS
+    tokenizer = Blocks()
+    if what == "prompts":
+        prompts = Prompts(["a", "c"], PROMPTS.cond)
+    elif what == "tokenizer":
+        tokenizer.register_buffer("other", torch.ones(1))
+    parts = model, tokenizer, prompts, prompts, REWARDS, Watched()
+    with pytest.raises(SystemExit) as stop:
+        harness.run.run(tiny(tmp_path, resume=str(tmp_path), steps=3), lambda *given: parts)
+    assert stop.value.code == 2
+    assert f"began with another {what}: put back" in capsys.readouterr().err
+    assert train(tiny(tmp_path, resume=str(tmp_path), steps=3)) == 0, "with the old ones it goes on"
+
+
+def test_output_that_nobody_reads_ends_nothing(tmp_path):
+    """As in `train_c2i.py | head -1`: of what is printed later nothing can be written."""
+    program = ("import sys\nfrom harness.logs import say\nsay('one')\nsys.stdin.read()\n"
+               "say('two')\nsay('three')\nprint('done', file=sys.stderr)\n")
+    with subprocess.Popen([sys.executable, "-c", program], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "one\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == "done\n" and process.wait() == 0
+
+
 def test_the_commit_of_an_outer_repository_is_not_ours(tmp_path, monkeypatch):
     inner = tmp_path / "inner"
     inner.mkdir()

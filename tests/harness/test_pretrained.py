@@ -690,7 +690,7 @@ CHOICES = {
     "4,0": [4, 0],
     "TENCH": [0],
     "great white shark": [2],
-    " Goldfish , 0,tench": [1, 0, 0],
+    " Goldfish , 0,tench": [1, 0],       # each once: two would make an evaluation's intervals small
     "crane": [3],
 }
 

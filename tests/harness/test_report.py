@@ -331,6 +331,14 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     assert stop.value.code == 2 and "holds no run" in capsys.readouterr().err
 
 
+def test_the_page_of_a_command_takes_no_other_files_place(finished, capsys):
+    weights = (finished / "model.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(finished), "--out", str(finished / "model.pt")])
+    assert stop.value.code == 2 and "name must end with .html" in capsys.readouterr().err
+    assert (finished / "model.pt").read_bytes() == weights
+
+
 # Mathematics, markup, line ends, what terminals obey, half a character, what fonts lack.
 TEXTS = ['a menu with "$5" and "$9"', r"$\frac{$ \n ^_{}", "<script>alert(1)</script>",
          "'><img src=x onerror=alert(1)>", "{{ 7 * 7 }} {% if %}", "two\nlines\r\u2028\x85\t",

@@ -512,13 +512,25 @@ def test_functions_of_one_name_in_two_files_are_two_rewards(tmp_path):
     ("def score(images, prompts, seed):\n    return images\n", "no reward.*argument: 'seed'"),
     ("score = 3\n", "has no function 'score'"),
     ("", "has no function 'score'; it has none"),
+    ("import torch\ntorch.set_grad_enabled(False)\n", "changes .* gradient mode for all"),
+    ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes .* default dtype"),
+    ("import os\nos.chdir('/')\n", "changes the working directory"),
 ])
 def test_what_is_no_reward_is_refused_when_it_is_built(text, message, tmp_path):
     """Before models are loaded and pictures drawn; and no exit() ends a run as if all was well."""
     written(tmp_path, bad=text)
+    shared = Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled()
     with pytest.raises(ValueError, match=message) as error:
         build_rewards(f"{tmp_path}/bad.py:score", CPU)
     assert "\n" not in str(error.value)
+    assert shared == (Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled())
+
+
+@pytest.mark.parametrize("name", ["reward", "entropy", "verified", "D"])
+def test_a_reward_that_is_called_as_a_row_of_a_table_has_a_row_of_its_own(name, tmp_path):
+    written(tmp_path, mine=f"def {name}(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    assert list(build_rewards(f"{tmp_path}/mine.py:{name}", CPU).rewards) == [
+        f"{tmp_path}/mine.py:{name}"]
 
 
 def test_a_reward_that_exits_is_a_bad_reward(tmp_path):
