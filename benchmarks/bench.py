@@ -57,7 +57,7 @@ from vqgan import VQConfig, VQModel  # noqa: E402
 
 @dataclass
 class Options:
-    device: str = ""                     # "cpu" or "cuda"; default: the GPU if there is one
+    device: str = ""                     # cpu, cuda, mps, xpu, ..; default: cuda if there, else cpu
     size: str = "GPT-B"                  # GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-3B, or toy
     tokens: int = 256                    # N, tokens per image: a square number
     prompts: int = 2                     # P, prompts per rollout

@@ -62,8 +62,7 @@ class RunSettings(argrpo.GRPOConfig):
                                          # "my_file.py:function"
     out: str = ""                        # folder of the run; default runs/<script>-<preset>
     resume: str = ""                     # folder of a run to continue
-    device: str = ""                     # "cpu", "cuda", or what torch calls another accelerator,
-                                         # such as "mps"; default: cuda if there is one, else cpu
+    device: str = ""                     # cpu, cuda, mps, xpu, ..; default: cuda if there, else cpu
     gpt_ckpt: str = ""                   # transformer weights of your own: a file, a folder,
                                          # or a Hugging Face repo or repo:file
     vq_ckpt: str = ""                    # tokenizer weights, likewise
@@ -139,8 +138,7 @@ class DrawSettings:
     top_k: int = 0                       # draw from the k likeliest codes only; 0 is all
     top_p: float = 1.0                   # draw from the likeliest codes of this total probability
     seed: int = 0                        # same seed, same pictures
-    device: str = ""                     # "cpu", "cuda", or what torch calls another accelerator,
-                                         # such as "mps"; default: cuda if there is one, else cpu
+    device: str = ""                     # cpu, cuda, mps, xpu, ..; default: cuda if there, else cpu
 
     LEAST = dict(samples=1, rows=1, images=1, best_of=1)         # of these, as far as it has them
 
