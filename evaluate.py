@@ -53,7 +53,7 @@ def check(settings):
         raise ValueError("name at least one checkpoint: --gpt-ckpt base, or a file, folder or "
                          "Hugging Face repo")
     published = pretrained.MODELS.get(s.preset)
-    task = published.task if published else s.task or "c2i"
+    task = published.task if published else s.task or ("t2i" if s.prompts else "c2i")
     if task not in ("c2i", "t2i"):
         raise ValueError(f"--task must be c2i or t2i, not {s.task!r}")
     if task == "t2i" and published and not s.prompts:
@@ -99,7 +99,7 @@ def main(argv=None):
         index = torch.arange(len(texts)).repeat_interleave(settings.samples)
         if settings.reference:
             fidelity.check_reference(settings.reference, len(index), "--reference")
-        reward_fn = None
+        reward_fn = reward.RewardSet({})
         if settings.rewards:
             reward_fn = reward.build_rewards(settings.rewards, device)
             reward_fn.check_prompts(texts)
@@ -115,14 +115,14 @@ def main(argv=None):
 
         labels, folders = list(checkpoints), [out / label for label in checkpoints]
         rows = compare.compare([
-            compare.columns_of(folder, texts, tags, index, reward_fn, settings, device)
+            compare.columns_of(folder, texts, tags, reward_fn, settings, device)
             for folder in folders])
-        figures = [fidelity.figures_of(folder, texts, index, settings) for folder in folders]
+        figures = [fidelity.figures_of(folder, texts, settings, device) for folder in folders]
         results = dict(settings=vars(settings), checkpoints=labels, metrics=rows, pictures=figures)
         write_json(out / "results.json", results)
         markdown = compare.as_markdown(rows, figures, labels, settings, len(texts))
         (out / "results.md").write_text(markdown, encoding="utf-8", errors="replace")
-        compare.draw_grid(out / "grid.png", folders, texts, index, labels)
+        compare.draw_grid(out / "grid.png", folders, texts, settings.samples, labels)
         print(markdown + f"wrote {out}/results.md, results.json and grid.png")
         return results
 

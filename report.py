@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from harness import doctor
-from harness.logs import plain, write_bytes
+from harness.logs import plain, say, write_bytes
 from harness.page import page, read_run, show
 
 
@@ -35,19 +35,14 @@ def main(argv=None):
                 say(f"{folder}:", *doctor.report(run.metrics, run.settings, run.summary))
         elif args.out or len(args.runs) > 1:
             path = args.out or Path("comparison.html")
+            if path.suffix != ".html":
+                raise ValueError(f"--out {path}: the page's name must end with .html")
             say(f"wrote {write_bytes(path, page(*map(read_run, args.runs)))}")
         else:
             say(*(f"wrote {path}" for path in show(args.runs[0])))
     except (OSError, ValueError) as error:
         print(f"error: {plain(error)}", file=sys.stderr)
         sys.exit(2)
-
-
-def say(*lines):
-    """Prints lines, with a question mark for each character that the terminal does not know."""
-    encoding = sys.stdout.encoding or "utf-8"
-    for line in lines:
-        print(plain(line).encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

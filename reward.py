@@ -45,6 +45,7 @@ import importlib.util
 import inspect
 import io
 import math
+import os
 import re
 import sys
 import sysconfig
@@ -253,6 +254,10 @@ MIXTURES = {
 }
 
 
+# What tables call something else: a function of such a name is called by its file, too.
+TAKEN = {"image", "reward", "entropy", "verified", "pixels", "D", "FID", "precision", "recall"}
+
+
 def known_rewards():
     """All names, as a text for messages.  Imports nothing."""
     names = sorted({*REGISTRY, *MODULES, *MIXTURES})
@@ -339,11 +344,19 @@ def load_file(path, stamp):
     module = importlib.util.module_from_spec(file_spec)
     sys.modules[file_spec.name] = module         # where dataclasses look for it
     sys.path.insert(0, str(path.parent))
+    folder, dtype, graph = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         with blamed(f"{path.name} cannot be loaded"):
             check_neighbours(path)
             file_spec.loader.exec_module(module)
+        there = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+        if there != (folder, dtype, graph):
+            raise BadReward(f"{path.name} changes the working directory, torch's default dtype or "
+                            "its gradient mode for all: do that inside the reward, and undo it")
     finally:
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(graph)
         sys.path.remove(str(path.parent))
     return module
 
@@ -397,7 +410,8 @@ def build_rewards(spec, device):
 
     Comma-separated items `name[:weight]` or `file.py:function[:weight]`, weight 1 unless given.  A
     class instead of a function is called with the device, once, and its instance with the images.
-    A function is called by its name, or if that is taken by another item, by its file and name.
+    A function is called by its name, or if that is taken, also by another item, by its file and
+    name.
     Raises ValueError for anything that cannot be understood or found.  All names are looked up
     before any reward is made."""
     if not spec.strip():
@@ -406,7 +420,7 @@ def build_rewards(spec, device):
     names = [name for _, name, _ in items]
     for file, name, weight in items:
         factory = factory_of(file, name)
-        if file and names.count(name) > 1:
+        if file and (names.count(name) > 1 or name in TAKEN):
             name = f"{file}:{name}"
         if name in factories:
             raise ValueError(f"reward {name!r} is named twice in {spec!r}: "

@@ -44,9 +44,6 @@ class SampleSettings(options.DrawSettings):
     fid_reference: str = ""              # folder or .npz of real images: prints FID and IS (needs
                                          # torch-fidelity)
 
-    def policy(self):
-        return super().policy() | dict(best_of=self.best_of)
-
 
 def check(settings):
     """The task, "c2i" or "t2i", that the settings ask for.  Raises ValueError if they do not go
@@ -59,17 +56,17 @@ def check(settings):
     if place.is_dir() or (place.exists() and not os.access(place, os.W_OK)):
         raise ValueError(f"cannot write {place}: choose another name")
     options.check_writable(place.parent)
-    if s.fid_reference:
-        if not s.npz or place.resolve() == Path(s.fid_reference).resolve():
-            raise ValueError("--fid-reference needs --npz and other pictures to compare it with, "
-                             f"not {s.npz!r} and {s.fid_reference!r}")
-        fidelity.check_reference(s.fid_reference, s.images, "--fid-reference")
+    if s.fid_reference and (not s.npz or place.resolve() == Path(s.fid_reference).resolve()):
+        raise ValueError("--fid-reference needs --npz and other pictures to compare it with, "
+                         f"not {s.npz!r} and {s.fid_reference!r}")
     task = "t2i" if s.caption or s.prompts else "c2i"
     published = pretrained.MODELS.get(s.preset)
     if published and published.task != task:
         advice = {"t2i": "captions: give it --caption TEXT or --prompts FILE",
                   "c2i": "classes: choose them with --classes, or captions with a t2i preset"}
         raise ValueError(f"preset {s.preset} draws {advice[published.task]}")
+    if s.fid_reference:
+        fidelity.check_reference(s.fid_reference, s.images, "--fid-reference", fidelity.MODELS[:1])
     return task
 
 
@@ -93,14 +90,14 @@ def write_npz(model, vq, prompts, settings):
     index = torch.arange(settings.images) % len(prompts.texts)
     folder = Path(settings.npz).with_suffix(".shards")
     compare.draw_shards(model, vq, prompts, index, folder, settings.seed, size=256,
-                        **settings.policy())
+                        best_of=settings.best_of, **settings.policy())
     pictures = compare.read_shards(folder)
     np.savez(settings.npz, arr_0=pictures)
     print(f"wrote {len(pictures)} pictures of {len(prompts.texts)} prompts to {settings.npz}")
     if settings.fid_reference:
-        print(fidelity.figures(fidelity.Shards(folder, len(pictures)),
-                               fidelity.real_pictures(settings.fid_reference), "--fid-reference",
-                               isc=True))
+        device = next(model.parameters()).device
+        print(fidelity.figures(fidelity.Shards(folder, len(pictures)), settings.fid_reference,
+                               device))
     shutil.rmtree(folder)
 
 
@@ -112,7 +109,8 @@ def write_grid(model, vq, prompts, settings):
     index = rows.repeat_interleave(settings.samples)
     batches = tqdm(list(torch.arange(len(index)).split(32)), desc="sampling", unit="batch")
     images = torch.cat([compare.draw(sampler, vq, prompts, index[numbers], numbers.tolist(),
-                                     settings.seed, **settings.policy())[0].cpu()
+                                     settings.seed, settings.best_of,
+                                     **settings.policy())[0].cpu()
                         for numbers in batches])
     images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))  # visible pixels
     Path(settings.out).parent.mkdir(parents=True, exist_ok=True)

@@ -11,20 +11,19 @@ slows all of them:
     generate    argrpo.py's sampler, which also returns the log-probabilities that GRPO needs, as
                 the loop runs it: with packed weights on a CPU, and on a GPU in bfloat16, on a
                 `frozen_copy` under autocast, without cuDNN's attention
-    kernels     the same with torch's choice of attention kernels; on a GPU alone
+    kernels     the same with cuDNN's attention, if torch prefers it; on a GPU alone
     compiled    the same with its decoding step compiled, as --compile does; left out unless asked
                 for
     full_mask   a plain eager sampler as LlamaGen has it: a prefill for every row, every step
                 attends to all T + N - 1 slots of the cache through a mask, guidance doubles the
                 batch, torch.multinomial; tokens only
-    uncached    no cache: a pass over the whole prefix for every token.  Timed at a few evenly
-                spread positions (the middles of equal parts of the image); their mean times N
-                estimates the whole
 
 Greedily they all draw the same tokens (tests/test_bench.py).  The part "step" times a few
 steps of `argrpo.train` itself.  Round 0 of everything warms up: it is "first", seconds is the
 median of the others and seconds_min their minimum.  For a GPU there are the parts "parity"
-and "mismatch" as well; the column "ok" is a verdict.
+and "mismatch" as well; the column "ok" is a verdict.  The part "counts" counts on the CPU what
+takes time on a GPU: kernels of a token, waits for the GPU, passes of the transformer in a step, and
+graphs of --compile.
 """
 
 import copy
@@ -37,16 +36,19 @@ from functools import partial
 from math import isqrt
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import argrpo  # noqa: E402
 import toy  # noqa: E402
 from benchmarks.yardsticks import plain_sampler  # noqa: E402
 from harness import device as speed  # noqa: E402
-from harness.device import Stopwatch, clock  # noqa: E402
+from harness.device import Stopwatch, measured  # noqa: E402
 from harness.options import RunSettings, one_line_errors, read_options  # noqa: E402
 from harness.processes import pick_device  # noqa: E402
 from reward import build_rewards  # noqa: E402
@@ -67,8 +69,6 @@ class Options:
     repeats: int = 3                     # timed rounds; their median and minimum are reported
     compile: bool = False                # time the compiled decoding step, too, and use it in the
                                          # GRPO step
-    uncached_positions: int = 8          # positions at which sampling without a cache is timed; 0
-                                         # leaves it out
     parts: str = "rollout,step"          # what is measured
     out: str = ""                        # JSON file for the figures
 
@@ -79,7 +79,7 @@ class Options:
         for part in self.parts.split(","):
             if part not in PARTS:
                 raise ValueError(f"unknown part {part!r}: there are {', '.join(PARTS)}")
-        least = dict(tokens=1, prompts=1, group=2, micro_batch=0, repeats=1, uncached_positions=0)
+        least = dict(tokens=1, prompts=1, group=2, micro_batch=0, repeats=1)
         for name, smallest in least.items():
             if (value := getattr(self, name)) < smallest:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, "
@@ -110,32 +110,6 @@ def random_model(config, device="cpu"):
     return model
 
 
-def peak_memory(device):
-    """Bytes: on a GPU the most that was allocated since the count was reset, on the CPU the most
-    that this process has held so far, NaN on a system that does not tell (Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def measured(device, run):
-    """What run() returns, its seconds, and the peak memory in GB: on a GPU, beyond what was
-    allocated before."""
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    start = clock(device)
-    result = run()
-    seconds = clock(device) - start
-    return result, seconds, (peak_memory(device) - before) / 1e9
-
-
 def summary(times):
     return {"first": times[0], "seconds": median(times[1:]), "seconds_min": min(times[1:])}
 
@@ -145,32 +119,28 @@ def summary(times):
 # ---------------------------------------------------------------------------------------------
 
 def rollout(options, device):
-    N, G, K = options.tokens, options.group, min(options.tokens, options.uncached_positions)
+    N, G = options.tokens, options.group
     model = random_model(config_of(options), device)
     labels = torch.arange(options.prompts, device=device) % model.config.num_classes
 
-    def generate(drawer):
+    def generate(drawer, cudnn=False):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         with argrpo.autocast(device):
             argrpo.generate(drawer, labels, samples_per_prompt=G, cfg_scale=options.cfg_scale)
 
-    plain = copy.deepcopy(model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    yardstick = partial(plain_sampler, plain, labels, G, options.cfg_scale)
-    samplers = {"generate": partial(generate, speed.Sampler()(model)), "full_mask": yardstick}
+    plain = copy.deepcopy(model).to(speed.matrix_dtype(device))
+    samplers = {"generate": partial(generate, speed.Sampler()(model)),
+                "full_mask": partial(plain_sampler, plain, labels, G, options.cfg_scale)}
     if device.type == "cuda":
-        torchs = speed.frozen_copy(model)
-        torchs.__class__ = argrpo.Transformer
-        samplers["kernels"] = partial(generate, torchs)
+        samplers["kernels"] = partial(generate, speed.frozen_copy(model), cudnn=True)
     if options.compile:
         samplers["compiled"] = partial(generate, speed.Sampler(compile=True)(model))
-    if K:
-        middles = [(2 * j + 1) * N // (2 * K) for j in range(K)]         # of K equal parts
-        samplers["uncached"] = partial(yardstick, cached=False, places=middles)
     times, figures = {name: [] for name in samplers}, {}
     for _ in range(1 + options.repeats):
         for name, sampler in samplers.items():
             _, seconds, peak = measured(device, sampler)
-            times[name].append(seconds * N / K if name == "uncached" else seconds)
-            figures[name] = {"peak_gb": peak}
+            times[name].append(seconds)
+            figures[name] = {"peak_gb": peak / 1e9}
     for name, f in figures.items():
         f |= summary(times[name])
         f["tokens_per_s"] = options.prompts * G * N / f["seconds"]
@@ -180,27 +150,24 @@ def rollout(options, device):
 
 def step(options, device):
     (figures, sizes), _, peak = measured(device, partial(few_steps, options, device))
-    sizes["peak_gb"] = peak                      # on the CPU, of the whole process
-    if device.type == "cuda":                    # a fifth is left for what is not counted
-        sizes["ok"] = peak <= sizes["estimate_gb"] / 0.8
-    return {"step": figures, "memory": {options.size: sizes}}
+    return {"step": figures, "memory": {options.size: sizes | {"peak_gb": peak / 1e9}}}
 
 
-def few_steps(options, device):
+def few_steps(options, device, model=None):
     """{part: figures} of steps of `argrpo.train`, and the sizes of its passes.
 
     "decode", making the images from the tokens, is measured once more and taken from "rollout"."""
-    model = random_model(config_of(options), device)
+    model = model or random_model(config_of(options), device)
     vq = VQModel(toy.VQ_CONFIG if options.size == "toy" else VQConfig())
     vq.to(device).requires_grad_(False)
     s = RunSettings(steps=1 + options.repeats, prompts_per_step=options.prompts, lr=1e-5,
                     kl_beta=0.1, group_size=options.group, micro_batch=options.micro_batch or None,
                     cfg_scale=options.cfg_scale, rollout_prompts=None, compile=options.compile)
-    speed.choose_sizes(model, vq, s)
-    sizes = {"prompts a pass": s.rollout_prompts, "micro-batch": s.micro_batch,
-             "estimate_gb": sum(speed.memory_estimate(model, vq, s).values()) / 1e9}
-    labels, stopwatch = torch.arange(options.prompts) % model.config.num_classes, Stopwatch(model)
+    labels = torch.arange(options.prompts) % model.config.num_classes
     prompts = argrpo.Prompts([f"class {k}" for k in labels.tolist()], labels)
+    speed.choose_sizes(model, vq, prompts, s)
+    sizes = {"prompts a pass": s.rollout_prompts, "micro-batch": s.micro_batch}
+    stopwatch = Stopwatch(model)
     steps = argrpo.train(
         model, speed.frozen_copy(model), vq, prompts,
         stopwatch.timed(build_rewards("brightness", device)), s,
@@ -210,14 +177,12 @@ def few_steps(options, device):
         stopwatch.start()
         made = next(steps)
         seconds = stopwatch.seconds()
-        start = clock(device)
-        argrpo.to_images(vq, made.tokens, s.micro_batch)
-        decode = clock(device) - start
-        for part in ("rollout", "reward", "reference", "update"):
+        again = partial(argrpo.to_images, vq, made.tokens, s.micro_batch)
+        _, decode, _ = measured(device, again)
+        seconds |= {"seconds_rollout": seconds["seconds_rollout"] - decode,
+                    "seconds_decode": decode, "seconds_step": seconds["seconds"]}
+        for part in times:
             times[part].append(seconds[f"seconds_{part}"])
-        times["rollout"][-1] -= decode
-        times["decode"].append(decode)
-        times["step"].append(seconds["seconds"])
     figures = {part: summary(t) for part, t in times.items()}
     for f in figures.values():
         f["share"] = f["seconds"] / figures["step"]["seconds"]
@@ -231,8 +196,7 @@ def in_bfloat16(device, dtype=torch.bfloat16):
 
 def verdict(apart, dtype, scale):
     """Columns about differences of log-probabilities, and whether rounding explains their mean."""
-    as_on = torch.device("cuda" if dtype == torch.bfloat16 else "cpu")
-    mean, allowed = apart.mean().item(), speed.allowed_mismatch(as_on, scale)
+    mean, allowed = apart.mean().item(), speed.allowed_mismatch(dtype, scale)
     return {"mean, nats": mean, "largest": apart.max().item(), "allowed mean": allowed,
             "ok": mean <= allowed}
 
@@ -269,7 +233,52 @@ def mismatch(options, device):
     return {"sampler against learner": rows}
 
 
-PARTS = {"rollout": rollout, "step": step, "parity": parity, "mismatch": mismatch}
+class Kernels(TorchDispatchMode):
+    """Counts the operations that would each launch a kernel on a GPU: all but views."""
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), how=None):
+        self.count += not (operation.is_view or operation.name() == "aten::_unsafe_view")
+        return operation(*args, **(how or {}))
+
+
+class Waits(TorchFunctionMode):
+    """Counts the numbers or lists of numbers that are asked of a tensor.  On a GPU each waits for
+    it: for all but whole numbers, which are prompts' and stand in the CPU's memory."""
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), how=None):
+        if function in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__):
+            self.count += args[0].dtype != torch.int64
+        return function(*args, **(how or {}))
+
+
+def counts(options, device):
+    """What holds on any machine.  The kernels are those of a sampler in bfloat16."""
+    from torch._dynamo.utils import counters  # which takes seconds
+    how = dict(samples_per_prompt=options.group, cfg_scale=options.cfg_scale)
+    labels, kernels, passes = torch.arange(options.prompts), [], []
+    for tokens in (9, 16):
+        config = config_of(replace(options, tokens=tokens))
+        narrow = replace(config, dim=4 * config.n_head, vocab_size=16)       # has as many kernels
+        model = speed.frozen_copy(random_model(narrow), torch.bfloat16)
+        with in_bfloat16(torch.device("cpu")), Kernels() as seen:
+            argrpo.generate(model, labels, **how)
+        kernels.append(seen.count)
+    model = random_model(replace(toy.CONFIGS["c2i"], n_layer=1, block_size=options.tokens))
+    hook = model.norm.register_forward_hook(lambda *given: passes.append(1))     # of copies, too
+    with Waits() as waiting:
+        few_steps(replace(options, size="toy", repeats=1), torch.device("cpu"), model)
+    hook.remove()                                # a compiler would notice that the list grows
+    counters.clear()
+    with patch("torch.compile", partial(torch.compile, backend="eager")):
+        argrpo.generate(speed.Sampler(compile=True)(model), labels, **how)
+    figures = {"kernels a token": (kernels[1] - kernels[0]) // 7, "passes a step": len(passes) // 2,
+               "waits a step": waiting.count // 2, "graphs": counters["stats"]["unique_graphs"]}
+    return {"counts": {options.size: figures}}
+
+
+PARTS = {"rollout": rollout, "step": step, "parity": parity, "mismatch": mismatch, "counts": counts}
 
 
 def markdown(title, rows):

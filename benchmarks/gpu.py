@@ -18,7 +18,7 @@ PAPER = "--prompts 4 --group 8 --cfg-scale 2 --micro-batch 0 --repeats 2"    # i
 PARTS = {                                        # name: options; in the order in which they run
     "parity": "--parts parity --tokens 64",
     "mismatch": "--parts mismatch --tokens 64",
-    "rollout": f"--parts rollout {PAPER} --uncached-positions 0 --compile",
+    "rollout": f"--parts rollout {PAPER} --compile",
     "step-GPT-B": f"--parts step {PAPER}",
     "step-GPT-L": f"--parts step {PAPER} --size GPT-L --tokens 576",
     "step-GPT-XL": f"--parts step {PAPER} --size GPT-XL --tokens 576",

@@ -1,4 +1,4 @@
-"""A plain sampler to measure argrpo.py's against, with a cache and without.
+"""A plain sampler to measure argrpo.py's against.
 
 Only the weights are argrpo.py's: when its code gets faster, this must not.  Letters as there:
 B images, C channels, H heads, V codes, T condition positions.
@@ -27,8 +27,7 @@ def plain_forward(model, h, rope, cache, position, mask):
 
     h (rows, positions, C) at position (positions,), where rope (positions, C/H/2, 2) is float32
     -> logits (rows, V) behind the last one.  cache (layers, 2, rows, H, slots, C/H) takes the new
-    keys and values, and all of its slots are attended to through mask (positions, slots).  If it is
-    None, h is the whole prefix."""
+    keys and values, and all of its slots are attended to through mask (positions, slots)."""
     c = model.config
     cos, sin = rope[:, None].unbind(-1)
     for i, layer in enumerate(model.layers):
@@ -37,11 +36,9 @@ def plain_forward(model, h, rope, cache, position, mask):
         q, k, v = qkv.unflatten(-1, (3, c.n_head, -1)).unbind(2)     # (rows, positions, H, C/H)
         q, k = plain_rotate(q, cos, sin), plain_rotate(k, cos, sin)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))             # (rows, H, positions, C/H)
-        if cache is not None:
-            keys, values = cache[i]
-            keys[:, :, position], values[:, :, position] = k, v
-            k, v = keys, values
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
+        keys, values = cache[i]
+        keys[:, :, position], values[:, :, position] = k, v
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         h = h + attention.wo(y.transpose(1, 2).flatten(2))
         x = plain_norm(h, layer.ffn_norm.weight, c.norm_eps)
         h = h + ffn.w2(F.silu(ffn.w1(x)) * ffn.w3(x))
@@ -59,31 +56,21 @@ def choose(logits, cfg_scale, greedy):
 
 
 @torch.no_grad()
-def plain_sampler(model, labels, samples=1, cfg_scale=1.0, greedy=False, cached=True, places=None):
-    """Labels (P,) -> tokens (B, N), through a static cache that is always attended to as a whole,
-    or, not cached, with a pass over the whole prefix for every token.
-
-    Of given places 0 .. N - 1 alone it draws nothing of use, but takes as long for each."""
+def plain_sampler(model, labels, samples=1, cfg_scale=1.0, greedy=False):
+    """Labels (P,) -> tokens (B, N), through a cache that is always attended to as a whole."""
     c, cond = model.config, labels.repeat_interleave(samples)
     tokens = cond.new_zeros(len(cond), c.block_size)
     branches = 1 if cfg_scale == 1 else 2
     if branches == 2:                            # the null branch's rows are below
         cond = torch.cat([cond, model.null_cond(cond)])                              # (rows,)
-    prefix, rope = model.cls_embedding(cond), argrpo.rope_table(c).to(cond.device)
-    slots, cache, mask = c.cls_token_num + c.block_size - 1, None, None
+    h, rope = model.cls_embedding(cond), argrpo.rope_table(c).to(cond.device)        # (rows, T, C)
+    slots = c.cls_token_num + c.block_size - 1
     causal = torch.ones(slots, slots, dtype=torch.bool, device=cond.device).tril()
-    if cached:
-        cache = prefix.new_zeros(c.n_layer, 2, len(cond), c.n_head, slots, c.dim // c.n_head)
-    for i in range(c.block_size) if places is None else places:
-        position = torch.arange(c.cls_token_num + i, device=cond.device)
-        if cached and i > 0:                     # all but the last are in the cache
-            position = position[-1:]
-            h = model.tok_embeddings(tokens[:, i - 1:i].repeat(branches, 1))         # (rows, 1, C)
-        else:
-            past = model.tok_embeddings(tokens[:, :i].repeat(branches, 1))
-            h = torch.cat([prefix, past], dim=1)                                 # (rows, T + i, C)
-        if cached:
-            mask = causal[position]
-        logits = plain_forward(model, h, rope[position], cache, position, mask)
+    cache = h.new_zeros(c.n_layer, 2, len(cond), c.n_head, slots, c.dim // c.n_head)
+    position = torch.arange(c.cls_token_num, device=cond.device)
+    for i in range(c.block_size):
+        logits = plain_forward(model, h, rope[position], cache, position, causal[position])
         tokens[:, i] = choose(logits, cfg_scale, greedy)
+        h = model.tok_embeddings(tokens[:, i:i + 1].repeat(branches, 1))             # (rows, 1, C)
+        position = position[-1:] + 1
     return tokens

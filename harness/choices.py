@@ -158,14 +158,15 @@ def class_prompts(preset, classes, template="a photo of {}"):
 
 
 def choose_classes(text, names):
-    """Class indices from "all", numbers or names, separated by commas.
+    """Class indices from "all", numbers or names, separated by commas: each once.
 
     Raises ValueError for what is no class."""
     if text == "all":
         return list(range(len(names)))
     # Of two equal names the first counts.
     index = {names[k].lower(): k for k in reversed(range(len(names)))}
-    return [choose_class(item.strip(), index, len(names)) for item in text.split(",")]
+    chosen = [choose_class(item.strip(), index, len(names)) for item in text.split(",")]
+    return list(dict.fromkeys(chosen))
 
 
 def choose_class(item, index, count):

@@ -17,7 +17,6 @@ import hashlib
 import inspect
 import json
 import math
-import sys
 from functools import partial
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -66,14 +65,9 @@ def source(path):
                                for file in sorted(files)])
 
 
-def file_of(thing):
-    """The file that defines a function or a class."""
-    return sys.modules[thing.__module__].__file__
-
-
 def fingerprint(module):
     """What tells a module from others: its weights, its configuration and its source."""
-    return digest(source(file_of(type(module))), vars(module).get("config"),
+    return digest(source(inspect.getsourcefile(type(module))), vars(module).get("config"),
                   *module.state_dict().values())
 
 
@@ -179,15 +173,13 @@ def as_images(pictures):
 def judges_of(reward_fn, spec, measure):
     """What scores pictures: {name and source: function(images, texts) -> {name: (B,)}}.
 
-    reward_fn is the RewardSet of the spec, or None; measure is such a function, or None."""
+    reward_fn is the RewardSet of the spec, maybe empty; measure is such a function, or None."""
     judges = {}
-    if reward_fn is not None:
-        for (name, weighted), (file, own, _) in zip(reward_fn.rewards.items(),
-                                                    reward.items_of(spec), strict=True):
-            defined = source(file or reward.file_of(own.partition(":")[0]))
-            judges[f"{name} {defined}"] = partial(parts_of, reward.RewardSet({name: weighted}))
+    for (name, weighted), (file, own, _) in zip(reward_fn.rewards.items(), reward.items_of(spec)):
+        defined = source(file or reward.file_of(own.partition(":")[0]))
+        judges[f"{name} {defined}"] = partial(parts_of, reward.RewardSet({name: weighted}))
     if measure is not None:
-        judges[f"measured {source(file_of(measure))}"] = measure
+        judges[f"measured {source(inspect.getsourcefile(measure))}"] = measure
     return judges
 
 
@@ -199,12 +191,11 @@ def score_shards(folder, texts, judges, device):
     """Scores of all pictures, {name: (B,)}, in files beside the shards.  texts are their prompts.
 
     Each is computed once, for a judge of `judges_of`, these pictures and their texts."""
-    columns, first = {}, 0
-    for path in shards(folder):
+    columns = {}
+    for k, path in enumerate(shards(folder)):
         kept, pictures = path.with_suffix(".json"), torch.from_numpy(read_shard(path))
-        scores = json.loads(kept.read_text()) if kept.exists() else {}
-        some = texts[first:first + len(pictures)]
-        first += len(pictures)
+        scores = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        some = texts[k * SHARD:][:SHARD]
         for judge, function in judges.items():
             key = f"{judge} {digest(pictures, some)}"
             if key not in scores:
@@ -218,41 +209,35 @@ def score_shards(folder, texts, judges, device):
     return {name: torch.tensor(values) for name, values in columns.items()}
 
 
-def by_prompt(values, index, count):
-    """The mean of each prompt's known values: values (B,), index (B,) -> (count,), NaN if none."""
-    known = ~values.isnan()
-    total = torch.zeros(count, dtype=torch.float64)
-    total = total.index_add(0, index[known], values[known].double())
-    return total / torch.bincount(index[known], minlength=count)
+def by_prompt(values, count):
+    """The mean of each prompt's known values: values (B,), equally many of each, prompt after
+    prompt -> (count,), NaN if none is known."""
+    return values.double().view(count, -1).nanmean(dim=1)
+
+
+def small_pixels(images):
+    """Images (B, 3, H, W) in [0, 1] -> (B, C) uint8, their pixels at 64 x 64 at most."""
+    side = min(64, images.shape[-1])
+    small = F.interpolate(images, size=(side, side), mode="area")
+    return to_uint8(small).movedim(-1, 1).flatten(1)
 
 
 @torch.no_grad()
-def distances(folder, index, count, features, device):
+def distances(folder, count, features, device):
     """How much the pictures of a prompt differ: {"distance/pixels": (count,), "distance/<name>"}.
 
-    Pixels: the mean L1 distance of two pictures, of at most 64 x 64 pixels.  Features: 1 minus the
-    mean cosine.  features is {name: function}, asked about pictures on the device."""
-    seen = {name: [] for name in ("pixels", *features)}
-    for path in shards(folder):
-        images = as_images(read_shard(path))
-        side = min(64, images.shape[-1])
-        small = F.interpolate(images, size=(side, side), mode="area")
-        seen["pixels"].append(to_uint8(small).movedim(-1, 1).flatten(1))
-        for name, function in features.items():
-            seen[name].append(function(images.to(device)).cpu())
-    found = {f"distance/{name}": torch.full((count,), math.nan) for name in seen}
-    for name, batches in seen.items():
-        x = torch.cat(batches)
-        for k in range(count):
-            own = x[index == k].float()
-            n = len(own)
-            if n < 2:
-                continue
-            if name == "pixels":
-                value = torch.pdist(own / 255, p=1).mean() / own.shape[1]
-            else:
-                value = 1 - ((own @ own.T).sum() - n) / (n * (n - 1))
-            found[f"distance/{name}"][k] = value
+    Pixels: the mean L1 distance of two pictures.  Features, of length one: 1 minus the mean cosine,
+    which is half the mean square of their L2 distance.  features is {name: function}, asked about
+    pictures on the device.  Pictures are equally many of each prompt; of one alone it is NaN."""
+    found = {}
+    for name, function in {"pixels": small_pixels, **features}.items():
+        x = torch.cat([function(as_images(read_shard(path)).to(device)).cpu()
+                       for path in shards(folder)])                                  # (B, C)
+        if name == "pixels":
+            values = [torch.pdist(own / 255, p=1).mean() / own.shape[1] for own in x.chunk(count)]
+        else:
+            values = [torch.pdist(own.float()).square().mean() / 2 for own in x.chunk(count)]
+        found[f"distance/{name}"] = torch.stack(values)
     return found
 
 
@@ -270,28 +255,25 @@ def geneval_summary(right, tags):
     return columns
 
 
-def columns_of(folder, texts, tags, index, reward_fn, settings, device):
-    """Everything about the pictures in a folder, those of texts[index[i]]: {metric: (M,)}.
+def columns_of(folder, texts, tags, reward_fn, settings, device):
+    """Everything about the pictures in a folder, settings.samples of each text: {metric: (M,)}.
 
-    reward_fn is a RewardSet or None: by the features of a reward that has some it is said, too, how
-    much pictures differ.  tags are GenEval's categories of the texts, or [].  settings has preset
+    reward_fn is a RewardSet: by the features of a reward that has some it is said, too, how much
+    pictures differ.  tags are GenEval's categories of the texts, or [].  settings has preset
     and task: pictures of the toy are measured by its verifier."""
-    drawn, rewards, measure = [texts[k] for k in index.tolist()], {}, None
-    if reward_fn is not None:
-        rewards = {name: function for name, (function, _) in reward_fn.rewards.items()}
+    drawn = [text for text in texts for _ in range(settings.samples)]
+    rewards = {name: function for name, (function, _) in reward_fn.rewards.items()}
+    measure = getattr(rewards.get("imagenet"), "right_class", None)
     if settings.preset == "toy":
         measure = toy.verify_by_kind if settings.task == "t2i" else toy.verify_all
-    elif "imagenet" in rewards:
-        measure = rewards["imagenet"].right_class
     judges = judges_of(reward_fn, settings.rewards, measure)
     scores = score_shards(folder, drawn, judges, device)
-    columns = {name: by_prompt(values, index, len(texts)) for name, values in scores.items()}
+    columns = {name: by_prompt(values, len(texts)) for name, values in scores.items()}
     if tags and "geneval" in columns:            # right is what meets all demands
-        right = by_prompt((scores["geneval"] >= 1).double(), index, len(texts))
-        columns |= geneval_summary(right, tags)
+        columns |= geneval_summary(by_prompt(scores["geneval"] >= 1, len(texts)), tags)
     features = {name: function.features for name, function in rewards.items()
                 if hasattr(function, "features")}
-    columns |= distances(folder, index, len(texts), features, device)
+    columns |= distances(folder, len(texts), features, device)
     if settings.preset == "toy":
         for name, values in toy.spread_by_prompt(as_images(read_shards(folder)), drawn).items():
             known = [values.get(text, math.nan) for text in texts]
@@ -348,17 +330,16 @@ def compare(tables):
     tables are the checkpoints' {metric: (M,)}, the first of them the base.  Of "spread/<part>" the
     ratios to the base's are reported, and as D the mean of these ratios."""
     parts = [name for name in tables[0] if name.startswith("spread/")]
-    known = [name for name in tables[0] if name not in parts
-             and not all(table[name].isnan().all() for table in tables)]
-    means = {name: [name] for name in known}
-    means["geneval/overall"] = [name for name in tables[0] if name.startswith("geneval/")]
-    ratios = {"D": parts} | {f"D/{name.removeprefix('spread/')}": [name] for name in parts}
+    wanted = {name: [name] for name in tables[0] if name not in parts
+              and not all(table[name].isnan().all() for table in tables)}
+    wanted["geneval/overall"] = [name for name in tables[0] if name.startswith("geneval/")]
+    wanted |= {"D": parts} | {f"D/{name.removeprefix('spread/')}": [name] for name in parts}
     rows = {}
-    for row, names in (means | ratios).items():
+    for row, names in wanted.items():
         if not names:                            # no captions of GenEval, or not the toy
             continue
         columns = [torch.stack([table[name] for name in names]) for table in tables]     # (K, M)
-        if row in ratios:
+        if names[0] in parts:
             rows[row] = [bootstrap(ratio, columns[0], own) for own in columns]
         else:
             rows[row] = [bootstrap(mean, own) | {"change": bootstrap(difference, columns[0], own)}
@@ -399,11 +380,11 @@ def in_a_cell(text):
     return " ".join(text.replace("|", "\\|").split())
 
 
-def draw_grid(path, folders, texts, index, labels, prompts=8, each=4):
+def draw_grid(path, folders, texts, samples, labels, prompts=8, each=4):
     """The same pictures of all checkpoints side by side, a row a prompt, in one picture."""
     blocks = []
     for k in torch.linspace(0, len(texts) - 1, min(prompts, len(texts))).long().tolist():
-        numbers = (index == k).nonzero()[:each, 0].tolist()
+        numbers = range(k * samples, k * samples + min(each, samples))
         for folder in folders:
             pictures = [read_shard(shard_path(folder, i // SHARD))[i % SHARD] for i in numbers]
             blocks.append((texts[k], np.stack(pictures), ()))

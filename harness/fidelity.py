@@ -18,31 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset
 
 import toy
-from harness.compare import SHARD, as_images, read_shard, reduced, shards
+from harness.compare import SHARD, as_images, read_shard, read_shards, reduced, shards
 from reward import to_uint8
 
 LEAST = 4                    # pictures: each has 3 neighbours
 ENDINGS = (".png", ".jpg", ".jpeg")              # of the pictures that torch-fidelity looks for
+MODELS = ("inception-v3-compat", "vgg16")        # its names for what FID, and precision, look with
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Pictures (n, H, W, 3) uint8 for torch-fidelity."""
-
-    def __init__(self, pictures):
-        self.pictures = pictures
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, i):
-        return torch.from_numpy(self.pictures[i]).permute(2, 0, 1)           # (3, H, W)
-
-
-class Shards(torch.utils.data.Dataset):
-    """The first `count` pictures of a folder of shards, each file read when it is asked for; of 256
-    pixels at most, as the usual reference batch is."""
+class Shards(Dataset):
+    """The first `count` pictures (3, H, W) uint8 of a folder of shards, each file read when it is
+    asked for; of 256 pixels at most, as the usual reference batch is."""
 
     def __init__(self, folder, count):
         self.files, self.count = shards(folder), count
@@ -59,30 +48,24 @@ class Shards(torch.utils.data.Dataset):
         return self.last[1][place]
 
 
-def real_pictures(path):
-    """The Pictures of an .npz such as ADM's, or the path of a folder."""
-    return Pictures(np.load(path)["arr_0"]) if is_npz(path) else str(path)
+def check_reference(path, count, option, models=MODELS):
+    """Raises ImportError, OSError or ValueError if `count` pictures cannot be compared with those
+    at path: a folder of pictures of one size, or an .npz with `arr_0` (n, H, W, 3) uint8.
 
-
-def is_npz(path):
-    return str(path).lower().endswith(".npz")
-
-
-def check_reference(path, count, option):
-    """Raises ImportError or ValueError if `count` pictures cannot be compared with those at path:
-    a folder of pictures of one size, or an .npz with `arr_0` (n, H, W, 3) uint8."""
-    library(option)
+    torch-fidelity's models are downloaded if need be."""
+    if find_spec("torch_fidelity") is None:
+        raise ImportError(f"{option} needs torch-fidelity: pip install torch-fidelity")
     if not Path(path).exists():
         raise ValueError(f"{option}: there is no {path}")
     try:
-        if is_npz(path):
-            real = np.load(path)["arr_0"]
-            known, sizes = len(real), {(real.dtype.name, *real.shape[3:])}
-            fine = sizes == {("uint8", 3)}
-        else:
+        if Path(path).is_dir():
             files = [file for file in Path(path).iterdir() if file.suffix.lower() in ENDINGS]
             known, sizes = len(files), {Image.open(file).size for file in files}
             fine = len(sizes) <= 1
+        else:
+            real = np.load(path)["arr_0"]
+            known, sizes = len(real), {(real.dtype.name, *real.shape[3:])}
+            fine = sizes == {("uint8", 3)}
     except Exception as error:                   # a damaged file can fail anywhere
         raise ValueError(f"{option}: cannot read the pictures of {path} "
                          f"({type(error).__name__}: {error})") from error
@@ -92,22 +75,25 @@ def check_reference(path, count, option):
     if min(known, count) < LEAST:
         raise ValueError(f"{option} compares {count} pictures with the {known} of {path}: each "
                          f"must be at least {LEAST}")
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+    for name in models:
+        kind = FEATURE_EXTRACTORS_REGISTRY[name]
+        try:
+            kind(name, kind.get_provided_features_list()[:1])
+        except OSError as error:
+            raise OSError(f"{option} cannot download the model {name} ({error}): get it where there"
+                          f" is a network, into {torch.hub.get_dir()}/checkpoints") from error
 
 
-def library(option):
-    """torch-fidelity.  Raises ImportError, naming the option that needs it."""
-    try:
-        import torch_fidelity
-    except ImportError:
-        raise ImportError(f"{option} needs torch-fidelity: pip install torch-fidelity") from None
-    return torch_fidelity
-
-
-def figures(pictures, reference, option, **how):
-    """torch-fidelity's figures of Pictures against Pictures or a folder of real images."""
-    return library(option).calculate_metrics(
-        input1=pictures, input2=reference, fid=True, verbose=False,
-        cuda=torch.cuda.is_available(), **how)
+def figures(pictures, reference, device, **metrics):
+    """torch-fidelity's FID, Inception Score, and what the metrics ask for, of a Dataset of pictures
+    against the real ones at the path `reference`, computed on the device."""
+    import torch_fidelity
+    real = str(reference)
+    if not Path(real).is_dir():
+        real = ConcatDataset([torch.from_numpy(np.load(real)["arr_0"]).movedim(-1, 1)])
+    return torch_fidelity.calculate_metrics(input1=pictures, input2=real, fid=True, isc=True,
+                                            verbose=False, cuda=device.type == "cuda", **metrics)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,51 +106,36 @@ def scenes_of(texts, seed=0):
     return to_uint8(toy.render([toy.make_scene(text, rng) for text in texts])).numpy()
 
 
-def register_features():
-    """Registers the extractor "toy" with torch-fidelity, once: the tokenizer's features before
-    quantisation, 288 numbers a picture."""
-    from torch_fidelity import FeatureExtractorBase, registry
-
-    class ToyFeatures(FeatureExtractorBase):
-        def __init__(self, name, features_list, **how):
-            super().__init__(name, features_list)
-            _, self.vq = toy.load("c2i")
-
-        @staticmethod
-        def get_provided_features_list():
-            return ("tokens",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "tokens"
-
-        @torch.no_grad()
-        def forward(self, pictures):             # (B, 3, 24, 24) uint8
-            return (self.vq.features(pictures.float() / 127.5 - 1).flatten(1),)
-
-    if "toy" not in registry.FEATURE_EXTRACTORS_REGISTRY:
-        registry.register_feature_extractor("toy", ToyFeatures)
+@torch.no_grad()
+def toy_features(pictures):
+    """The tokenizer's features before quantisation: (n, 24, 24, 3) uint8 -> (n, 288)."""
+    _, vq = toy.load("c2i")
+    batches = torch.from_numpy(pictures).movedim(-1, 1).contiguous().split(64)   # (64, 3, 24, 24)
+    return torch.cat([vq.features(batch.float() / 127.5 - 1).flatten(1) for batch in batches])
 
 
 def fid_of_toy(pictures, texts):
-    """FID, precision and recall of Pictures or Shards of the toy with these prompts, by name."""
-    register_features()
-    found = figures(pictures, Pictures(scenes_of(texts)), "FID", prc=True, feature_extractor="toy",
-                    save_cpu_ram=True)
+    """FID, precision and recall, by name, of pictures (n, 24, 24, 3) uint8 of the toy with these
+    prompts, against rendered scenes."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    drawn, real = toy_features(pictures), toy_features(scenes_of(texts))
+    found = prc_features_to_metric(drawn, real, save_cpu_ram=True, verbose=False)
+    found |= fid_statistics_to_metric(fid_features_to_statistics(drawn),
+                                      fid_features_to_statistics(real), verbose=False)
     return {"FID (toy's features)": found["frechet_inception_distance"],
             "precision (toy's)": found["precision"], "recall (toy's)": found["recall"]}
 
 
-def figures_of(folder, texts, index, settings):
-    """FID and its kin by name, of the pictures in a folder, those of texts[index[i]]: against
+def figures_of(folder, texts, settings, device):
+    """FID and its kin by name, of the pictures in a folder, settings.samples of each text: against
     settings.reference, or, of the toy, rendered scenes.  Else none."""
-    pictures = Shards(folder, len(index))
+    drawn = [text for text in texts for _ in range(settings.samples)]
     if settings.reference:
-        found = figures(pictures, real_pictures(settings.reference), "--reference", isc=True,
-                        prc=True)
+        found = figures(Shards(folder, len(drawn)), settings.reference, device, prc=True)
         return {"FID": found["frechet_inception_distance"],
                 "Inception Score": found["inception_score_mean"],
                 "precision": found["precision"], "recall": found["recall"]}
-    if settings.preset == "toy" and find_spec("torch_fidelity") and len(index) >= LEAST:
-        return fid_of_toy(pictures, [texts[k] for k in index.tolist()])
+    if settings.preset == "toy" and find_spec("torch_fidelity") and len(drawn) >= LEAST:
+        return fid_of_toy(read_shards(folder), drawn)
     return {}

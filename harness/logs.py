@@ -26,6 +26,18 @@ def plain(text):
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
+def say(*lines):
+    """Prints lines, with a question mark for each character that the terminal does not know.
+
+    That nobody reads them any more, as after `| head`, is no error."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        for line in lines:
+            print(plain(line).encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def named(error):
     return plain(f"{type(error).__name__}: {error}")
 

@@ -303,8 +303,9 @@ def seen_from(folder, values):
         if values[name] and (folder / values[name]).exists():        # else a Hugging Face repo
             moved[name] = str(folder / values[name])
     for name in {"reward", "watch"} & set(values):
-        moved[name] = ",".join(str(folder / item.strip()) if ".py:" in item else item
-                               for item in values[name].split(","))
+        moved[name] = ",".join(
+            str(folder / Path(item.strip()).expanduser()) if ".py:" in item else item
+            for item in values[name].split(","))
     return moved
 
 

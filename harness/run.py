@@ -39,7 +39,7 @@ from harness.device import (
     packed,
 )
 from harness.gallery import Progress, gallery_arrays, mind_arrays, write_arrays
-from harness.logs import Logs, write_json
+from harness.logs import Logs, say, write_json
 from harness.options import check_new, images_of, one_line_errors
 from harness.page import show
 from harness.selftest import selftest
@@ -128,7 +128,7 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
             before, gallery_before, spread = evaluate_all(
                 sampler(model), vq, eval_prompts, reward_fn, settings, watched, stop)
             watched = watched._replace(base_spread=watched.base_spread or spread)
-            print("before: " + describe(before), flush=True)
+            say("before: " + describe(before))
             # Model and rewards have shown that they work: only now the folder becomes a run's.
             write_json(out / "config.json", config)
             write_arrays(out / "report.npz", gallery_arrays(gallery_before, "before"))
@@ -193,11 +193,11 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
     draw(attempt, out, gallery_before, gallery_after, minds or {})
     logs.numbers(settings.steps, {"evaluation": after})
     logs.picture(settings.steps, "before_after", out / "before_after.png")
-    print("before: " + describe(before) + "\nafter:  " + describe(after))
+    say("before: " + describe(before), "after:  " + describe(after))
     known = config["settings"] | {"device": str(device)}
     findings = attempt("the doctor", doctor.report, record.metrics, known, summary)
-    print(*(findings or ()), sep="\n")
-    print(f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
+    say(*(findings or ()),
+        f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
     return summary
 
 
@@ -205,18 +205,18 @@ def print_sizes(model, vq, prompts, settings):
     s, size = settings, processes.rank_and_size()[1]
     parameters = sum(p.numel() for p in model.parameters())
     others = f" and {size - 1} more" if size > 1 else ""
-    print(f"{parameters / 1e6:.1f}M parameters, {model.config.block_size} tokens per image, "
-          f"{s.prompts_per_step} prompts x {s.group_size} samples = "
-          f"{s.prompts_per_step * s.group_size} images per step, "
-          f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
-          f"{s.micro_batch} images in the update, {s.steps} steps, "
-          f"on {next(model.parameters()).device}{others}, into {s.out}/", flush=True)
+    say(f"{parameters / 1e6:.1f}M parameters, {model.config.block_size} tokens per image, "
+        f"{s.prompts_per_step} prompts x {s.group_size} samples = "
+        f"{s.prompts_per_step * s.group_size} images per step, "
+        f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
+        f"{s.micro_batch} images in the update, {s.steps} steps, "
+        f"on {next(model.parameters()).device}{others}, into {s.out}/")
     if s.recipe == "diverse" and not s.resume:
         usual = images_of(type(s)(**s.presets[s.preset]))
         remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
-        print(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
-              f"as many as --recipe paper, and once {remembered} of the pretrained model, or fewer")
-    print(describe_dtype(next(model.parameters()).device), flush=True)
+        say(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
+            f"as many as --recipe paper, and once {remembered} of the pretrained model, or fewer")
+    say(describe_dtype(next(model.parameters()).device))
 
 
 def diverse_recipe(reference, vq, prompts, reward_fn, settings, features):

@@ -1,12 +1,12 @@
 """Comparing checkpoints: pictures with streams of their own, in shards, and the table of them."""
 
-import functools
 import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 import argrpo
 import evaluate
 import reward
+import sample
 import toy
 from harness import compare, fidelity
 from harness.choices import checkpoint
 from harness.compare import draw_shards, read_shards, shards
-from harness.fidelity import Pictures, Shards, fid_of_toy, scenes_of
+from harness.fidelity import Shards, fid_of_toy, scenes_of
 
 PROMPTS = argrpo.Prompts([f"prompt {k}" for k in range(5)], torch.arange(5))
 INDEX = torch.arange(5).repeat_interleave(4)     # 20 pictures
@@ -167,16 +168,48 @@ def test_how_much_a_prompts_pictures_differ(tmp_path):
     pictures = np.zeros((4, 2, 2, 3), np.uint8)
     pictures[1:] = 255
     np.savez(tmp_path / "00000.npz", images=pictures)
-    asked = []
 
     def mine(images):
-        asked.append(images.device.type)
         return torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]])
 
-    found = compare.distances(tmp_path, torch.tensor([0, 0, 1, 1]), 2, {"mine": mine}, "meta")
-    assert found["distance/pixels"].tolist() == [1.0, 0.0], "mean L1 of two different pictures"
-    assert found["distance/mine"].tolist() == [1.0, 0.0], "1 minus the cosine"
-    assert asked == ["meta"], "the features' model may be on a GPU, to which pictures must follow"
+    found = compare.distances(tmp_path, 2, {"mine": mine}, "cpu")
+    assert found["distance/pixels"].tolist() == [1.0, 0.0], "mean L1 of two pictures"
+    assert found["distance/mine"].tolist() == pytest.approx([1.0, 0.0]), "1 minus the cosine"
+    alone = compare.distances(tmp_path, 4, {}, "cpu")["distance/pixels"]
+    assert alone.isnan().all(), "one picture differs from none"
+
+
+class OnMeta:
+    """A reward whose model is on the device "meta", as others are on a GPU: it takes only what is
+    there, too."""
+
+    def __call__(self, images, prompts):
+        assert images.device.type == "meta"
+        return torch.ones(len(images))
+
+    def right_class(self, images, prompts):
+        return {"imagenet/accuracy": self(images, prompts)}
+
+    def features(self, images):
+        return self(images, None)[:, None]
+
+
+def test_pictures_of_files_follow_to_the_models_device(tmp_path, monkeypatch):
+    """To a reward, to what measures and to its features, and to torch-fidelity's models."""
+    np.savez(tmp_path / "00000.npz", images=np.zeros((4, 8, 8, 3), np.uint8), entropy=np.zeros(4))
+    rewards = reward.RewardSet({"imagenet": (OnMeta(), 1.0)})
+    monkeypatch.setattr(reward.RewardSet, "__call__",        # it reads the scores, on their device
+                        lambda self, *given: (None, {"imagenet": OnMeta()(*given)}))
+    monkeypatch.setattr(compare, "small_pixels", OnMeta().features)          # it reads them, too
+    monkeypatch.setattr(compare, "source", str)              # all of the house, from this file
+    settings = evaluate.EvaluateSettings(preset="B-256", rewards="imagenet", samples=2)
+    columns = compare.columns_of(tmp_path, ["a", "b"], [], rewards, settings, torch.device("meta"))
+    assert set(columns) == {"imagenet", "imagenet/accuracy", "entropy", "distance/pixels",
+                            "distance/imagenet"}
+    torch_fidelity = pytest.importorskip("torch_fidelity")
+    monkeypatch.setattr(torch_fidelity, "calculate_metrics", lambda **how: how["cuda"])
+    assert fidelity.figures(None, tmp_path, torch.device("cuda"))
+    assert not fidelity.figures(None, tmp_path, torch.device("cpu")), "as --device cpu asks for"
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -209,6 +242,8 @@ def test_the_table_of_three_checkpoints(table):
     assert results["checkpoints"] == ["base", "base@1", "AR-GRPO_TOY"]
     metrics = results["metrics"]
     assert {"verified", "jpeg", "entropy", "distance/pixels", "D", "D/sizes"} <= set(metrics)
+    names = {row for row in metrics if row.isidentifier()}   # as a function's may be
+    assert names - {"jpeg"} <= reward.TAKEN, "a reward of such a name would share that row"
     base, again, surer = metrics["entropy"]
     assert surer["change"]["high"] < 0, "larger logits, less entropy"
     assert again["change"]["low"] < 0 < again["change"]["high"], "two seeds of one model"
@@ -234,7 +269,7 @@ def test_the_numbers_are_those_of_the_pictures(table):
 def test_once_more_draws_and_scores_nothing(table, monkeypatch):
     _, given, results = table
     monkeypatch.setattr(compare, "draw", None)
-    monkeypatch.setattr(toy, "verify_all", functools.wraps(toy.verify_all)(lambda: None))
+    monkeypatch.setattr(toy.verifier, "verify", None)
     monkeypatch.setattr(evaluate.reward.RewardSet, "__call__", None)
     assert evaluate.main(given)["metrics"] == results["metrics"]
 
@@ -250,10 +285,9 @@ def test_fid_is_zero_between_equal_pictures_and_grows_with_noise():
     pytest.importorskip("torch_fidelity")
     texts = toy.CLASSES * 12
     scenes = scenes_of(texts)                    # the very scenes of the reference
-    exact = fid_of_toy(Pictures(scenes), texts)["FID (toy's features)"]
+    exact = fid_of_toy(scenes, texts)["FID (toy's features)"]
     noisy = np.random.default_rng(0).integers(-40, 40, scenes.shape) + scenes
-    noisy = Pictures(noisy.clip(0, 255).astype(np.uint8))
-    spoilt = fid_of_toy(noisy, texts)["FID (toy's features)"]
+    spoilt = fid_of_toy(noisy.clip(0, 255).astype(np.uint8), texts)["FID (toy's features)"]
     assert abs(exact) < 1e-3 and spoilt > 0.05
 
 
@@ -269,6 +303,24 @@ def test_real_fid_reads_the_shards_one_by_one(tmp_path, monkeypatch):
         assert (found[i].permute(1, 2, 0).numpy() == picture).all()
     np.savez(tmp_path / "00000.npz", images=np.zeros((3, 384, 384, 3), np.uint8))
     assert Shards(tmp_path, 5)[1].shape == (3, 256, 256)
+
+
+def test_missing_models_of_fid_are_missed_before_drawing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity import feature_extractor_inceptionv3
+
+    def offline(*args, **kwargs):
+        raise URLError("no network")
+    monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", offline)
+    np.savez(tmp_path / "real.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    for command, given in ((evaluate, ["--gpt-ckpt", "base", "--reference", "real.npz"]),
+                           (sample, ["--npz", "a.npz", "--fid-reference", "real.npz"])):
+        with pytest.raises(SystemExit) as stop:
+            command.main(given)
+        message = f"{given[2]} cannot download the model inception-v3-compat (<urlopen error no net"
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["real.npz"]
 
 
 def test_the_toys_captions_ask_for_every_relation_alike():

@@ -61,8 +61,7 @@ def test_the_same_seed_gives_the_same_interval_and_one_row_none():
 
 
 def test_the_mean_of_a_prompts_pictures():
-    values = torch.tensor([1.0, 0.0, math.nan, 1.0, math.nan, math.nan])
-    found = by_prompt(values, torch.tensor([0, 0, 0, 1, 2, 2]), 3)
+    found = by_prompt(torch.tensor([1.0, 0.0, math.nan, 1.0, math.nan, math.nan]), 3)
     assert found[:2].tolist() == [0.5, 1.0], "a missing score (NaN) is left out of the mean"
     assert found[2].isnan(), "of a prompt without a score nothing is known"
 
