@@ -149,8 +149,8 @@ def rollout(options, device):
 
 
 def step(options, device):
-    (figures, sizes), _, peak = measured(device, partial(few_steps, options, device))
-    return {"step": figures, "memory": {options.size: sizes | {"peak_gb": peak / 1e9}}}
+    figures, sizes = few_steps(options, device)
+    return {"step": figures, "memory": {options.size: sizes}}
 
 
 def few_steps(options, device, model=None):
@@ -175,7 +175,7 @@ def few_steps(options, device, model=None):
     times = {part: [] for part in ("rollout", "decode", "reward", "reference", "update", "step")}
     for _ in range(s.steps):
         stopwatch.start()
-        made = next(steps)
+        made, _, peak = measured(device, partial(next, steps))
         seconds = stopwatch.seconds()
         again = partial(argrpo.to_images, vq, made.tokens, s.micro_batch)
         _, decode, _ = measured(device, again)
@@ -186,7 +186,7 @@ def few_steps(options, device, model=None):
     figures = {part: summary(t) for part, t in times.items()}
     for f in figures.values():
         f["share"] = f["seconds"] / figures["step"]["seconds"]
-    return figures, sizes
+    return figures, sizes | {"peak_gb": peak / 1e9}                      # of the last step
 
 
 def in_bfloat16(device, dtype=torch.bfloat16):

@@ -5,8 +5,8 @@ i and on its prompt: not on what is drawn beside it, on how many processes draw,
 interrupted them (but for rounding, which may differ with the number of rows).  So pictures of two
 checkpoints can be compared one by one.
 
-What is drawn or scored is kept.  It is found again by a key that holds all that it depends on,
-weights and source code included.
+What is drawn or scored is kept, but for the scores of a user's own reward files.  It is found again
+by a key that holds all that it depends on, weights and source code included.
 
 Everything measured is first a number of each prompt: the mean over its pictures, or how much they
 differ.  So intervals are over prompts, and differences are paired prompt by prompt.
@@ -31,7 +31,7 @@ import reward
 import toy
 from harness.device import Sampler
 from harness.logs import write_atomically, write_json
-from harness.page import sheet
+from harness.page import read, sheet
 from reward import to_uint8
 
 SHARD = 64                                       # pictures of a file
@@ -151,9 +151,9 @@ def shards(folder):
 
 
 def read_shard(path, name="images", default=None):
-    """An array of a shard, or the default if it has none of that name."""
-    with np.load(path) as file:
-        return file.get(name, default)
+    """An array of a shard, or the default if it has none of that name.  Raises ValueError, naming
+    the file, for a damaged one: it is drawn again if it is removed."""
+    return read(path, lambda file: np.load(file).get(name, default))
 
 
 def read_shards(folder, name="images"):
@@ -171,15 +171,17 @@ def as_images(pictures):
 # ---------------------------------------------------------------------------------------------
 
 def judges_of(reward_fn, spec, measure):
-    """What scores pictures: {name and source: function(images, texts) -> {name: (B,)}}.
+    """What scores pictures: [(key, function(images, texts) -> {name: (B,)}), ...].
 
-    reward_fn is the RewardSet of the spec, maybe empty; measure is such a function, or None."""
-    judges = {}
+    reward_fn is the RewardSet of the spec, maybe empty; measure is such a function, or None.  A key
+    says what its scores depend on besides pictures and texts.  It is None for a user's own file:
+    nobody knows what that reads."""
+    judges = []
     for (name, weighted), (file, own, _) in zip(reward_fn.rewards.items(), reward.items_of(spec)):
-        defined = source(file or reward.file_of(own.partition(":")[0]))
-        judges[f"{name} {defined}"] = partial(parts_of, reward.RewardSet({name: weighted}))
+        key = None if file else f"{name} {source(reward.file_of(own.partition(':')[0]))}"
+        judges.append((key, partial(parts_of, reward.RewardSet({name: weighted}))))
     if measure is not None:
-        judges[f"measured {source(inspect.getsourcefile(measure))}"] = measure
+        judges.append((f"measured {source(inspect.getsourcefile(measure))}", measure))
     return judges
 
 
@@ -188,22 +190,25 @@ def parts_of(reward_fn, images, texts):
 
 
 def score_shards(folder, texts, judges, device):
-    """Scores of all pictures, {name: (B,)}, in files beside the shards.  texts are their prompts.
+    """Scores of all pictures, {name: (B,)}.  texts are their prompts, judges as of `judges_of`.
 
-    Each is computed once, for a judge of `judges_of`, these pictures and their texts."""
-    columns = {}
-    for k, path in enumerate(shards(folder)):
+    What a judge with a key says of these pictures and texts is kept in files beside the shards."""
+    columns, first = {}, 0
+    for path in shards(folder):
         kept, pictures = path.with_suffix(".json"), torch.from_numpy(read_shard(path))
-        scores = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        some = texts[k * SHARD:][:SHARD]
-        for judge, function in judges.items():
+        known = read(kept, json.load)
+        some = texts[first:first + len(pictures)]
+        first += len(pictures)
+        for judge, function in judges:
             key = f"{judge} {digest(pictures, some)}"
-            if key not in scores:
-                images = as_images(pictures).to(device)
-                scores[key] = {name: part.tolist()
-                               for name, part in function(images, some).items()}
-                write_json(kept, scores)
-            for name, values in scores[key].items():
+            scores = known.get(key)
+            if scores is None:
+                found = function(as_images(pictures).to(device), some)
+                scores = {name: part.tolist() for name, part in found.items()}
+                if judge:
+                    known[key] = scores
+                    write_json(kept, known)
+            for name, values in scores.items():
                 columns.setdefault(name, []).extend(values)
     columns["entropy"] = read_shards(folder, "entropy").tolist()
     return {name: torch.tensor(values) for name, values in columns.items()}

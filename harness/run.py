@@ -7,6 +7,7 @@ model.pt (the result, in LlamaGen's format).
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from harness import doctor, processes
 from harness.before_after import describe, diversity_kept, evaluate_all, known_mean
 from harness.checkpoints import Record, locked, save_weights
 from harness.choices import build_features
+from harness.compare import digest
 from harness.device import (
     Sampler,
     Stopwatch,
@@ -75,7 +77,9 @@ def run(settings, load):
                 if settings.checkpointing:
                     checkpoint_layers(model)
                 choose_sizes(model, vq, prompts, settings)
-                config = configuration(settings, device)
+                config = configuration(settings, device, digests_of(model, vq, prompts))
+                if settings.resume:
+                    check_unchanged(settings.out, config)
                 logs = Logs(settings, config, record.done, record.writer)
             with closing(logs), processes.StopRequest() as stop:
                 if settings.selftest:
@@ -270,12 +274,30 @@ def draw(attempt, out, before, after, minds):
     show(out, attempt)
 
 
-def configuration(settings, device=""):
+def digests_of(model, vq, prompts):
+    """A few letters each that tell what a run starts from."""
+    return {"transformer": digest(*model.state_dict().values()),
+            "tokenizer": digest(*vq.state_dict().values()), "prompts": digest(prompts.texts)}
+
+
+def check_unchanged(out, config):
+    """Raises ValueError if a run's files have changed since it began: it would go on from another
+    reference or with other prompts."""
+    path = Path(out) / "config.json"
+    before = json.loads(path.read_text(encoding="utf-8")).get("digests", config["digests"])
+    changed = [name for name, value in config["digests"].items() if before[name] != value]
+    if changed:
+        raise ValueError(f"{out} began with another {' and another '.join(changed)}: put back the "
+                         "files that its options name, or begin a new run")
+
+
+def configuration(settings, device="", digests=None):
     """What config.json holds."""
     values = dataclasses.asdict(settings) | {"resume": ""}
     given = {name: value for name, value in settings.given.items() if name != "resume"}
     return {"script": settings.script, "settings": values, "given": given, "device": str(device),
-            "folder": os.getcwd(), "torch": torch.__version__, "argrpo": version()}
+            "digests": digests, "folder": os.getcwd(), "torch": torch.__version__,
+            "argrpo": version()}
 
 
 def version():
