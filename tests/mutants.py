@@ -1,6 +1,6 @@
 """Puts bugs into the code, one at a time, and shows which the tests notice.  Run by hand.
 
-    python tests/mutants.py                  # all: about a quarter of an hour on a free core
+    python tests/mutants.py                  # all: about half an hour on a free core
     python tests/mutants.py 3 17 40-52       # some, by number; 0 is the code without a bug
     python tests/mutants.py --list           # without running any
     python tests/mutants.py --jobs 2         # so many at a time, two at most
@@ -52,10 +52,10 @@ TESTS = {
     "reward": ("rewards/test_reward",),
     "pretrained": ("harness/test_pretrained",),
     "speed": ("harness/test_speed",),
-    "none": (),
 }
+TESTS["none"] = sum(TESTS.values(), ())          # without a bug none of them may fail
 WIDER = ("method/*", "toy/*", "harness/test_evaluation", "harness/test_run", "rewards/test_reward",
-         "harness/test_pretrained", "harness/test_speed")
+         "harness/test_pretrained", "harness/test_speed", "harness/test_checkpoints")
 
 
 NO_BUG = Bug("argrpo.py", "none", "", "", "no bug at all, which no test may notice: else the table "
@@ -71,7 +71,8 @@ def copy_tree(folder, bug):
         if name.parts[0] not in ("labs", "examples", "runs"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / name)
-    for name in ("pyproject.toml", "tests/golden", "toy/weights", "assignments/right",
+    for name in ("pyproject.toml", "tests/golden", "toy/weights", "harness/report.html.j2",
+                 "assignments/right",
                  *(path.relative_to(ROOT) for path in ROOT.glob("assignments/*.toml"))):
         (folder / name).symlink_to(ROOT / name)
     (folder / bug.file).write_text(code, "utf-8")

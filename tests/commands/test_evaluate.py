@@ -404,10 +404,10 @@ def test_a_picture_is_right_for_geneval_only_if_it_meets_all_its_demands(tmp_pat
     pictures = np.zeros((4, 2, 2, 3), np.uint8)
     np.savez(tmp_path / "00000.npz", images=pictures, entropy=np.zeros(4, np.float32))
     met = reward.RewardSet({"geneval": (lambda *_: torch.tensor([1.0, 0.5, 0.5, 0.5]), 1.0)})
-    settings = evaluate.EvaluateSettings(preset="t2i-XL-256", task="t2i", rewards="geneval")
+    settings = evaluate.EvaluateSettings(preset="t2i-XL-256", task="t2i", rewards="geneval",
+                                         samples=2)
     texts, tags = ["a photo of two dogs", "a photo of a red bus"], ["counting", "colors"]
-    columns = compare.columns_of(tmp_path, texts, tags, torch.tensor([0, 0, 1, 1]), met, settings,
-                                 "cpu")
+    columns = compare.columns_of(tmp_path, texts, tags, met, settings, "cpu")
     assert columns["geneval"].tolist() == [0.75, 0.5], "the reward itself is a mean of shares"
     assert columns["geneval pictures"].tolist() == [0.5, 0.0], "half of the demands is not right"
     assert columns["geneval prompts"].tolist() == [1.0, 0.0], "one right picture of the first"
@@ -428,8 +428,9 @@ def test_pictures_of_other_settings_are_not_mixed_in(what, change, model, tmp_pa
         draw_shards(model, Blocks(), PROMPTS, INDEX, tmp_path, **how)
 
 
-def test_each_picture_is_scored_with_its_own_text_and_again_when_it_changes(tmp_path):
+def test_each_picture_is_scored_with_its_own_text_and_again_when_it_changes(tmp_path, monkeypatch):
     """Five pictures in two files; the judge reads the text."""
+    monkeypatch.setattr(compare, "SHARD", 3)
     texts, said = ["1", "2", "3", "4", "5"], []
 
     def judge(images, texts):

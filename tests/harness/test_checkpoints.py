@@ -155,13 +155,13 @@ def test_a_resumed_run_remembers_what_rehearsal_and_bonus_have_seen(tmp_path, no
     """Two steps and two more are four in one go, and the reference draws nothing again."""
     diverse_run(tmp_path / "whole", steps=4)
     diverse_run(tmp_path / "two", steps=2)
-    drawn = []
-    honest = diversity.Rehearsal.draw_right
+    drawn, honest = set(), diversity.Rehearsal.remember
 
-    def draw_right(self, k, name):
-        drawn.append(name)
-        return honest(self, k, name)
-    monkeypatch.setattr(diversity.Rehearsal, "draw_right", draw_right)
+    def remember(self, index):
+        before = set(self.remembered)
+        honest(self, index)
+        drawn.update(set(self.remembered) - before)
+    monkeypatch.setattr(diversity.Rehearsal, "remember", remember)
     diverse_run(tmp_path / "two", steps=4, resume=str(tmp_path / "two"))
     assert not drawn, f"the reference draws {drawn} anew: rehearsal has forgotten its pictures"
     whole, two = (read_metrics(tmp_path / name) for name in ("whole", "two"))

@@ -75,9 +75,11 @@ def test_genevals_overall_score_is_the_mean_of_its_categories():
     figures = {name: mean(column[None]).item() for name, column in columns.items()}
     assert figures == pytest.approx({
         "geneval pictures": 0.44, "geneval prompts": 0.8,        # one right picture is enough
-        "geneval/counting": 0.6, "geneval/colors": 0.25, "geneval/position": 0.5})
+        "geneval/counting": 0.6, "geneval/colors": 0.25, "geneval/position": 0.5}), (
+        "all pictures; prompts with a right picture at least; the pictures of each category")
     categories = [column for name, column in columns.items() if "/" in name]
-    assert mean(torch.stack(categories)).item() == pytest.approx(0.45)
+    assert mean(torch.stack(categories)).item() == pytest.approx(0.45), (
+        "the overall score is the mean of the categories, not of the prompts")
 
 
 def test_the_table_says_what_is_noise():

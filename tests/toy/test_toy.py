@@ -214,6 +214,7 @@ def test_the_shipped_spread_is_that_of_the_shipped_weights(tmp_path):
     assert one["sizes"] is None, "three things have one size: there is nothing to measure"
 
 
+@pytest.mark.slow
 def test_spread_is_measured_of_the_weights_in_the_folder(tmp_path):
     for name in ("toy_vq.pt", "toy_c2i.pt", "toy_t2i.pt"):
         shutil.copy(toy.FOLDER / name, tmp_path)
