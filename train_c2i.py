@@ -47,7 +47,7 @@ DIVERSE["toy"] = RECIPE | dict(steps=450, prompts_per_step=16, group_size=16, lr
 
 @dataclass
 class C2iSettings(options.RunSettings):
-    script, presets, diverse = "train_c2i", PRESETS, DIVERSE
+    script, presets, recipes = "train_c2i", PRESETS, {"diverse": DIVERSE}
     classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names
                                          # such as otter,pizza
 

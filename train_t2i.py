@@ -44,7 +44,7 @@ DIVERSE["toy"] = RECIPE | dict(steps=500, prompts_per_step=16, lr=1e-3, rehearsa
 
 @dataclass
 class T2iSettings(options.RunSettings):
-    script, presets, diverse = "train_t2i", PRESETS, DIVERSE
+    script, presets, recipes = "train_t2i", PRESETS, {"diverse": DIVERSE}
     prompts: str = ""                    # file of captions: one a line, or .json or .jsonl;
                                          # default: composed ones
     composed: int = 2000                 # how many captions to compose from COCO's objects,

@@ -47,11 +47,11 @@ PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "refer
 class RunSettings(argrpo.GRPOConfig):
     """The options of a training script: the loop's, and these.
 
-    A script extends it by its name and by its presets and those of the diverse recipe, {preset:
-    {field: value}}."""
+    A script extends it by its name, by its presets, {preset: {field: value}}, and by what recipes
+    change of them, {recipe: {preset: {field: value}}}."""
     script: ClassVar[str]
     presets: ClassVar[dict]
-    diverse: ClassVar[dict]
+    recipes: ClassVar[dict]
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
@@ -76,6 +76,7 @@ class RunSettings(argrpo.GRPOConfig):
                                          # gets right (diversity.py)
     rehearsal_groups: int = 1            # groups of images that the pretrained model draws for
                                          # that, once for each prompt
+    rehearsal_steps: int = 0             # steps of rehearsal alone, before the first rollout
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
     eval_cfg_scales: str = ""            # guidance scales, such as 1,7.5, to evaluate at besides
                                          # the rollout's
@@ -256,12 +257,11 @@ def preset_settings(cls, default_preset, given):
     name, recipe = given.get("preset") or default_preset, given.get("recipe", "paper")
     if name not in cls.presets:
         raise ValueError(f"unknown preset {name!r}: there are {', '.join(cls.presets)}")
-    if recipe not in ("paper", "diverse"):
-        raise ValueError(f"unknown recipe {recipe!r}: there are paper and diverse")
-    values = {"preset": name, "out": f"runs/{cls.script}-{name}"} | cls.presets[name]
-    if recipe == "diverse":
-        values |= cls.diverse[name]
-        values["out"] += "-diverse"
+    recipes = {"paper": {name: {}}} | cls.recipes
+    if recipe not in recipes:
+        raise ValueError(f"unknown recipe {recipe!r}: there are {', '.join(recipes)}")
+    out = f"runs/{cls.script}-{name}" + ("" if recipe == "paper" else f"-{recipe}")
+    values = {"preset": name, "out": out} | cls.presets[name] | recipes[recipe][name]
     usual = cls(**values)
     settings = dataclasses.replace(usual, **given)
     settings.given = {name: value for name, value in given.items() if value != getattr(usual, name)}

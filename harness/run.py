@@ -146,11 +146,17 @@ def before_training_and_after(model, vq, prompts, eval_prompts, reward_fn, setti
             checkpoint_layers(model)
         seams, remembered = diverse_recipe(reference, vq, prompts, reward_fn, settings, features)
         record.restore(model, optimizer, remembered)
+        quiet = {"disable": True} if rank > 0 else {}            # else TQDM_DISABLE may say it
+        if settings.rehearsal and settings.rehearsal_steps and first_step == 0:
+            alone = seams["extra_loss"].alone(model, optimizer, settings.rehearsal_steps,
+                                              (rank, size), processes.average_gradients)
+            for _ in tqdm(alone, "rehearsal", settings.rehearsal_steps, unit="step", **quiet):
+                if stop.everywhere():
+                    break
         warning, stopwatch = "", Stopwatch(model)
         steps = argrpo.train(model, reference, vq, prompts, stopwatch.timed(reward_fn), settings,
                              optimizer, first_step, sampler=sampler, shard=(rank, size),
                              sync=processes.average_gradients, **seams)
-        quiet = {"disable": True} if rank > 0 else {}            # else TQDM_DISABLE may say it
         with closing(record), closing(steps), tqdm(
                 initial=first_step, total=settings.steps, desc="GRPO", unit="step", **quiet) as bar:
             while True:
@@ -214,7 +220,7 @@ def print_sizes(model, vq, prompts, settings):
           f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
           f"{s.micro_batch} images in the update, {s.steps} steps, "
           f"on {next(model.parameters()).device}{others}, into {s.out}/", flush=True)
-    if s.recipe == "diverse" and not s.resume:
+    if s.recipe != "paper" and not s.resume:
         usual = images_of(type(s)(**s.presets[s.preset]))
         remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
         print(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
