@@ -42,11 +42,6 @@ def group_diversity(images, group_size):
     return torch.cdist(x, x, p=1).sum((1, 2)) / pairs / x.shape[-1]
 
 
-def are_verdicts(rewards):
-    """Whether rewards say only right (1) or wrong (0), or nothing (NaN)."""
-    return bool(((rewards == 0) | (rewards == 1) | rewards.isnan()).all())
-
-
 def right_images(rewards, group_size):
     """Which images of a group are right: rewards (P*G,) -> (P, G) bool.
 
@@ -55,13 +50,12 @@ def right_images(rewards, group_size):
     right.  Verdicts with a weight other than 1 (--reward shapes:2) count as graded: where all of a
     group are right, none then is above the others."""
     r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
-    if are_verdicts(rewards):
+    if ((rewards == 0) | (rewards == 1) | rewards.isnan()).all():                    # verdicts
         return r == 1
     above = r > r.nanmedian(dim=1, keepdim=True).values                              # (P, G)
     maximum = r.nan_to_num(-torch.inf).amax(dim=1, keepdim=True)                     # (P, 1)
     _, _, flat = group_statistics(rewards, group_size)
-    best = (r == maximum) & ~flat                                                    # (P, G)
-    return torch.where(above.any(dim=1, keepdim=True), above, best)
+    return torch.where(above.any(dim=1, keepdim=True), above, (r == maximum) & ~flat)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,11 +87,9 @@ class Rehearsal:
     def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups, features=None):
         self.reference, self.vq, self.prompts = reference, vq, prompts
         self.reward_fn, self.config, self.features = reward_fn, config, features
-        self.weight, self.groups = weight, groups
+        self.weight, self.groups, self.names = weight, groups, names_of(prompts)
         self.device = next(reference.parameters()).device
-        self.names = names_of(prompts)
-        self.remembered = {}                     # name -> tokens (n, N) of its right images
-        self.described = {}                      # name -> their features (n, ...)
+        self.remembered, self.described = {}, {}     # name -> tokens (n, N) and features (n, ...)
 
     @torch.no_grad()
     def remember(self, index):
@@ -110,7 +102,8 @@ class Rehearsal:
         c, G, N = self.config, self.config.group_size, self.reference.config.block_size
         count, room = self.groups * G, c.rollout_prompts or c.prompts_per_step
         rngs = [argrpo.rng_for(self.device, c.seed, "rehearsal", name, 0) for name in new]
-        uniform = torch.cat([torch.rand(N, count, generator=rng, dtype=torch.float64,
+        dtype = argrpo.finest_float(self.device)
+        uniform = torch.cat([torch.rand(N, count, generator=rng, dtype=dtype,
                                         device=self.device).T for rng in rngs])
         index, drawn = torch.tensor(list(new.values())).repeat_interleave(self.groups), []
         for some, numbers in zip(index.split(room), uniform.split(room * G)):
@@ -129,13 +122,11 @@ class Rehearsal:
     def choose(self, index, step):
         """Half a group at most of each prompt's images: tokens (n, N), and their prompts (n,)."""
         rng = argrpo.rng_for("cpu", self.config.seed, "rehearsed", step)
-        tokens, prompts = [], []
-        for k in index.tolist():
-            known = self.remembered[self.names[k]].to(self.device)
-            order = torch.randperm(len(known), generator=rng)
-            tokens.append(known[order[:self.config.group_size // 2]])
-            prompts += [k] * len(tokens[-1])
-        return torch.cat(tokens), torch.tensor(prompts, dtype=torch.long)
+        known = [self.remembered[self.names[k]] for k in index.tolist()]
+        tokens = [some[torch.randperm(len(some), generator=rng)[:self.config.group_size // 2]]
+                  for some in known]
+        prompts = index.repeat_interleave(torch.tensor([len(some) for some in tokens]))
+        return torch.cat(tokens).to(self.device), prompts
 
     def __call__(self, model, index, step):
         """Adds the gradient for the prompts at index (P,) of a step: {"rehearsal": loss}."""
@@ -150,6 +141,21 @@ class Rehearsal:
             (self.weight * loss).backward()
             total += loss.item()
         return {"rehearsal": total}
+
+    def alone(self, model, optimizer, steps, shard=(0, 1), sync=lambda model: None):
+        """A generator: each `next` makes one of so many optimizer steps of rehearsal alone, which
+        come before the first rollout and make the policy right more often without a picture of its
+        own.  The learning rate falls from twice config.lr to 0, after config.warmup_steps: maximum
+        likelihood is less noisy than a reward.  shard and sync are as in `argrpo.train`."""
+        c, (rank, size), group = self.config, shard, optimizer.param_groups[0]
+        for step in range(steps):
+            index = argrpo.pick_prompts(len(self.names), step, c.prompts_per_step, c.seed)
+            logged = self(model, index.chunk(size)[rank], step - steps)
+            sync(model)
+            group["lr"] = 2 * c.lr * min((step + 1) / c.warmup_steps, 1 - step / steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield logged
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,15 +239,14 @@ class DiversityBonus:
 
     def __init__(self, rehearsal, weight, gather=lambda value: [value]):
         self.rehearsal, self.weight, self.gather = rehearsal, weight, gather
-        self.recent = {}                         # name -> features (n, ...) of its last groups
-        self.units = {}                          # name -> `unit_of` each level
+        self.recent, self.units = {}, {}         # name -> features (n, ...) of its last groups, and
+                                                 # -> `unit_of` each level
 
     def __call__(self, rewards, images, tokens, index, step):
         c, features = self.rehearsal.config, self.rehearsal.features
         self.rehearsal.remember(index)
         right = right_images(rewards, c.group_size)                                  # (P, G)
-        described = features.describe(images, tokens)
-        described = described.unflatten(0, (-1, c.group_size))                       # (P, G, ...)
+        described = features.describe(images, tokens).unflatten(0, (-1, c.group_size))
         bonus, seen = torch.zeros_like(right, dtype=torch.float32), []
         for p, k in enumerate(index.tolist()):
             name, x = self.rehearsal.names[k], described[p, right[p]]                # (n, ...)
@@ -250,16 +255,15 @@ class DiversityBonus:
         for groups in self.gather(seen):
             for name, x in groups:
                 self.recent[name] = [*self.recent.get(name, []), x][-self.RECENT:]
-        advantages = group_advantages(rewards, c.group_size, scale=c.scale_advantages)
-        return advantages + bonus.flatten()
+        return group_advantages(rewards, c.group_size, scale=c.scale_advantages) + bonus.flatten()
 
     def of_group(self, name, x):
         """The bonus (n,) of a group's right images, whose features are x (n, ...)."""
         levels, reference = self.rehearsal.features.levels, self.rehearsal.described[name]
         if len(x) < 2 or len(reference) < 2:     # nothing to move, or nothing to compare with
             return torch.zeros(len(x), device=x.device)
-        recent = [past.to(x.device) for past in self.recent.get(name, [])]
-        others = torch.cat([x[:0], *recent])     # x[:0]: there may be none yet
+        recent = self.recent.get(name, [])       # x[:0]: there may be none yet
+        others = torch.cat([x[:0], *(past.to(x.device) for past in recent)])
         of_reference = levels(reference.to(x.device))
         if name not in self.units:
             self.units[name] = [unit_of(level) for level in of_reference]

@@ -44,7 +44,8 @@ DIVERSE["toy"] = RECIPE | dict(steps=450, prompts_per_step=16, group_size=16, lr
 
 @dataclass
 class C2iSettings(options.RunSettings):
-    script, task, presets, diverse, on_gpu = "train_c2i", "c2i", PRESETS, DIVERSE, "B-256"
+    script, task, presets, on_gpu = "train_c2i", "c2i", PRESETS, "B-256"
+    recipes = {"diverse": DIVERSE}
     classes: str = "all"                 # classes to draw: "all", numbers such as 207,360, or names
                                          # such as otter,pizza
 

@@ -41,7 +41,8 @@ DIVERSE["toy"] = RECIPE | dict(steps=500, prompts_per_step=16, lr=1e-3, rehearsa
 
 @dataclass
 class T2iSettings(options.RunSettings):
-    script, task, presets, diverse, on_gpu = "train_t2i", "t2i", PRESETS, DIVERSE, "t2i-XL-256"
+    script, task, presets, on_gpu = "train_t2i", "t2i", PRESETS, "t2i-XL-256"
+    recipes = {"diverse": DIVERSE}
     prompts: str = ""                    # file of captions: one a line, or .json or .jsonl;
                                          # default: composed ones
     composed: int = 2000                 # how many captions to compose from COCO's objects,

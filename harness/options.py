@@ -47,12 +47,13 @@ PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "refer
 class RunSettings(argrpo.GRPOConfig):
     """The options of a training script: the loop's, and these.
 
-    A script extends it by its name, its task, "c2i" or "t2i", its presets and those of the diverse
-    recipe, {preset: {field: value}}, and the preset that is the default on a GPU, not the toy."""
+    A script extends it by its name, its task, "c2i" or "t2i", its presets {preset: {field: value}},
+    what recipes change of them, {recipe: {preset: {field: value}}}, and the preset that is the
+    default on a GPU, not the toy."""
     script: ClassVar[str]
     task: ClassVar[str]
     presets: ClassVar[dict]
-    diverse: ClassVar[dict]
+    recipes: ClassVar[dict]
     on_gpu: ClassVar[str]
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
@@ -78,6 +79,7 @@ class RunSettings(argrpo.GRPOConfig):
                                          # gets right (diversity.py)
     rehearsal_groups: int = 1            # groups of images that the pretrained model draws for
                                          # that, once for each prompt
+    rehearsal_steps: int = 0             # steps of rehearsal alone, before the first rollout
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
     eval_cfg_scales: str = ""            # guidance scales, such as 1,7.5, to evaluate at besides
                                          # the rollout's
@@ -255,12 +257,11 @@ def preset_settings(cls, given):
     name, recipe = given.get("preset") or default, given.get("recipe", "paper")
     if name not in cls.presets:
         raise ValueError(f"unknown preset {name!r}: there are {', '.join(cls.presets)}")
-    if recipe not in ("paper", "diverse"):
-        raise ValueError(f"unknown recipe {recipe!r}: there are paper and diverse")
-    values = {"preset": name, "out": f"runs/{cls.script}-{name}"} | cls.presets[name]
-    if recipe == "diverse":
-        values |= cls.diverse[name]
-        values["out"] += "-diverse"
+    recipes = {"paper": {name: {}}} | cls.recipes
+    if recipe not in recipes:
+        raise ValueError(f"unknown recipe {recipe!r}: there are {', '.join(recipes)}")
+    out = f"runs/{cls.script}-{name}" + ("" if recipe == "paper" else f"-{recipe}")
+    values = {"preset": name, "out": out} | cls.presets[name] | recipes[recipe][name]
     usual = cls(**values)
     settings = dataclasses.replace(usual, **given)
     settings.given = {name: value for name, value in given.items() if value != getattr(usual, name)}

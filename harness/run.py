@@ -147,11 +147,17 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
         reference, optimizer = frozen_copy(model), optimizer_of_device(model, settings)
         seams, remembered = diverse_recipe(reference, vq, prompts, reward_fn, settings, features)
         record.restore(model, optimizer, remembered)
+        quiet = {"disable": True} if rank > 0 else {}            # else TQDM_DISABLE may say it
+        if settings.rehearsal and settings.rehearsal_steps and first_step == 0:
+            alone = seams["extra_loss"].alone(model, optimizer, settings.rehearsal_steps,
+                                              (rank, size), processes.average_gradients)
+            for _ in tqdm(alone, "rehearsal", settings.rehearsal_steps, unit="step", **quiet):
+                if stop.everywhere():
+                    break
         warning, stopwatch = "", Stopwatch(model)
         steps = argrpo.train(model, reference, vq, prompts, stopwatch.timed(reward_fn), settings,
                              optimizer, first_step, sampler=sampler, shard=(rank, size),
                              sync=processes.average_gradients, **seams)
-        quiet = {"disable": True} if rank > 0 else {}            # else TQDM_DISABLE may say it
         with closing(record), closing(steps), tqdm(
                 initial=first_step, total=settings.steps, desc="GRPO", unit="step", **quiet) as bar:
             while True:
@@ -215,7 +221,7 @@ def print_sizes(model, vq, prompts, settings):
         f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
         f"{s.micro_batch} images in the update, {s.steps} steps, "
         f"on {next(model.parameters()).device}{others}, into {s.out}/")
-    if s.recipe == "diverse" and not s.resume:
+    if s.recipe != "paper" and not s.resume:
         usual = images_of(type(s)(**s.presets[s.preset]))
         remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
         say(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "

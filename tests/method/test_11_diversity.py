@@ -13,7 +13,6 @@ from diversity import (
     DiversityBonus,
     Pixels,
     Rehearsal,
-    are_verdicts,
     energy_witness,
     group_diversity,
     right_images,
@@ -33,11 +32,6 @@ def test_diversity_is_a_mean_over_pairs():
     """Of brightness 0, 0 and 0.6 the pairs differ by 0, 0.6 and 0.6."""
     images = torch.tensor([0.0, 0.0, 0.6]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     same(group_diversity(images, 3), [0.4], "mean L1 distance per pixel over the pairs of a group")
-
-
-def test_verdicts_are_zeros_and_ones():
-    assert are_verdicts(torch.tensor([0.0, 1.0, math.nan])), "a missing verdict is still none"
-    assert not are_verdicts(torch.tensor([0.0, 1.0, 0.5])), "0.5 is a grade, not a verdict"
 
 
 def test_what_is_right():

@@ -208,6 +208,47 @@ def test_a_prompt_that_is_never_right_adds_nothing():
     assert all(p.grad is None for p in model.parameters()), "and has no gradient"
 
 
+# --- alone, before the first rollout -----------------------------------------------------------
+
+def test_alone_it_makes_steps_of_maximum_likelihood(spy):
+    """Three of them, the same as by hand, and the policy draws nothing.  The rate falls from twice
+    the run's in a line, which is warmed up in two steps."""
+    drawn = spy(argrpo, "generate")
+    model, rehearsal, config, _ = tiny_rehearsal(lr=0.01, warmup_steps=2)
+    by_hand, again, _, _ = tiny_rehearsal(lr=0.01, warmup_steps=2)
+    optimizer = argrpo.make_optimizer(by_hand, config)
+    for step, rate in enumerate([0.02 / 2, 0.02 * 2 / 3, 0.02 / 3]):
+        index = argrpo.pick_prompts(5, step, config.prompts_per_step, config.seed)
+        again(by_hand, index, step - 3)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    start = weights(model)
+    logged = list(rehearsal.alone(model, argrpo.make_optimizer(model, config), 3))
+    same(weights(model), weights(by_hand), "the gradient of rehearsal and no other")
+    assert not torch.equal(start, weights(model))
+    assert len(logged) == 3 and all(said["rehearsal"] > 0 for said in logged)
+    assert all(p.grad is None for p in model.parameters()), "GRPO begins without a gradient"
+    assert all(args[0] is not model for args, _ in drawn.calls), "the reference alone draws"
+
+
+def test_alone_processes_share_the_prompts_and_average_their_gradients():
+    """The second of two processes takes the second half, and its gradients are what sync leaves."""
+    seen = []
+
+    def sync(model):
+        seen.append(sum(p.grad.abs().sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad.zero_()
+    model, rehearsal, config, prompts = tiny_rehearsal()
+    start = weights(model)
+    for _ in rehearsal.alone(model, argrpo.make_optimizer(model, config), 2, (1, 2), sync):
+        pass
+    second = {argrpo.pick_prompts(5, step, 2, config.seed)[1].item() for step in range(2)}
+    assert set(rehearsal.remembered) == {prompts.texts[k] for k in second}
+    assert len(seen) == 2 and min(seen) > 0 and torch.equal(start, weights(model))
+
+
 # --- its settings ------------------------------------------------------------------------------
 
 def observe(monkeypatch, weight=0.5, groups=2, **changes):
