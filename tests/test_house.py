@@ -167,7 +167,7 @@ def test_what_is_imported_is_required():
         lines = (ROOT / path).read_text().splitlines()
         for line, name in imports(path):
             package = name.split(".")[0]
-            if package in OWN or package in sys.stdlib_module_names:
+            if package in OWN or package in (*sys.stdlib_module_names, "tomllib"):
                 continue
             at_the_top = lines[line - 1].startswith(("import", "from")) and path in HOUSE
             if NAMED_OTHERWISE.get(package, package) not in (always if at_the_top else sometimes):

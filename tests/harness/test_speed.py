@@ -105,10 +105,13 @@ def test_a_device_that_is_not_there_is_named(there, name, monkeypatch):
 
 
 def fake_accelerator(monkeypatch, kind):
+    if not hasattr(torch, "accelerator"):
+        pytest.skip("torch before 2.6 knows no accelerator but cuda")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
 
 
+@pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="it takes torch's own away")
 def test_before_torch_2_6_there_is_cuda_alone(monkeypatch):
     monkeypatch.delattr(torch, "accelerator")
     for there, kind in ((False, "cpu"), (True, "cuda")):

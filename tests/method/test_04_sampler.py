@@ -52,6 +52,19 @@ def test_a_draw_from_nothing_is_still_a_code():
     assert sample_inverse_cdf(torch.full((2, 5), torch.nan), torch.rand(2)).tolist() == [4, 4]
 
 
+def test_the_probabilities_of_all_codes_at_a_place_add_up_to_one():
+    """At the first place, of eleven images with a code each.  So log_softmax is over the codes, the
+    last axis, in the learner and in the sampler."""
+    model, cond = tiny_model(), torch.tensor([2]).expand(11)
+    tokens = torch.arange(11)[:, None].repeat(1, 16)
+    with torch.no_grad():
+        learner, _ = token_logp(model, tokens, cond)
+    _, sampler = generate(model, cond, prefix=tokens)
+    for name, logp in (("token_logp", learner), ("generate", sampler)):
+        same(logp[:, 0].exp().sum(), 1.0, f"{name}: the V codes' probabilities are not a "
+             "distribution: the softmax is over the codes, and over no other axis", atol=1e-4)
+
+
 # --- top-k and top-p ---------------------------------------------------------------------------
 
 def kept(logits, **how):
@@ -98,20 +111,6 @@ def test_the_nucleus_is_that_of_the_temperatures_distribution():
 
 
 # --- the policy --------------------------------------------------------------------------------
-
-def test_the_probabilities_of_all_codes_at_a_place_add_up_to_one():
-    """Eleven images that differ in their last code alone.  So log_softmax is over the codes, the
-    last axis, in the learner and in the sampler."""
-    model, cond = tiny_model(), torch.tensor([2]).expand(11)
-    tokens = torch.randint(11, (1, 16)).repeat(11, 1)
-    tokens[:, 15] = torch.arange(11)
-    with torch.no_grad():
-        learner, _ = token_logp(model, tokens, cond)
-    _, sampler = generate(model, cond, prefix=tokens)
-    for name, logp in (("token_logp", learner), ("generate", sampler)):
-        same(logp[:, 15].exp().sum(), 1.0, f"{name}: the V codes' probabilities are not a "
-             "distribution: the softmax is over the codes, and over no other axis", atol=1e-4)
-
 
 def test_a_code_is_scored_by_the_prediction_of_its_own_place():
     """logits[:, i] predicts token i: they are gathered at the same i, without guidance first."""
@@ -175,6 +174,7 @@ def test_the_entropy_can_be_trained():
     """token_logp's entropy has a gradient: other losses may want it."""
     model, tokens, cond = tiny_model(), torch.randint(11, (2, 16)), torch.arange(2)
     entropy = token_logp(model, tokens, cond)[1]
+    assert entropy.requires_grad, "the entropy has no graph: an entropy bonus could not be trained"
     gradients = torch.autograd.grad(entropy.mean(), model.layers.parameters())
     assert any(g.abs().max() > 0 for g in gradients), (
         "the entropy has no gradient: an entropy bonus would do nothing")

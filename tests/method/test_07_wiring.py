@@ -62,6 +62,22 @@ def test_the_loss_gets_a_graph_of_the_policy_alone():
     assert log == (False, False), "what is logged needs none"
 
 
+def test_the_old_policy_is_the_learner_before_its_first_update():
+    """To the bit, so that the ratio starts at exactly 1: not the sampler, whose log-probs differ by
+    rounding, and not the reference.  In the second epoch it is what it was in the first."""
+    seen = []
+
+    def loss_fn(logp, old_logp, ref_logp, advantages, entropy):
+        seen.append((logp.detach().clone(), old_logp.clone()))
+        return argrpo.grpo_loss(logp, old_logp, ref_logp, advantages, kl_beta=0.3)
+    Loop(seams=dict(loss_fn=loss_fn)).step()
+    (first, old), (more, more_old), (_, again), (_, more_again), _ = seen
+    assert torch.equal(old, first) and torch.equal(more_old, more), (
+        "in the first epoch the old policy is the policy itself: the ratio is 1")
+    assert torch.equal(again, old) and torch.equal(more_again, more_old), (
+        "in the second epoch the old policy is still that of the first")
+
+
 def test_every_update_starts_from_a_gradient_of_zero():
     """With a learning rate of 0 the second epoch's gradient is the first one's, and so is that of a
     second run of the same step."""
@@ -107,7 +123,8 @@ def test_the_old_log_probs_are_the_policys_own(model_type):
     step = loop.step()
     with torch.no_grad():
         right = loop.policy(loop.start, step)
-    same(step.logp, of_tokens(right, step.tokens), "pi_old is the policy that drew the images")
+    same(step.logp, of_tokens(right, step.tokens), "pi_old is the policy that drew the images, "
+         "under its guidance, temperature and mask")
     same(step.entropy, -(right.exp() * right).sum(-1), "the entropy is that of pi_old")
     assert step.metrics["mismatch"] < 1e-4, "the sampler's log-probs are the learner's"
     again = Loop(model_type, update_epochs=3).step()
@@ -176,7 +193,8 @@ def test_the_gradient_of_each_epoch_is_that_of_the_loss(model_type):
             old_logp = of_tokens(loop.policy(start, step), step.tokens)
         for epoch, (ours, model) in enumerate(seen):
             idea = {
-                (0, 0): "the micro-batches' gradients, weighted by b / B, are the whole step's",
+                (0, 0): "the gradient is that of the loss over the whole step: micro-batches "
+                        "weighted by b / B, both terms with their weights",
                 (0, 1): "the second epoch's ratio is to pi_old, the policy before the first",
                 (1, 0): "the second step starts with a gradient of zero",
                 (1, 1): "the second step's second epoch"}[number, epoch]
