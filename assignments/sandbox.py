@@ -82,10 +82,11 @@ class Child:
             outcome = Outcome(self.job.function())
         except SystemExit:
             outcome = Outcome(error="it called sys.exit or exit")
-        except MemoryError:
-            outcome = Outcome(error=f"it needs more than {memory / GIGABYTE:.1f} GB of memory")
         except BaseException as error:
-            outcome = Outcome(error=in_words(error))
+            said = in_words(error)
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):      # torch
+                said = f"it needs more than {memory / GIGABYTE:.1f} GB of memory"
+            outcome = Outcome(error=said)
         finally:
             write_all(answer, pickle.dumps(outcome))
             os._exit(0)

@@ -124,6 +124,9 @@ def score_answer(answer, truth, problem, points):
     """(score, points, output): half of the points for the fault, half for what shows it."""
     if problem or not isinstance(answer, dict) or not answer.get("fault"):
         return 0.0, points, problem or "not done yet (part 4.2)"
+    for name in ("fault", "metric"):
+        if not isinstance(answer.get(name, ""), str):
+            return 0.0, points, f"{name} must be one name in quotes, not {answer[name]!r}"
     fault, metric, step = answer["fault"], answer.get("metric"), answer.get("step")
     score, lines = 0.0, []
     if fault not in FAULTS:

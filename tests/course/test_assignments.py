@@ -133,6 +133,9 @@ def test_the_sandbox_survives_everything(tmp_path):
     def hoard():
         return len(bytearray(2 ** 33))
 
+    def hoard_tensors():
+        return torch.ones(2 ** 31)
+
     def fork_and_exit():
         os._exit(0)
 
@@ -143,14 +146,16 @@ def test_the_sandbox_survives_everything(tmp_path):
         return "fine"
 
     jobs = {"loop": loop, "exit": lambda: sys.exit(0), "_exit": fork_and_exit, "hoard": hoard,
-            "delete": delete_here, "print": lambda: print('{"tests": []}') or 3,
+            "tensors": hoard_tensors, "delete": delete_here,
+            "print": lambda: print('{"tests": []}') or 3,
             "crash": lambda: os.kill(os.getpid(), 11), "right": lambda: torch.ones(2)}
     outcomes = run_all([Job(name, job, 1.0) for name, job in jobs.items()])
     assert "does not end" in outcomes["loop"].error
     assert "exit" in outcomes["exit"].error
     assert "without an answer" in outcomes["_exit"].error
     assert "without an answer" in outcomes["crash"].error
-    assert "memory" in outcomes["hoard"].error
+    for name in ("hoard", "tensors"):
+        assert "it needs more than 2.5 GB of memory" in outcomes[name].error, name
     assert outcomes["delete"].value == "fine" and outcomes["print"].value == 3
     assert outcomes["right"].value.tolist() == [1.0, 1.0]
 
@@ -260,6 +265,10 @@ def test_answers_about_the_runs():
     scores = [score for _, score, _, _ in tasks.score_debug(wrong, KEY)]
     assert scores == [0.0] + [1.0] * 5
     assert all("cannot be read" in output for *_, output in tasks.score_debug("= 1", KEY))
+    several = RIGHT_ANSWERS.replace('"clones"', '["clones", "no_spread"]')
+    (_, score, _, output), *others = tasks.score_debug(several, KEY)
+    assert score == 0 and "fault must be one name in quotes" in output
+    assert [score for _, score, _, _ in others] == [2.0] * 5, "the other runs' answers count"
 
 
 @pytest.mark.parametrize("wanted, right, share", [
