@@ -85,8 +85,10 @@ def _(m, d):
 
 @check("2.2", "missing rewards, NaN, are left out of mean and standard deviation")
 def _(m, d):
-    mean, std, _ = m.group_statistics(*with_missing(d))
-    return mean.nan_to_num(0.0), std[mean.isnan().logical_not()]
+    rewards, G = with_missing(d)
+    mean, std, _ = m.group_statistics(rewards, G)
+    known = rewards.view(-1, G).isnan().logical_not().sum(1)
+    return mean[known > 0], std[known > 1]       # of others nothing is asked
 
 
 @check("2.2", "a group is flat if its known rewards are equal, or fewer than two")
@@ -224,8 +226,8 @@ def _(m, d):
 @check("2.5", "the stats: ratio, ratio_max, clip_frac, kl and loss, as floats")
 def _(m, d):
     _, stats = m.grpo_loss(*loss_inputs(d), kl_beta=0.5, clip_eps=0.3)
-    return [stats.get(k, inf) for k in ("ratio", "ratio_max", "clip_frac", "kl", "loss")], [
-        type(value).__name__ for value in stats.values()]
+    names = ("ratio", "ratio_max", "clip_frac", "kl", "loss")
+    return [stats.get(k, inf) for k in names], [type(stats.get(k)).__name__ for k in names]
 
 
 @check("2.5", "ref_logp may be None without a penalty; with one, that is a ValueError")
