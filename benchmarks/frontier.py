@@ -19,6 +19,7 @@ STYLES = {                                       # family: (colour, marker)
     "rehearsal alone": ("#999999", "s"),
     "rehearsal, bonus by pixel distance": ("#56B4E9", "v"),
     "rehearsal, bonus by energy distance": ("#009E73", "D"),
+    "rehearsal first": ("#CC79A7", "X"),
     "--recipe diverse": ("#0072B2", "*"),
 }
 TASKS = {"c2i": ("classes", "right, %"), "t2i": ("captions", "right, % (seen and unseen)")}
@@ -40,8 +41,7 @@ def main():
         line[0].axhline(0.95, color="#cccccc", linewidth=1)
         if task == "c2i":                        # for captions the goal is of the seen ones alone
             line[0].axvline(95, color="#cccccc", linewidth=1)
-            line[0].set_title("the goal is the upper right")
-        line[0].set(xlabel=share, ylabel=f"{title}: D")
+        line[0].set(xlabel=share, ylabel=f"{title}: D", title="the goal is the upper right")
         for ax, name in ((line[1], share), (line[2], "D")):
             ax.axvline(3, color="#cccccc", linewidth=1)
             ax.set(xlabel="pictures of the policy (yardstick: 1)", ylabel=name)

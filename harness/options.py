@@ -58,7 +58,8 @@ class RunSettings(argrpo.GRPOConfig):
     rollout_prompts: int | None = 0      # prompts per pass of the sampler, to save memory; 0 is
                                          # all; default for LlamaGen: what fits into the memory
     preset: str = ""                     # models and settings to start from, see the list below
-    recipe: str = "paper"                # "paper", or "diverse": keeps a prompt's pictures varied
+    recipe: str = "paper"                # "paper", "diverse", which keeps a prompt's pictures
+                                         # varied, or "quick": the same with fewer pictures
     reward: str = ""                     # what to maximise: "name:weight,..." or
                                          # "my_file.py:function"
     out: str = ""                        # folder of the run; default runs/<script>-<preset>

@@ -322,18 +322,21 @@ def test_settings_are_checked(bad, message):
         train_c2i.C2iSettings(**bad)
 
 
-def test_the_diverse_recipe_is_a_preset_of_settings(tmp_path):
+def test_recipes_are_presets_of_settings(tmp_path):
     def settings(*given):
         return options.parse_settings(train_c2i.C2iSettings,
                                       ["--out", str(tmp_path), *given], "")
-    paper, diverse = settings(), settings("--recipe", "diverse")
+    paper = settings()
+    diverse, quick = (settings("--recipe", name) for name in ("diverse", "quick"))
     mine = settings("--recipe", "diverse", "--diversity-bonus", "0.1")
     names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step", "steps", "group_size")
     assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 16, 75, 8]
     assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 6.0, 16, 450, 16], (
         "the recipe is laid over the preset, which has other steps and a smaller group")
+    assert [getattr(quick, name) for name in names] == [0.0, 0.1, 3.0, 16, 78, 16]
+    assert options.images_of(quick) <= 20_000 and quick.rehearsal_steps > 0
     assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.3
-    with pytest.raises(ValueError, match="unknown recipe 'wild'"):
+    with pytest.raises(ValueError, match="unknown recipe 'wild': there are paper, quick, div"):
         settings("--recipe", "wild")
 
 
