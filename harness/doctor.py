@@ -345,9 +345,10 @@ def diversity_lost(r):
     """{lost:.0%} of the diversity of a prompt's images is lost: {left:.0%} of the pretrained
     model's is left
 
-    --recipe diverse keeps right images varied; on the toy it draws 7 to 12 times as many images,
-    elsewhere it is untried (docs/diversity.md). A higher --kl-beta, or fewer steps, keep more of
-    what the pretrained model draws, and learn less."""
+    --recipe diverse keeps right images varied; on the toy it draws 7 to 12 times as many images.
+    For classes --recipe quick draws twice as many, and keeps most of it. Elsewhere both are untried
+    (docs/diversity.md). A higher --kl-beta, or fewer steps, keep more of what the pretrained model
+    draws, and learn less."""
     before, after = r.summary.get("before", {}), r.summary.get("after", {})
     shares = (after.get("diversity_kept"), r.last("diversity_kept"),
               ratio(after.get("diversity"), before.get("diversity")),
