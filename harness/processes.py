@@ -153,21 +153,25 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """`with StopRequest() as stop`: Ctrl-C and SIGTERM only set stop.received.
+    """`with StopRequest() as stop`: Ctrl-C, SIGTERM and a terminal that is closed (SIGHUP) only set
+    stop.received.
 
-    So the current step can finish.  A second Ctrl-C ends the program at once."""
+    So the current step can finish.  A second Ctrl-C ends the program at once.  What is ignored, as
+    SIGHUP by nohup, stays so."""
     received = None
 
     def __enter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.previous = {number: signal.signal(number, self.note) for number in signals}
+        signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+        self.previous = {number: signal.signal(number, self.note) for number in signals
+                         if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def note(self, number, frame):
         self.received = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"\n{self.received.name}: finishing what is under way, then saving",
-              file=sys.stderr, flush=True)
+        with suppress(OSError):                  # the terminal may be gone
+            print(f"\n{self.received.name}: finishing what is under way, then saving",
+                  file=sys.stderr, flush=True)
 
     def check(self):
         """Raises Interrupted if a signal has come."""

@@ -3,7 +3,9 @@
 import errno
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -434,6 +436,21 @@ def test_a_run_is_not_resumed_from_other_files(what, tmp_path, capsys):
     assert stop.value.code == 2
     assert f"began with another {what}: put back" in capsys.readouterr().err
     assert train(tiny(tmp_path, resume=str(tmp_path), steps=3)) == 0, "with the old ones it goes on"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_a_terminal_that_is_closed_asks_for_the_end_unless_nohup_ignores_that(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", open(os.devnull))      # it refuses to be written
+    with processes.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == signal.SIGHUP, "the step can finish, and be saved"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None, "nohup python train_c2i.py & goes on"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_output_that_nobody_reads_ends_nothing(tmp_path):
