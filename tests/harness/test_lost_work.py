@@ -141,7 +141,8 @@ def test_numbers_within_numbers_are_logged_flat(tmp_path, wandb):
                    for value in numbers.values())
 
 
-def test_a_logger_that_does_not_open_leaves_the_folder_free(tmp_path, wandb, monkeypatch, capsys):
+def test_a_logger_that_does_not_open_leaves_the_folder_free(no_pictures, tmp_path, wandb,
+                                                            monkeypatch, capsys):
     """One line and status 2, before any work; the corrected command finds its place."""
     pytest.importorskip("tensorboard")
     wandb("init")
@@ -174,7 +175,7 @@ def test_a_failing_run_is_no_success_for_wandb(tmp_path, wandb):
 
 
 @pytest.mark.parametrize("kept", [(), (".hidden",)])
-def test_what_fails_before_the_end_of_the_first_step_is_no_run(kept, tmp_path, capsys):
+def test_what_fails_before_the_end_of_the_first_step_is_no_run(no_pictures, kept, tmp_path, capsys):
     """And what the folder held before is still there."""
     out, calls = tmp_path / "run", []
     for name in kept:
@@ -192,7 +193,7 @@ def test_what_fails_before_the_end_of_the_first_step_is_no_run(kept, tmp_path, c
     assert train(settings) == 0, "the corrected command"
 
 
-def test_a_resumed_run_logs_no_step_twice(tmp_path, monkeypatch):
+def test_a_resumed_run_logs_no_step_twice(no_pictures, tmp_path, monkeypatch):
     """As after a kill between two checkpoints: TensorBoard has a step that runs again."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -289,7 +290,7 @@ def test_a_file_system_without_locks_is_told(error, tmp_path, monkeypatch, capsy
 # --- the log after a power cut -------------------------------------------------------------------
 
 @pytest.mark.parametrize("end", [b"\0" * 512, b'{"step": 2, "rew', b'\n\n', b"\xff\xfe{", b"12\n"])
-def test_a_damaged_end_of_the_log_is_dropped(end, tmp_path, capsys):
+def test_a_damaged_end_of_the_log_is_dropped(no_pictures, end, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(tiny(out)) == 0
     complete = read_metrics(out)
@@ -321,7 +322,7 @@ def test_the_log_of_a_step_without_rewards_is_strict_json(tmp_path, wandb):
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_steps_that_the_log_has_lost_are_told(lost, tmp_path, capsys):
+def test_steps_that_the_log_has_lost_are_told(no_pictures, lost, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(tiny(out, steps=3)) == 0
     lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -400,7 +401,7 @@ def test_the_printed_command_can_be_copied(tmp_path, monkeypatch, capsys):
     assert command == ["python", "train_c2i.py", "--resume", str(out)]
 
 
-def test_fewer_steps_than_are_done_are_refused(tmp_path, capsys, monkeypatch):
+def test_fewer_steps_than_are_done_are_refused(no_pictures, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     assert train(tiny(out, steps=3)) == 0
     before = {path: path.read_bytes() for path in out.glob("*.*")}
@@ -420,7 +421,7 @@ def git(folder, *words):
 
 
 @pytest.mark.parametrize("what", ["prompts", "transformer", "tokenizer"])
-def test_a_run_is_not_resumed_from_other_files(what, tmp_path, capsys):
+def test_a_run_is_not_resumed_from_other_files(no_pictures, what, tmp_path, capsys):
     """A caption file that was edited, a checkpoint that was replaced: the reference is another."""
     assert train(tiny(tmp_path)) == 0
     torch.manual_seed(1 if what == "transformer" else 0)

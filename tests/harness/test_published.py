@@ -6,7 +6,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import weights
+from conftest import Blocks, tiny_model, weights
 
 import argrpo
 import evaluate
@@ -16,7 +16,6 @@ import toy
 import train_c2i
 import train_t2i
 from harness import device
-from harness.choices import class_prompts
 from harness.compare import reduced
 from harness.device import choose_sizes, out_of_memory_advice
 from harness.options import resumed
@@ -64,8 +63,9 @@ def test_every_c2i_model_has_a_preset_with_the_papers_settings():
 
 
 def refusing(most_drawn, most_learned):
-    """The toy's model for a GPU whose memory holds so many rows of a rollout, and of an update."""
-    model, vq = toy.load("c2i")
+    """A model for a GPU whose memory holds so many rows of a rollout, and of an update."""
+    torch.manual_seed(0)
+    model, vq = tiny_model(block_size=4, n_layer=1), Blocks()
 
     class Refusing(type(model)):
         def prefill(self, cond, cond_mask=None, copies=1):
@@ -91,8 +91,9 @@ def sizes_of(monkeypatch, most_drawn, most_learned, **changes):
     before = weights(model).clone()
     settings = train_c2i.C2iSettings(**dict(
         prompts_per_step=6, group_size=2, rollout_prompts=None, micro_batch=None) | changes)
-    prompts = class_prompts("toy", "all")
+    prompts = argrpo.Prompts(["a", "b", "c"], torch.arange(3))
     monkeypatch.setattr(device, "on_gpu", lambda model: True)
+    monkeypatch.setattr(device.gc, "collect", lambda: 0)         # slow among so many objects
     choose_sizes(model, vq, prompts, settings)
     assert torch.equal(weights(model), before) and all(p.grad is None for p in model.parameters())
     return settings.rollout_prompts, settings.micro_batch
