@@ -331,7 +331,8 @@ def test_two_processes_are_one_with_two_micro_batches(tmp_path):
     ours, theirs = (trained_weights(tmp_path / name) for name in ("one", "two"))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
-    assert finish(start("--resume", tmp_path / "two", "--steps", 6, program=TORCHRUN))[0] == 0
+    status, _, errors = finish(start("--resume", tmp_path / "two", "--steps", 6, program=TORCHRUN))
+    assert status == 0, errors
     assert len(read_metrics(tmp_path / "two")) == 6
 
 
