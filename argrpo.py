@@ -337,7 +337,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def finest_float(device):
-    """float64, but float32 on Apple's and Intel's GPUs, of which many have no such numbers."""
+    """float64, or float32 on Apple's and Intel's GPUs, many of which have no float64."""
     return torch.float32 if device.type in ("mps", "xpu") else torch.float64
 
 
