@@ -14,6 +14,7 @@ import toy
 from captions import T5Captions
 from diversity import Codes, Pixels
 from harness.before_after import Watched, spread_index
+from harness.processes import rank_and_size, wait_for_all
 from toy.pretraining import pretrain_toy
 
 
@@ -42,8 +43,9 @@ def starting_models(settings):
             raise ValueError("--from-scratch is for the toy: "
                              "a published model is not pretrained in minutes")
         folder = Path(settings.out) / "weights"
-        if not (folder / f"toy_{settings.task}.pt").exists():
+        if rank_and_size()[0] == 0 and not (folder / f"toy_{settings.task}.pt").exists():
             pretrain_toy(folder, settings.seed)
+        wait_for_all()                           # for the first of several processes
     return load_models(settings.preset, settings.task, settings.gpt_ckpt, settings.vq_ckpt, folder)
 
 

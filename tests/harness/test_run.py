@@ -28,7 +28,7 @@ import argrpo
 import harness.run
 from argrpo import Prompts
 from diversity import DiversityBonus, Pixels, Rehearsal
-from harness import before_after, processes
+from harness import before_after, choices, processes
 from harness.before_after import Watched
 from reward import RewardSet
 from train_c2i import C2iSettings
@@ -273,6 +273,18 @@ def test_metrics_are_averaged_and_largest_ones_kept(second_of_two):
     assert ours == {"reward": 0.5, "ratio_max": 5.0, "d": 0.5}, (
         "means, but the largest of the names in maximum; None is left out")
     assert processes.rank_and_size() == (1, 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_several_processes_pretrains(rank, tmp_path, monkeypatch):
+    """The others wait, and read what it has written."""
+    events = []
+    monkeypatch.setattr(choices, "rank_and_size", lambda: (rank, 2))
+    monkeypatch.setattr(choices, "pretrain_toy", lambda *given: events.append("pretrained"))
+    monkeypatch.setattr(choices, "wait_for_all", lambda: events.append("waited"))
+    monkeypatch.setattr(choices, "load_models", lambda *given: events.append("loaded"))
+    choices.starting_models(C2iSettings(preset="toy", from_scratch=True, out=str(tmp_path)))
+    assert events == [*["pretrained"][rank:], "waited", "loaded"]
 
 
 def test_each_process_is_told_its_share(second_of_two, monkeypatch, tmp_path):
