@@ -84,12 +84,15 @@ class Rehearsal:
     process or the prompts beside it: each prompt has a random stream of its own.  A run that is to
     continue without drawing again has to save `remembered`."""
 
+    BETA = 0.5                   # of `unlikelihood`
+
     def __init__(self, reference, vq, prompts, reward_fn, config, weight, groups, features=None):
         self.reference, self.vq, self.prompts = reference, vq, prompts
         self.reward_fn, self.config, self.features = reward_fn, config, features
         self.weight, self.groups, self.names = weight, groups, names_of(prompts)
         self.device = next(reference.parameters()).device
         self.remembered, self.described = {}, {}     # name -> tokens (n, N) and features (n, ...)
+        self.wrong = {}                              # name -> tokens (n, N)
 
     @torch.no_grad()
     def remember(self, index):
@@ -113,16 +116,19 @@ class Rehearsal:
                 temperature=c.temperature)
             texts = [self.prompts.texts[k] for k in some.repeat_interleave(G).tolist()]
             rewards, _ = self.reward_fn(images, texts)
-            features = self.features.describe(images, tokens) if self.features else tokens[:, :0]
-            drawn.append((tokens, features, right_images(rewards, G).flatten()))
+            features = self.features.describe(images) if self.features else tokens[:, :0]
+            right = right_images(rewards, G).flatten()
+            drawn.append((tokens, features, right, ~right & ~rewards.isnan()))
         columns = [torch.cat(column).split(count) for column in zip(*drawn)]
-        for name, tokens, features, right in zip(new, *columns):
+        for name, tokens, features, right, wrong in zip(new, *columns):
             self.remembered[name], self.described[name] = tokens[right], features[right]
+            self.wrong[name] = tokens[wrong]
 
-    def choose(self, index, step):
-        """Half a group at most of each prompt's images: tokens (n, N), and their prompts (n,)."""
+    def choose(self, images, index, step):
+        """Half a group at most of each prompt's images, {name: tokens (n, N)}, for a step: tokens
+        (n, N), and their prompts (n,)."""
         rng = argrpo.rng_for("cpu", self.config.seed, "rehearsed", step)
-        known = [self.remembered[self.names[k]] for k in index.tolist()]
+        known = [images[self.names[k]] for k in index.tolist()]
         tokens = [some[torch.randperm(len(some), generator=rng)[:self.config.group_size // 2]]
                   for some in known]
         prompts = index.repeat_interleave(torch.tensor([len(some) for some in tokens]))
@@ -131,26 +137,45 @@ class Rehearsal:
     def __call__(self, model, index, step):
         """Adds the gradient for the prompts at index (P,) of a step: {"rehearsal": loss}."""
         self.remember(index)
-        tokens, prompts = self.choose(index, step)                                   # (n, N), (n,)
-        if len(tokens) == 0:                     # the reference got nothing right
-            return {"rehearsal": 0.0}
+        loss = self.add_gradient(model, self.remembered, index, step, lambda logp, *given: -logp)
+        return {"rehearsal": loss}
+
+    def add_gradient(self, model, images, index, step, loss_of):
+        """Adds weight times the gradient of a loss, and returns the loss, in nats a token: the sum
+        of loss_of(log pi (B, N), the other arguments of `policy_logp`) over what `choose` takes of
+        the images, divided by the number of its tokens."""
+        tokens, prompts = self.choose(images, index, step)                           # (n, N), (n,)
         c, total = self.config, 0.0
+        if len(tokens) == 0:                     # the reference has drawn none
+            return total
         for rows in torch.arange(len(tokens)).split(c.micro_batch or len(tokens)):
-            logp, _ = argrpo.policy_logp(model, self.prompts, prompts[rows], tokens[rows], c)
-            loss = -logp.sum() / tokens.numel()                                  # nats a token
+            given = self.prompts, prompts[rows], tokens[rows], c
+            logp, _ = argrpo.policy_logp(model, *given)
+            loss = loss_of(logp, *given).sum() / tokens.numel()
             (self.weight * loss).backward()
             total += loss.item()
-        return {"rehearsal": total}
+        return total
+
+    def unlikelihood(self, logp, *given):
+        """The loss (B,) of wrong images: softplus(beta log pi(x) / pi_ref(x)) / beta (negative
+        preference optimization, arXiv 2404.05868).  It stops pushing what has become unlikely."""
+        with torch.no_grad():
+            reference, _ = argrpo.policy_logp(self.reference, *given)
+        return F.softplus(self.BETA * (logp - reference).sum(dim=1)) / self.BETA
 
     def alone(self, model, optimizer, steps, shard=(0, 1), sync=lambda model: None):
         """A generator: each `next` makes one of so many optimizer steps of rehearsal alone, which
         come before the first rollout and make the policy right more often without a picture of its
-        own.  The learning rate falls from twice config.lr to 0, after config.warmup_steps: maximum
-        likelihood is less noisy than a reward.  shard and sync are as in `argrpo.train`."""
+        own: right images become likelier, and as many wrong ones of the reference less likely.  The
+        learning rate falls from twice config.lr to 0, after config.warmup_steps: this is less noisy
+        than a reward.  shard and sync are as in `argrpo.train`."""
         c, (rank, size), group = self.config, shard, optimizer.param_groups[0]
         for step in range(steps):
             index = argrpo.pick_prompts(len(self.names), step, c.prompts_per_step, c.seed)
-            logged = self(model, index.chunk(size)[rank], step - steps)
+            own = index.chunk(size)[rank]
+            logged = self(model, own, step - steps)
+            logged["wrong"] = self.add_gradient(model, self.wrong, own, step - steps,
+                                                self.unlikelihood)
             sync(model)
             group["lr"] = 2 * c.lr * min((step + 1) / c.warmup_steps, 1 - step / steps)
             optimizer.step()
@@ -167,7 +192,7 @@ class Pixels:
 
     Pixels alone hardly tell a large shape from a small one; the mean of the whole image does."""
 
-    def describe(self, images, tokens):
+    def describe(self, images):
         """What is remembered of images (B, 3, H, W): (B, 3, 24, 24) uint8, or less if smaller."""
         cells = [min(24, side) for side in images.shape[-2:]]
         return F.adaptive_avg_pool2d(images.float(), cells).mul(255).round().byte()
@@ -176,19 +201,6 @@ class Pixels:
         """[(B, features), ...], from coarse to fine."""
         x = described.float() / 255
         return [F.adaptive_avg_pool2d(x, n).flatten(1) for n in (1, 3)] + [x.flatten(1)]
-
-
-class Codes:
-    """Images as the codebook vectors of their tokens."""
-
-    def __init__(self, vq):
-        self.codes = vq.quantize.codes().detach()                                    # (V, C)
-
-    def describe(self, images, tokens):
-        return tokens
-
-    def levels(self, described):
-        return [self.codes[described].flatten(1)]
 
 
 def mean_distance(x, y):
@@ -246,7 +258,7 @@ class DiversityBonus:
         c, features = self.rehearsal.config, self.rehearsal.features
         self.rehearsal.remember(index)
         right = right_images(rewards, c.group_size)                                  # (P, G)
-        described = features.describe(images, tokens).unflatten(0, (-1, c.group_size))
+        described = features.describe(images).unflatten(0, (-1, c.group_size))
         bonus, seen = torch.zeros_like(right, dtype=torch.float32), []
         for p, k in enumerate(index.tolist()):
             name, x = self.rehearsal.names[k], described[p, right[p]]                # (n, ...)

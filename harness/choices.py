@@ -12,7 +12,7 @@ import pretrained
 import reward
 import toy
 from captions import T5Captions
-from diversity import Codes, Pixels
+from diversity import Pixels
 from harness.before_after import Watched, spread_index
 from harness.processes import rank_and_size, wait_for_all
 from toy.pretraining import pretrain_toy
@@ -131,7 +131,7 @@ class Features:
     def __init__(self, features):
         self.features = features
 
-    def describe(self, images, tokens):
+    def describe(self, images):
         """images (B, 3, H, W) in [0, 1] -> (B, C) float16."""
         return self.features(images).half()
 
@@ -139,14 +139,14 @@ class Features:
         return [described.float()]
 
 
-def build_features(name, vq, device):
-    """What the diversity bonus compares: "pixels", "codes", or "imagenet", a classifier's features.
+def build_features(name, device):
+    """What the diversity bonus compares: "pixels", or "imagenet", a classifier's features.
 
     Raises ImportError, naming the packages, if the classifier's are missing."""
-    if name == "imagenet":
-        [(classifier, _)] = reward.build_rewards(name, device).rewards.values()
-        return Features(classifier.features)
-    return Codes(vq) if name == "codes" else Pixels()
+    if name == "pixels":
+        return Pixels()
+    [(classifier, _)] = reward.build_rewards(name, device).rewards.values()
+    return Features(classifier.features)
 
 
 def class_prompts(preset, classes, template="a photo of {}"):

@@ -74,7 +74,7 @@ class RunSettings(argrpo.GRPOConfig):
                                          # first, meant for GPUs
     diversity_bonus: float = 0.0         # advantage moved, among a group's right images, to those
                                          # of which the pretrained model draws more (diversity.py)
-    bonus_features: str = "pixels"       # what the diversity bonus compares: "pixels", "codes", or
+    bonus_features: str = "pixels"       # what the diversity bonus compares: "pixels", or
                                          # "imagenet", a classifier's features
     rehearsal: float = 0.0               # weight of the likelihood of what the pretrained model
                                          # gets right (diversity.py)
@@ -97,8 +97,8 @@ class RunSettings(argrpo.GRPOConfig):
     def __post_init__(self):
         self.given = {}                  # what the command line changed: beside the options
         super().__post_init__()          # all numbers, these too, are finite and at least LEAST
-        if self.bonus_features not in ("pixels", "codes", "imagenet"):
-            raise ValueError("bonus_features must be 'pixels', 'codes' or 'imagenet', "
+        if self.bonus_features not in ("pixels", "imagenet"):
+            raise ValueError("bonus_features must be 'pixels' or 'imagenet', "
                              f"not {self.bonus_features!r}")
         if not set(self.log.split(",")) <= {"", "tensorboard", "wandb"}:
             raise ValueError("log must be tensorboard, wandb, or both with a comma, "

@@ -73,7 +73,7 @@ def run(settings, load):
                 vq.to(device)
                 features = None
                 if settings.diversity_bonus:
-                    features = build_features(settings.bonus_features, vq, device)
+                    features = build_features(settings.bonus_features, device)
                 if settings.checkpointing:
                     checkpoint_layers(model)
                 choose_sizes(model, vq, prompts, settings)

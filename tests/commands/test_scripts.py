@@ -280,7 +280,7 @@ SCALES = "eval_cfg_scales must be numbers of at least 0 such as 1,7.5, not '1,hi
     (["--preset", "B-256", "--reward", "jpeg", "--gpt-ckpt", "nowhere.pt"],
      "nowhere.pt: no such file or folder in"),
     (["--preset", "toy", "--classes", TYPO], f"no class is named {TYPO!r}: did you mean"),
-    (["--preset", "toy", "--bonus-features", "x"], "must be 'pixels', 'codes' or 'imagenet', not"),
+    (["--preset", "toy", "--bonus-features", "x"], "must be 'pixels' or 'imagenet', not"),
     (["--preset", "toy", "--recipe", "diverse", "--bonus-features", "imagenet"],
      "needs the package efficientnet_lite_pytorch: pip install -r requirements-rewards.txt"),
     (["--preset", "B-256", "--from-scratch", "--reward", "jpeg"], "--from-scratch is for the toy"),

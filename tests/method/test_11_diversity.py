@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import Blocks, Loop, brightness, same, tiny_model, tiny_vq
+from conftest import Blocks, Loop, brightness, same, tiny_model
 
 import argrpo
 from argrpo import GRPOConfig
 from diversity import (
-    Codes,
     DiversityBonus,
     Pixels,
     Rehearsal,
@@ -103,7 +102,7 @@ def test_a_pyramid_of_pixels_sees_sizes():
     for image, (place, size) in zip(images, [(0, 12), (12, 12), (0, 8), (12, 8)]):
         image[:, place:place + size, place:place + size] = 1
     pixels = Pixels()
-    levels = pixels.levels(pixels.describe(images, None))
+    levels = pixels.levels(pixels.describe(images))
     assert [level.shape[1] for level in levels] == [3, 27, 1728], "1 x 1, 3 x 3 and 24 x 24 cells"
     coarse = torch.cdist(levels[0], levels[0], p=1)
     assert coarse[0, 1] == 0 == coarse[2, 3] and coarse[0, 2] > 0.1, (
@@ -112,16 +111,9 @@ def test_a_pyramid_of_pixels_sees_sizes():
 
 
 def test_large_images_are_remembered_small():
-    described = Pixels().describe(torch.rand(2, 3, 256, 256), None)
+    described = Pixels().describe(torch.rand(2, 3, 256, 256))
     assert described.shape == (2, 3, 24, 24) and described.dtype == torch.uint8, (
         "at most 24 x 24 pixels of one byte are remembered")
-
-
-def test_codes_are_compared_as_codebook_vectors():
-    vq = tiny_vq()
-    tokens, codes = torch.randint(5, (3, 4)), Codes(vq)
-    level, = codes.levels(codes.describe(torch.rand(3, 3, 4, 4), tokens))
-    same(level, vq.quantize.codes()[tokens].flatten(1), "each token's unit vector, side by side")
 
 
 class Known:
@@ -133,7 +125,7 @@ class Known:
         self.features, self.asked, self.names = self, [], list(prompts)
         self.described = {text: on_a_line(0.0, 1.0) for text in prompts}
 
-    def describe(self, images, tokens):
+    def describe(self, images):
         return images.flatten(1)[:, :1]
 
     def levels(self, described):

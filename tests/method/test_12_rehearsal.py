@@ -86,7 +86,10 @@ def test_only_right_images_are_remembered(model_type):
     assert list(rehearsal.remembered) == ["prompt 3", "prompt 1"], "each prompt that came up, once"
     for tokens in rehearsal.remembered.values():
         assert 0 < len(tokens) <= 8, "some of two groups of four"
-        assert dark(argrpo.to_images(Blocks(), tokens), None)[0].all(), "wrong images are forgotten"
+        assert dark(argrpo.to_images(Blocks(), tokens), None)[0].all(), "right ones by themselves"
+    for name, tokens in rehearsal.wrong.items():
+        assert not dark(argrpo.to_images(Blocks(), tokens), None)[0].any(), "and wrong ones"
+        assert len(tokens) + len(rehearsal.remembered[name]) == 8, "each image is one or the other"
     before = rehearsal.remembered["prompt 1"]
     rehearsal.remember(torch.tensor([1, 2]))
     assert rehearsal.remembered["prompt 1"] is before, "a prompt's images are drawn once"
@@ -115,8 +118,8 @@ def test_a_prompt_that_stands_twice_is_drawn_once_and_two_classes_of_one_text_ar
     rehearsal = Rehearsal(known.reference, Blocks(), prompts, dark, config, 0.5, groups=9)
     rehearsal.remember(torch.tensor([1, 3]))
     assert list(rehearsal.remembered) == names, "equal text and equal condition are one prompt"
-    assert rehearsal.choose(torch.tensor([3]), 0)[1].unique().tolist() == [3], (
-        "an image is scored with the prompt of the step")
+    _, chosen = rehearsal.choose(rehearsal.remembered, torch.tensor([3]), 0)
+    assert chosen.unique().tolist() == [3], "an image is scored with the prompt of the step"
     if label == 3:
         assert not torch.equal(*rehearsal.remembered.values())
 
@@ -146,13 +149,13 @@ def test_a_step_rehearses_half_a_group_of_each_prompt():
         tokens[:, 0] = torch.arange(8)
     chosen = []
     for step in range(6):
-        tokens, prompts = rehearsal.choose(torch.tensor([4, 2]), step)
+        tokens, prompts = rehearsal.choose(rehearsal.remembered, torch.tensor([4, 2]), step)
         assert prompts.tolist() == [4, 4, 2, 2], "half a group of each, in the prompts' order"
         assert torch.equal(tokens[:, 1], prompts), "tokens and prompts must stay together"
         chosen.append(tuple(tokens[:, 0].tolist()))
     assert len(set(chosen)) > 3, "each step chooses anew: a fixed choice is learnt by heart"
     assert len({number for step in chosen for number in step}) > 5, "among all that is remembered"
-    again, _ = rehearsal.choose(torch.tensor([4, 2]), 5)
+    again, _ = rehearsal.choose(rehearsal.remembered, torch.tensor([4, 2]), 5)
     assert tuple(again[:, 0].tolist()) == chosen[-1], "a step's choice depends on its number alone"
 
 
@@ -210,7 +213,34 @@ def test_a_prompt_that_is_never_right_adds_nothing():
 
 # --- alone, before the first rollout -----------------------------------------------------------
 
-def test_alone_it_makes_steps_of_maximum_likelihood(spy):
+def test_a_picture_that_nobody_can_judge_is_neither_right_nor_wrong():
+    def misses(images, texts):
+        right, _ = dark(images, texts)
+        return torch.where(right == 0, torch.nan, right), {}
+    _, rehearsal, _, _ = tiny_rehearsal(reward_fn=misses)
+    rehearsal.remember(torch.tensor([3, 1]))
+    assert all(len(tokens) > 0 for tokens in rehearsal.remembered.values())
+    assert all(len(tokens) == 0 for tokens in rehearsal.wrong.values()), "NaN is no verdict"
+
+
+def test_wrong_images_become_less_likely_and_not_without_end():
+    """Negative preference optimization: at the reference half the gradient of the likelihood, and
+    the less the less likely an image is."""
+    model, rehearsal, config, prompts = tiny_rehearsal()
+    tokens, index = torch.randint(11, (2, 4)), torch.tensor([0, 4])
+    given = prompts, index, tokens, config
+    reference, _ = argrpo.policy_logp(rehearsal.reference, *given)
+    for change in (0.0, -2.0, 1.0):              # nats an image
+        logp = (reference.detach() + change / 4).requires_grad_()
+        loss = rehearsal.unlikelihood(logp, *given)
+        want = torch.tensor(0.5 * change).exp().log1p() / 0.5
+        same(loss, want.expand(2), "softplus(beta log pi / pi_ref) / beta, beta 0.5")
+        loss.sum().backward()
+        share = torch.tensor(0.5 * change).sigmoid()
+        same(logp.grad, share.expand(2, 4), "pushed down, and the less the less likely it is")
+
+
+def test_alone_it_makes_steps_by_right_and_wrong_images(spy):
     """Three of them, the same as by hand, and the policy draws nothing.  The rate falls from twice
     the run's in a line, which is warmed up in two steps."""
     drawn = spy(argrpo, "generate")
@@ -220,14 +250,15 @@ def test_alone_it_makes_steps_of_maximum_likelihood(spy):
     for step, rate in enumerate([0.02 / 2, 0.02 * 2 / 3, 0.02 / 3]):
         index = argrpo.pick_prompts(5, step, config.prompts_per_step, config.seed)
         again(by_hand, index, step - 3)
+        again.add_gradient(by_hand, again.wrong, index, step - 3, again.unlikelihood)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
     start = weights(model)
     logged = list(rehearsal.alone(model, argrpo.make_optimizer(model, config), 3))
-    same(weights(model), weights(by_hand), "the gradient of rehearsal and no other")
+    same(weights(model), weights(by_hand), "the gradients of right and wrong images")
     assert not torch.equal(start, weights(model))
-    assert len(logged) == 3 and all(said["rehearsal"] > 0 for said in logged)
+    assert len(logged) == 3 and all(said["rehearsal"] > 0 < said["wrong"] for said in logged)
     assert all(p.grad is None for p in model.parameters()), "GRPO begins without a gradient"
     assert all(args[0] is not model for args, _ in drawn.calls), "the reference alone draws"
 
