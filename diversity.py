@@ -167,8 +167,8 @@ class Rehearsal:
         """A generator: each `next` makes one of so many optimizer steps of rehearsal alone, which
         come before the first rollout and make the policy right more often without a picture of its
         own: right images become likelier, and as many wrong ones of the reference less likely.  The
-        learning rate falls from twice config.lr to 0, after config.warmup_steps: this is less noisy
-        than a reward.  shard and sync are as in `argrpo.train`."""
+        learning rate falls from three times config.lr to 0, after config.warmup_steps: this is less
+        noisy than a reward.  shard and sync are as in `argrpo.train`."""
         c, (rank, size), group = self.config, shard, optimizer.param_groups[0]
         for step in range(steps):
             index = argrpo.pick_prompts(len(self.names), step, c.prompts_per_step, c.seed)
@@ -177,7 +177,7 @@ class Rehearsal:
             logged["wrong"] = self.add_gradient(model, self.wrong, own, step - steps,
                                                 self.unlikelihood)
             sync(model)
-            group["lr"] = 2 * c.lr * min((step + 1) / c.warmup_steps, 1 - step / steps)
+            group["lr"] = 3 * c.lr * min((step + 1) / c.warmup_steps, 1 - step / steps)
             optimizer.step()
             optimizer.zero_grad()
             yield logged

@@ -34,15 +34,17 @@ PRESETS = {
 
 # --recipe diverse, see train_c2i.py.  Less rehearsal than for c2i, for most captions come up less
 # often than a class, and a slightly larger bonus.
-RECIPE = dict(rehearsal=0.12, rehearsal_groups=2, kl_beta=0.0, diversity_bonus=7.0)
-DIVERSE = {name: RECIPE | dict(steps=730, prompts_per_step=16, lr=1.25e-5) for name in PRESETS}
-DIVERSE["toy"] = RECIPE | dict(steps=500, prompts_per_step=16, lr=1e-3, rehearsal_groups=8)
+RECIPE = dict(rehearsal=0.12, rehearsal_groups=2, rehearsal_steps=400, kl_beta=0.0,
+              diversity_bonus=6.0)
+DIVERSE = {name: RECIPE | dict(steps=225, prompts_per_step=16, lr=1.25e-5) for name in PRESETS}
+DIVERSE["toy"] = RECIPE | dict(steps=225, prompts_per_step=16, lr=9e-4, rehearsal_groups=8)
+QUICK = {name: recipe | dict(steps=78, diversity_bonus=3.0) for name, recipe in DIVERSE.items()}
 
 
 @dataclass
 class T2iSettings(options.RunSettings):
     script, task, presets, on_gpu = "train_t2i", "t2i", PRESETS, "t2i-XL-256"
-    recipes = {"diverse": DIVERSE}
+    recipes = {"quick": QUICK, "diverse": DIVERSE}
     prompts: str = ""                    # file of captions: one a line, or .json or .jsonl;
                                          # default: composed ones
     composed: int = 2000                 # how many captions to compose from COCO's objects,

@@ -241,13 +241,13 @@ def test_wrong_images_become_less_likely_and_not_without_end():
 
 
 def test_alone_it_makes_steps_by_right_and_wrong_images(spy):
-    """Three of them, the same as by hand, and the policy draws nothing.  The rate falls from twice
-    the run's in a line, which is warmed up in two steps."""
+    """Three of them, the same as by hand, and the policy draws nothing.  The rate falls from
+    three times the run's in a line, which is warmed up in two steps."""
     drawn = spy(argrpo, "generate")
     model, rehearsal, config, _ = tiny_rehearsal(lr=0.01, warmup_steps=2)
     by_hand, again, _, _ = tiny_rehearsal(lr=0.01, warmup_steps=2)
     optimizer = argrpo.make_optimizer(by_hand, config)
-    for step, rate in enumerate([0.02 / 2, 0.02 * 2 / 3, 0.02 / 3]):
+    for step, rate in enumerate([0.03 / 2, 0.03 * 2 / 3, 0.03 / 3]):
         index = argrpo.pick_prompts(5, step, config.prompts_per_step, config.seed)
         again(by_hand, index, step - 3)
         again.add_gradient(by_hand, again.wrong, index, step - 3, again.unlikelihood)
