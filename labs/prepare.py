@@ -37,7 +37,7 @@ def by_command(script, *options):
                    "--out", run]
         if quick:
             command += ["--steps", "3", "--eval-images", "32", "--prompts-per-step", "8",
-                        "--group-size", "8", "--rehearsal-groups", "1"]
+                        "--group-size", "8", "--rehearsal-groups", "1", "--rehearsal-steps", "2"]
         elif (run / "last.pt").exists():
             command = [sys.executable, ROOT / script, "--resume", run]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)

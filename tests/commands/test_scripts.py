@@ -331,11 +331,12 @@ def test_recipes_are_presets_of_settings(tmp_path):
     mine = settings("--recipe", "diverse", "--diversity-bonus", "0.1")
     names = ("kl_beta", "rehearsal", "diversity_bonus", "prompts_per_step", "steps", "group_size")
     assert [getattr(paper, name) for name in names] == [0.01, 0.0, 0.0, 16, 75, 8]
-    assert [getattr(diverse, name) for name in names] == [0.0, 0.3, 6.0, 16, 450, 16], (
+    assert [getattr(diverse, name) for name in names] == [0.0, 0.15, 5.0, 16, 225, 16], (
         "the recipe is laid over the preset, which has other steps and a smaller group")
-    assert [getattr(quick, name) for name in names] == [0.0, 0.1, 3.0, 16, 78, 16]
-    assert options.images_of(quick) <= 20_000 and quick.rehearsal_steps > 0
-    assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.3
+    assert [getattr(quick, name) for name in names] == [0.0, 0.15, 2.5, 16, 78, 16]
+    assert options.images_of(quick) <= 20_000 and options.images_of(diverse) <= 57_600
+    assert quick.rehearsal_steps == diverse.rehearsal_steps > 0
+    assert mine.diversity_bonus == 0.1 and mine.rehearsal == 0.15
     with pytest.raises(ValueError, match="unknown recipe 'wild': there are paper, quick, div"):
         settings("--recipe", "wild")
 
@@ -350,7 +351,8 @@ def test_what_the_command_line_changed_is_remembered(tmp_path):
 
 def test_a_diverse_run_of_the_toy(tmp_path, no_pictures, capsys):
     summary = train_c2i.main(QUICK + ["--recipe", "diverse", "--classes", "0,5,13,21",
-                                      "--eval-images", "300", "--out", str(tmp_path / "run")])
+                                      "--eval-images", "300", "--out", str(tmp_path / "run"),
+                                      "--rehearsal-groups", "8", "--rehearsal-steps", "2"])
     kept, *parts = (summary["after"][f"diversity_kept{part}"] for part in KEPT)
     assert kept == pytest.approx(sum(parts) / 4) and all(part > 0.5 for part in parts)
     metrics = read_metrics(tmp_path / "run")

@@ -88,7 +88,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_path
     """A soak of a minute, with what rehearsal remembers.
 
     As long as you like: `PYTHONPATH=.:tests python tests/harness/test_faults.py MINUTES`."""
-    diverse = ("--recipe", "diverse")
+    diverse = ("--recipe", "diverse", "--rehearsal-groups", 8, "--rehearsal-steps", 3)
     assert finish(start(*QUICK, *diverse, "--steps", 50, "--out", tmp_path / "whole"))[0] == 0
     assert soak(tmp_path / "run", tmp_path / "whole", 50, kills=5, seed=0, options=diverse) > 0
 
@@ -340,7 +340,8 @@ def test_two_processes_are_one_with_two_micro_batches(tmp_path):
 def test_two_processes_share_what_the_diverse_recipe_remembers(tmp_path):
     """Stopped and resumed, they end bit for bit as if they had never stopped."""
     options = (*QUICK, "--recipe", "diverse", "--classes", "0,5,13", "--prompts-per-step", 2,
-               "--group-size", 8, "--rollout-prompts", 1, "--micro-batch", 8, "--lr-end", 1)
+               "--group-size", 8, "--rollout-prompts", 1, "--micro-batch", 8, "--lr-end", 1,
+               "--rehearsal-groups", 8, "--rehearsal-steps", 3)
     for name, steps in (("two", 6), ("stopped", 3)):
         status, _, errors = finish(start(*options, "--steps", steps, "--out", tmp_path / name,
                                          program=TORCHRUN))
