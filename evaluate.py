@@ -98,7 +98,7 @@ def main(argv=None):
         texts, tags = choose_texts(settings)
         index = torch.arange(len(texts)).repeat_interleave(settings.samples)
         if settings.reference:
-            fidelity.check_reference(settings.reference, len(index), "--reference")
+            fidelity.check_reference(settings.reference, len(index))
         reward_fn = reward.RewardSet({})
         if settings.rewards:
             reward_fn = reward.build_rewards(settings.rewards, device)

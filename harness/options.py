@@ -35,8 +35,7 @@ MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "
 
 
 # Files and folders, which have a name if they are given.
-PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "reference",
-          "fid_reference")
+PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "reference")
 
 
 # ---------------------------------------------------------------------------------------------
