@@ -1,6 +1,5 @@
 """From names to what they stand for: models, classes, captions, features, what to watch."""
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -165,21 +164,10 @@ def choose_classes(text, names):
         return list(range(len(names)))
     # Of two equal names the first counts.
     index = {names[k].lower(): k for k in reversed(range(len(names)))}
-    chosen = [choose_class(item.strip(), index, len(names)) for item in text.split(",")]
-    return list(dict.fromkeys(chosen))
-
-
-def choose_class(item, index, count):
-    """The index of one class, given by its number or, by `index`, by its name in lower case."""
-    if re.fullmatch(r"-?[0-9]+", item):
-        if not 0 <= int(item) < count:
-            raise ValueError(f"class {item} does not exist: "
-                             f"they are numbered from 0 to {count - 1}")
-        return int(item)
-    if item.lower() in index:
-        return index[item.lower()]
-    close = difflib.get_close_matches(item.lower(), index, n=3)
-    hint = ""
-    if close:
-        hint = ": did you mean " + " or ".join(repr(name) for name in close) + "?"
-    raise ValueError(f"no class is named {item!r}{hint}")
+    index |= {str(k): k for k in range(len(names))}
+    items = [item.strip().lower() for item in text.split(",")]
+    unknown = [item for item in items if item not in index]
+    if unknown:
+        raise ValueError(f"no class is named {unknown[0]!r}: classes have names such as "
+                         f"{names[0]!r}, and numbers from 0 to {len(names) - 1}")
+    return list(dict.fromkeys(index[item] for item in items))

@@ -700,25 +700,9 @@ def test_choose_classes(text, chosen):
     assert choose_classes(text, ANIMALS) == chosen
 
 
-def test_a_misspelt_class_gets_a_suggestion():
-    with pytest.raises(ValueError, match="no class is named 'goldfisch': did you mean 'goldfish'"):
-        choose_classes("0,goldfisch", ANIMALS)
-
-
-def test_an_unknown_class_gets_no_suggestion():
-    with pytest.raises(ValueError, match="no class is named 'xylophone'$"):
-        choose_classes("xylophone", ANIMALS)
-
-
-@pytest.mark.parametrize("number", ["5", "-1", "1000"])
-def test_a_number_out_of_range(number):
-    with pytest.raises(
-        ValueError, match=f"class {number} does not exist: they are numbered from 0 to 4"
-    ):
-        choose_classes(f"0,{number}", ANIMALS)
-
-
-@pytest.mark.parametrize("text", ["", "1,", "1,,2"])
-def test_an_empty_class(text):
-    with pytest.raises(ValueError, match="no class is named ''"):
+@pytest.mark.parametrize("text, unknown", [
+    ("xylophone", "xylophone"), ("0,5", "5"), ("-1", "-1"), ("", ""), ("1,", ""), ("1,,2", ""),
+])
+def test_a_class_that_is_none(text, unknown):
+    with pytest.raises(ValueError, match=f"no class is named '{unknown}': .* from 0 to 4"):
         choose_classes(text, ANIMALS)
