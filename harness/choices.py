@@ -21,14 +21,11 @@ def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
 
     folder is that of the toy's weights."""
     if preset == "toy":
-        model, vq = toy.load(task, folder, gpt_ckpt, vq_ckpt)
-    elif preset in pretrained.MODELS:
-        model, vq = pretrained.load(preset, gpt_ckpt, vq_ckpt)
-    else:
+        return toy.load(task, folder, gpt_ckpt, vq_ckpt)
+    if preset not in pretrained.MODELS:
         raise ValueError(f"unknown preset {preset!r}: there are toy, "
                          f"{', '.join(pretrained.MODELS)}")
-    check_models(model, vq)
-    return model, vq
+    return pretrained.load(preset, gpt_ckpt, vq_ckpt)
 
 
 def starting_models(settings):
@@ -67,14 +64,6 @@ def checkpoint(spec, seed):
                          "Hugging Face repo")
     seed = int(own) if at else seed
     return f"{name}@{seed}" if at else name, "" if place == "base" else place, seed
-
-
-def check_models(model, vq):
-    """Raises ValueError if the transformer writes tokens that the tokenizer cannot decode."""
-    if model.config.vocab_size != vq.config.codebook_size:
-        raise ValueError("transformer and tokenizer do not go together: "
-                         f"{model.config.vocab_size} codes in one, "
-                         f"{vq.config.codebook_size} in the other")
 
 
 def caption_encoder(preset, t5, device):
