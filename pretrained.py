@@ -10,7 +10,6 @@ LlamaGen and AR-GRPO have published, strictly, and without running code from the
 
 import os
 import re
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -211,10 +210,10 @@ def fetch(spec, hint, patterns=FOLDER):
     return folder / name
 
 
-def without_memory(make):
-    """make() on the meta device: a module with names and shapes, but no numbers."""
-    with torch.device("meta"):
-        return make()
+def unfilled(kind, config):
+    """A Transformer or a VQModel on the CPU, whose weights are still to be read."""
+    with torch.device("meta"):                   # draws no numbers
+        return kind(config).to_empty(device="cpu")
 
 
 def gpt_config(preset, patch=16):
@@ -224,30 +223,13 @@ def gpt_config(preset, patch=16):
     return GPTConfig(**GPT_SIZES[model.size], block_size=(model.pixels // patch) ** 2, **t2i)
 
 
-def presets_that_fit(path):
-    """Names of the published models that have the parameter names and shapes of this checkpoint."""
-    fitting, weights = [], read_weights(path, "gpt_model.")
-    for preset in MODELS:
-        model = without_memory(partial(Transformer, gpt_config(preset)))
-        wanted = {name: w.shape for name, w in model.state_dict().items()}
-        if wanted == {name: w.shape for name, w in named_as(wanted, weights).items()}:
-            fitting.append(preset)
-    return fitting
-
-
 def load_gpt(preset, spec="", patch=16):
     """The transformer of a preset, in float32 on the CPU, with its own weights or those at `spec`.
-
-    Raises ValueError, naming the preset that would fit, if the checkpoint is another model's."""
+    """
     path, config = fetch(spec or MODELS[preset].weights, GPT_HINT), gpt_config(preset, patch)
-    model = without_memory(partial(Transformer, config)).to_empty(device="cpu")
+    model = unfilled(Transformer, config)
     model.rope.copy_(rope_table(config))         # not in the file
-    try:
-        return load_weights(model, path)
-    except ValueError as error:
-        fitting = presets_that_fit(path)
-        advice = f"; it fits --preset {' or '.join(fitting)}" if fitting else ""
-        raise ValueError(f"{error}{advice}") from None
+    return load_weights(model, path)
 
 
 VQ_CONFIGS = {"VQ-16": VQConfig(), "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4))}
@@ -259,7 +241,7 @@ def load_vq(preset, spec=""):
     names = " ".join(read_weights(path, "vq_model."))
     levels = set(re.findall(r"encoder\.conv_blocks\.(\d+)", names))
     config = VQ_CONFIGS["VQ-8" if len(levels) == 4 else "VQ-16"]
-    vq = without_memory(partial(VQModel, config)).to_empty(device="cpu")
+    vq = unfilled(VQModel, config)
     return load_weights(vq, path).requires_grad_(False)
 
 
