@@ -308,11 +308,6 @@ def seen_from(folder, values):
     return moved
 
 
-def images_of(settings):
-    """How many images a run draws to learn from."""
-    return settings.steps * settings.prompts_per_step * settings.group_size
-
-
 def check_writable(folder):
     """Raises PermissionError if files cannot be left in the folder, which may not exist."""
     candidates = [Path(folder), *Path(folder).absolute().parents]

@@ -42,7 +42,7 @@ from harness.device import (
 )
 from harness.gallery import Progress, gallery_arrays, mind_arrays, write_arrays
 from harness.logs import Logs, say, write_json
-from harness.options import check_new, images_of, one_line_errors
+from harness.options import check_new, one_line_errors
 from harness.page import show
 from harness.selftest import selftest
 from reward import BadReward
@@ -128,7 +128,7 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
     # 1. Before.  One process evaluates and writes; the others wait for it.
     with processes.failing_together():
         if rank == 0:
-            print_sizes(model, vq, prompts, settings)
+            print_sizes(model, settings)
             before, gallery_before, spread = evaluate_all(
                 sampler(model), vq, eval_prompts, reward_fn, settings, watched, stop)
             watched = watched._replace(base_spread=watched.base_spread or spread)
@@ -211,21 +211,16 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
     return summary
 
 
-def print_sizes(model, vq, prompts, settings):
+def print_sizes(model, settings):
     s, size = settings, processes.rank_and_size()[1]
     parameters = sum(p.numel() for p in model.parameters())
+    images = s.prompts_per_step * s.group_size
     others = f" and {size - 1} more" if size > 1 else ""
     say(f"{parameters / 1e6:.1f}M parameters, {model.config.block_size} tokens per image, "
-        f"{s.prompts_per_step} prompts x {s.group_size} samples = "
-        f"{s.prompts_per_step * s.group_size} images per step, "
+        f"{s.prompts_per_step} prompts x {s.group_size} samples = {images} images per step, "
         f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
-        f"{s.micro_batch} images in the update, {s.steps} steps, "
+        f"{s.micro_batch} images in the update, {s.steps} steps, {s.steps * images} images in all, "
         f"on {next(model.parameters()).device}{others}, into {s.out}/")
-    if s.recipe != "paper" and not s.resume:
-        usual = images_of(type(s)(**s.presets[s.preset]))
-        remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
-        say(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
-            f"as many as --recipe paper, and once {remembered} of the pretrained model, or fewer")
     say(describe_dtype(next(model.parameters()).device))
 
 
