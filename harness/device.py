@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from contextlib import contextmanager
-from math import ceil, hypot
+from math import ceil
 
 import torch
 import torch.nn as nn
@@ -95,14 +95,6 @@ class Sampler:
         else:
             self.model, self.copy = model, packed(model)
         return self.copy
-
-
-def allowed_mismatch(dtype, cfg_scale):
-    """Nats a token, on average, by which sampler and learner may differ from rounding alone.
-
-    Both branches of guidance round on their own, so the error of s * cond - (s - 1) * null is
-    sqrt(s^2 + (s - 1)^2) times that of one.  docs/speed.md has what was measured."""
-    return (1e-3 if dtype == torch.float32 else 0.05) * hypot(cfg_scale, cfg_scale - 1)
 
 
 # ---------------------------------------------------------------------------------------------

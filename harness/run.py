@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -30,12 +29,10 @@ from harness.compare import digest
 from harness.device import (
     Sampler,
     Stopwatch,
-    allowed_mismatch,
     checkpoint_layers,
     choose_sizes,
     describe_dtype,
     frozen_copy,
-    matrix_dtype,
     optimizer_of_device,
     out_of_memory_advice,
     packed,
@@ -121,7 +118,7 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
 
     parts are `load`'s, features the bonus's, and config is what config.json holds."""
     model, vq, prompts, eval_prompts, reward_fn, watched = parts
-    out, device = Path(settings.out), next(model.parameters()).device
+    out, known = Path(settings.out), config["settings"] | {"device": config["device"]}
     (rank, size), first_step = processes.rank_and_size(), record.done
     sampler, started, attempt = Sampler(settings.compile), time.perf_counter(), logs.attempt
 
@@ -171,12 +168,10 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
                 step = next(steps)
                 metrics = measured(step, stopwatch.seconds(), settings, watched)
                 metrics["lr"] = optimizer.param_groups[0]["lr"]
-                if record.done == first_step:
-                    warn_of_mismatch(step.metrics, settings, device)
                 record.add(metrics)
                 logs.numbers(metrics["step"], metrics)
                 if rank == 0 and not warning:    # once a run
-                    warning = attempt("the doctor", doctor.early_warning, record.metrics)
+                    warning = attempt("the doctor", doctor.early_warning, record.metrics, known)
                     if warning:
                         bar.write(f"step {record.done}: {warning}", file=sys.stderr)
                 bar.set_postfix({name: f"{metrics[name]:.4f}"
@@ -204,7 +199,6 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
     logs.numbers(settings.steps, {"evaluation": after})
     logs.picture(settings.steps, "before_after", out / "before_after.png")
     say("before: " + describe(before), "after:  " + describe(after))
-    known = config["settings"] | {"device": str(device)}
     findings = attempt("the doctor", doctor.report, record.metrics, known, summary)
     say(*(findings or ()),
         f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
@@ -253,19 +247,6 @@ def measured(step, seconds, settings, watched):
             metrics |= diversity_kept(watched.base_spread, spread)
     known = {name: int((~score.isnan()).sum()) for name, score in scores.items()}
     return processes.average_over_processes(metrics, ("step", "ratio_max", "mismatch"), known)
-
-
-def warn_of_mismatch(metrics, settings, device):
-    """Warns if what draws the images computes another distribution than what is trained.
-
-    With log-probabilities without guidance, that is what the settings ask for."""
-    on_policy = settings.logprob_cfg == "guided" or settings.cfg_scale == 1
-    if on_policy and metrics["mismatch_mean"] > allowed_mismatch(
-            matrix_dtype(device), settings.cfg_scale):
-        warnings.warn(
-            "the ratio should be 1 on the first pass over a rollout, but sampler and learner "
-            f"differ by {metrics['mismatch_mean']:.4f} nats a token on average "
-            f"(largest {metrics['mismatch']:.4f})")
 
 
 def draw(attempt, out, before, after, minds):
