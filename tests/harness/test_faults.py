@@ -413,14 +413,14 @@ def the_first_of_two(monkeypatch):
 
 def test_a_failing_process_tells_the_others(the_first_of_two):
     given, answers = the_first_of_two
-    answers += [None, processes.Failure("OSError: the disk is full"), None]
+    failure = processes.OtherProcessFailed("process 1 has failed: OSError: the disk is full")
+    answers += [None, failure, None]
     with pytest.raises(KeyError), processes.failing_together():      # the other waits in `gather`
         raise KeyError("mine")
-    assert given == [processes.Failure("KeyError: 'mine'")]
-    with pytest.raises(processes.OtherProcessFailed, match="process 1 has failed: OSError: the"):
-        with processes.failing_together():
-            processes.wait_for_all()
-    assert given[1:] == [None], "who has been told tells no more"
+    assert [str(told) for told in given] == ["process 0 has failed: KeyError: 'mine'"]
+    with pytest.raises(processes.OtherProcessFailed) as ended, processes.failing_together():
+        processes.wait_for_all()
+    assert ended.value is failure and given[1:] == [None], "who has been told tells no more"
     processes.wait_for_all()
 
 
