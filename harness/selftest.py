@@ -36,12 +36,7 @@ def selftest(model, vq, prompts, reward_fn, settings):
               check_rewards(reward_fn, images, texts),
               check_step(model, vq, prompts, reward_fn, one, optimizer, settings.steps),
               check_checkpoint(model, optimizer, settings.out))
-    good = True
-    for check in checks:
-        for what, fine, sentence in check:
-            print(f"{'ok ' if fine else 'BAD'}  {what:<12}  {sentence}", flush=True)
-            good = good and fine
-    return 0 if good else 1
+    return min(1, sum(map(checker.told, checks)))
 
 
 def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
@@ -64,11 +59,8 @@ def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
 def check_accumulation(model, prompts, index, tokens, settings):
     """Whether the gradient is the same in the update's passes and added up over single images."""
     advantages = torch.linspace(-1, 1, len(tokens), device=tokens.device)[:, None]
-    gradients, sizes = [], {min(settings.micro_batch, len(tokens)), 1}
-    if len(sizes) == 1:
-        yield "accumulation", True, "each pass is of one image: there is nothing to compare"
-        return
-    for size in sizes:
+    gradients, largest = [], min(settings.micro_batch, len(tokens))
+    for size in (largest, 1):
         for rows in torch.arange(len(tokens)).split(size):
             logp, _ = argrpo.policy_logp(model, prompts, index[rows], tokens[rows], settings)
             (-(advantages[rows] * logp).mean() * len(rows) / len(tokens)).backward()
@@ -78,11 +70,11 @@ def check_accumulation(model, prompts, index, tokens, settings):
     whole = sum(a.square().sum() for a in gradients[0]).sqrt()
     relative = (apart / whole).item()
     allowed = 1e-3 if matrix_dtype(tokens.device) == torch.float32 else 0.05
-    sentence = (f"the gradient of passes of {max(sizes)} images and that of passes of one differ "
+    sentence = (f"the gradient of passes of {largest} images and that of passes of one differ "
                 f"by {relative:.1e} of its length")
-    if not relative <= allowed:                  # NaN is bad, too
-        sentence += f", more than {allowed}: is there a layer that mixes the images of a batch?"
-    yield "accumulation", relative <= allowed, sentence
+    yield checker.verdict(                       # NaN is bad, too
+        "accumulation", relative <= allowed, sentence,
+        f"{sentence}, more than {allowed}: is there a layer that mixes the images of a batch?")
 
 
 def check_rewards(reward_fn, images, texts):
@@ -107,11 +99,10 @@ def check_step(model, vq, prompts, reward_fn, one, optimizer, steps):
                           f"{step.metrics['reward']:.3f}; {steps} steps would take about "
                           f"{steps * seconds / 60:.0f} minutes")
     useful = 1 - step.metrics["flat_groups"]
-    if useful:
-        yield "signal", True, f"{useful:.0%} of the step's groups have a spread of rewards"
-    else:
-        yield "signal", False, ("all rewards of every group are equal, so that nothing is learned: "
-                                "take harder prompts, a larger --group-size or a finer reward")
+    yield checker.verdict(
+        "signal", useful > 0, f"{useful:.0%} of the step's groups have a spread of rewards",
+        "all rewards of every group are equal, so that nothing is learned: take harder prompts, a "
+        "larger --group-size or a finer reward")
 
 
 def check_checkpoint(model, optimizer, out):
