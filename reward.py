@@ -370,9 +370,7 @@ def load_function(file, name):
     function = getattr(module, name, None)
     if callable(function):
         return function
-    mine = [n for n, value in vars(module).items()
-            if getattr(value, "__module__", "") == module.__name__]
-    raise ValueError(f"{file} has no function {name!r}; it has {', '.join(mine) or 'none'}")
+    raise ValueError(f"{file} has no function {name!r}")
 
 
 def instance_of(cls, device):

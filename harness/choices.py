@@ -47,13 +47,11 @@ def checkpoint(spec, seed):
     """What the table calls a checkpoint, what to load, "" for the preset's own, and its seed.
 
     It is called "base", by a run's folder, or by what is behind the last /: a safe name of a
-    folder.  A seed is what is behind the last @ of no existing path.  Raises ValueError for what
+    folder.  A seed is a number behind the last @ of no existing path.  Raises ValueError for what
     has no name."""
-    place, at, own = spec, "", ""
-    if "@" in os.path.basename(spec) and not Path(spec).exists():
-        place, at, own = spec.rpartition("@")
-    if at and not re.fullmatch("[0-9]+", own):
-        raise ValueError(f"--gpt-ckpt {spec}: behind the @ must be a seed such as 1, not {own!r}")
+    place, own = spec, re.search("@([0-9]+)$", spec)
+    if own and not Path(spec).exists():
+        place, seed = spec[:own.start()], int(own[1])
     path = Path(place.split(":")[0])             # repo:file
     if place and Path(place).exists():
         path = Path(os.path.abspath(place))      # of model.pt and .. the folder has a name
@@ -62,8 +60,8 @@ def checkpoint(spec, seed):
     if not name:
         raise ValueError(f"--gpt-ckpt {spec!r} names no checkpoint: give a file, a folder, or a "
                          "Hugging Face repo")
-    seed = int(own) if at else seed
-    return f"{name}@{seed}" if at else name, "" if place == "base" else place, seed
+    label = name if place == spec else f"{name}@{seed}"
+    return label, "" if place == "base" else place, seed
 
 
 def caption_encoder(preset, t5, device):

@@ -370,7 +370,7 @@ def test_two_processes_draw_what_one_draws(table, tmp_path):
 @pytest.mark.parametrize("given, message", [
     ([], "name at least one checkpoint: --gpt-ckpt base"),
     (["--gpt-ckpt", "base", "--gpt-ckpt", "base"], "two checkpoints would be called 'base'"),
-    (["--gpt-ckpt", "base@x"], "behind the @ must be a seed such as 1, not 'x'"),
+    (["--gpt-ckpt", "base@x"], "base@x: no such file or folder in"),
     (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
     pytest.param(["--gpt-ckpt", "base", "--reference", "nowhere"],
                  "--reference: cannot read the pictures of nowhere", marks=pytest.mark.skipif(

@@ -234,7 +234,7 @@ class Words:
     assert list(parts) == ["redness", "Words"]
     torch.testing.assert_close(parts["Words"], torch.full((4,), 3.0))
     torch.testing.assert_close(total, 3 * parts["redness"] + 3)
-    with pytest.raises(ValueError, match="no function 'blueness'; it has redness, Words"):
+    with pytest.raises(ValueError, match="no function 'blueness'"):
         build_rewards(f"{file}:blueness", CPU)
 
 
@@ -507,7 +507,6 @@ def test_functions_of_one_name_in_two_files_are_two_rewards(tmp_path):
     ("class score:\n    def __init__(self, device):\n        exit(0)\n",
      r"'score' .*SystemExit: 0 .*bad\.py, line 3"),
     ("score = 3\n", "has no function 'score'"),
-    ("", "has no function 'score'; it has none"),
     ("import torch\ntorch.set_grad_enabled(False)\n", "changes .* gradient mode for all"),
     ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes .* default dtype"),
     ("import os\nos.chdir('/')\n", "changes the working directory"),
