@@ -98,7 +98,7 @@ def read_file(path):
                 return load_file(path)
         with torch.serialization.safe_globals(PLAIN):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:       # of many types; torch's own text advises to trust the file
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -118,8 +118,6 @@ def read_weights(path, part=""):
     Where names hold the part, only those count: AR-GRPO's folders hold the transformer as
     gpt_model. and the tokenizer as vq_model."""
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
     files = [path]
     if path.is_dir():
         names = sorted(file.name for file in path.iterdir())
