@@ -24,7 +24,7 @@ import pretrained
 import reward
 import toy
 from harness import compare, fidelity, options, processes
-from harness.choices import caption_encoder, checkpoint, class_prompts, load_models
+from harness.choices import caption_encoder, check_task, checkpoint, class_prompts, load_models
 from harness.logs import write_json
 
 
@@ -52,13 +52,10 @@ def check(settings):
     if not s.gpt_ckpt:
         raise ValueError("name at least one checkpoint: --gpt-ckpt base, or a file, folder or "
                          "Hugging Face repo")
-    published = pretrained.MODELS.get(s.preset)
-    task = published.task if published else s.task or ("t2i" if s.prompts else "c2i")
+    task = s.task or ("t2i" if s.prompts else "c2i")
     if task not in ("c2i", "t2i"):
         raise ValueError(f"--task must be c2i or t2i, not {s.task!r}")
-    if task == "t2i" and published and not s.prompts:
-        raise ValueError(f"preset {s.preset} draws captions: give it --prompts FILE, such as "
-                         "GenEval's evaluation_metadata.jsonl (docs/reproduce.md)")
+    check_task(s.preset, task)
     options.check_writable(s.out)
     checkpoints, taken = {}, {"results.json", "results.md", "grid.png"}
     for spec in s.gpt_ckpt:
@@ -77,7 +74,8 @@ def choose_texts(settings):
     """The classes' texts or the captions, and GenEval's category of each, or none at all."""
     if settings.task == "c2i":
         return class_prompts(settings.preset, settings.classes).texts, []
-    if not settings.prompts:                     # the toy's: every fifth meets all four relations
+    if settings.preset == "toy" and not settings.prompts:
+        # Every fifth: these meet all four relations.
         return (toy.PAIRS + toy.CLASSES)[::5], []
     tagged = captions.read_tags(settings.prompts)
     texts, tags = list(tagged), [tag for own in tagged.values() for tag in own]

@@ -23,9 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import captions
-import pretrained
 from harness import compare, options
-from harness.choices import caption_encoder, class_prompts, load_models
+from harness.choices import caption_encoder, check_task, class_prompts, load_models
 from harness.device import Sampler
 from harness.processes import pick_device
 
@@ -55,11 +54,7 @@ def check(settings):
         raise ValueError(f"cannot write {place}: choose another name")
     options.check_writable(place.parent)
     task = "t2i" if s.caption or s.prompts else "c2i"
-    published = pretrained.MODELS.get(s.preset)
-    if published and published.task != task:
-        advice = {"t2i": "captions: give it --caption TEXT or --prompts FILE",
-                  "c2i": "classes: choose them with --classes, or captions with a t2i preset"}
-        raise ValueError(f"preset {s.preset} draws {advice[published.task]}")
+    check_task(s.preset, task)
     return task
 
 

@@ -16,6 +16,14 @@ from harness.before_after import Watched, spread_index
 from toy.pretraining import pretrain_toy
 
 
+def check_task(preset, task):
+    """Raises ValueError unless a preset is for the task, "c2i" or "t2i".  The toy is for both."""
+    published = pretrained.MODELS.get(preset)
+    if published and published.task != task:
+        raise ValueError(f"preset {preset} is for {published.task}: t2i presets draw captions, "
+                         "choose them with --prompts FILE; c2i presets draw --classes")
+
+
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
     """The transformer and the tokenizer of a preset for the task "c2i" or "t2i", on the CPU.
 

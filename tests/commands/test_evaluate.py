@@ -375,7 +375,8 @@ def test_two_processes_draw_what_one_draws(table, tmp_path):
     pytest.param(["--gpt-ckpt", "base", "--reference", "nowhere"],
                  "--reference: cannot read the pictures of nowhere", marks=pytest.mark.skipif(
                      find_spec("torch_fidelity") is None, reason="needs torch-fidelity")),
-    (["--gpt-ckpt", "base", "--preset", "t2i-XL-256"], "give it --prompts FILE"),
+    (["--gpt-ckpt", "base", "--preset", "t2i-XL-256"], "choose them with --prompts FILE"),
+    (["--gpt-ckpt", "base", "--preset", "B-256", "--prompts", "a.txt"], "preset B-256 is for c2i"),
     (["--gpt-ckpt", "base", "--task", "t3i"], "--task must be c2i or t2i, not 't3i'"),
     (["--gpt-ckpt", "base", "--preset", "M-256"], "unknown preset 'M-256'"),
     (["--gpt-ckpt", "base", "--rewards", "beauty"], "unknown reward 'beauty'"),

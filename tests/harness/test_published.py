@@ -200,9 +200,8 @@ def test_large_pictures_are_resized_to_256():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--preset", "t2i-XL-256"],
-     "preset t2i-XL-256 draws captions: give it --caption TEXT or --prompts FILE"),
-    (["--preset", "B-256", "--caption", "a dog"], "preset B-256 draws classes"),
+    (["--preset", "t2i-XL-256"], "preset t2i-XL-256 is for t2i: t2i presets draw captions"),
+    (["--preset", "B-256", "--caption", "a dog"], "preset B-256 is for c2i"),
     (["--preset", "XL-256"], "unknown preset 'XL-256': there are toy, B-256"),
     (["--caption", "two pink circles"], "the toy cannot draw or verify 'two pink circles'"),
     (["--classes", "unicorn"], "no class is named 'unicorn'"),
