@@ -195,7 +195,9 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
     write_json(out / "summary.json", summary)
     minds = attempt("the closer look", mind_arrays, reference, model, vq, eval_prompts,
                     gallery_before, gallery_after, settings)
-    draw(attempt, out, gallery_before, gallery_after, minds or {})
+    arrays = gallery_arrays(gallery_before, "before") | gallery_arrays(gallery_after, "after")
+    attempt("report.npz", write_arrays, out / "report.npz", arrays | (minds or {}))
+    show(out, attempt)
     logs.numbers(settings.steps, {"evaluation": after})
     logs.picture(settings.steps, "before_after", out / "before_after.png")
     say("before: " + describe(before), "after:  " + describe(after))
@@ -247,13 +249,6 @@ def measured(step, seconds, settings, watched):
             metrics |= diversity_kept(watched.base_spread, spread)
     known = {name: int((~score.isnan()).sum()) for name, score in scores.items()}
     return processes.average_over_processes(metrics, ("step", "ratio_max", "mismatch"), known)
-
-
-def draw(attempt, out, before, after, minds):
-    """The pictures of a finished run, and its page: before and after are galleries."""
-    arrays = gallery_arrays(before, "before") | gallery_arrays(after, "after") | minds
-    attempt("report.npz", write_arrays, out / "report.npz", arrays)
-    show(out, attempt)
 
 
 def digests_of(model, vq, prompts):

@@ -48,13 +48,12 @@ def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
     rough = matrix_dtype(tokens.device) != torch.float32
     allowed = allowed_mismatch(rough, settings.cfg_scale)
     finding = f"sampler and learner differ by {mean:.1e} nats a token on average"
-    if settings.logprob_cfg == "none" and settings.cfg_scale != 1:
-        yield "sampler", True, finding + ", as --logprob-cfg none asks for"
-    elif mean <= allowed:
-        yield "sampler", True, finding + ", by rounding"
-    else:
-        yield "sampler", False, (f"{finding}, more than {allowed:.1e}: what is trained is not what "
-                                 "is drawn. Look for a change in generate or token_logp")
+    asked = settings.logprob_cfg == "none" and settings.cfg_scale != 1
+    why = "as --logprob-cfg none asks for" if asked else "by rounding"
+    yield checker.verdict(
+        "sampler", asked or mean <= allowed, f"{finding}, {why}",
+        f"{finding}, more than {allowed:.1e}: what is trained is not what is drawn. Look for a "
+        "change in generate or token_logp")
 
 
 def check_accumulation(model, prompts, index, tokens, settings):
