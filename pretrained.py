@@ -196,16 +196,14 @@ def fetch(spec, hint, patterns=FOLDER):
                                 f"Face repo or repo:file; {hint}")
     from huggingface_hub import snapshot_download
     try:             # unlike hf_hub_download, this fails at once without a network
-        folder = Path(snapshot_download(repo, allow_patterns=name or patterns))
+        path = Path(snapshot_download(repo, allow_patterns=name or patterns)) / name
+        path.stat()                              # a pattern that fits no file is no error there
     except Exception as error:                   # the hub's errors have many types and one meaning
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = name or "the model"
         raise FileNotFoundError(f"cannot get {what} from https://huggingface.co/{repo} ({reason}), "
                                 f"and there is no local {spec} in {Path.cwd()}; {hint}") from error
-    if not (folder / name).exists():
-        raise FileNotFoundError(f"there is no {name} in https://huggingface.co/{repo} or its local "
-                                f"copy {folder}; {hint}")
-    return folder / name
+    return path
 
 
 def unfilled(kind, config):

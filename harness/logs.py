@@ -56,11 +56,9 @@ def write_atomically(path, write):
         return temporary.replace(path)
     except (OSError, RuntimeError) as error:     # torch.save has errors of its own for a full disk
         temporary.unlink(missing_ok=True)
-        before = "and there was none before"
-        if path.exists():
-            before = "what it held before is still there"
         reason = str(error).splitlines()[0]
-        raise OSError(f"cannot write {path} ({reason}); {before}") from error
+        raise OSError(f"cannot write {path} ({reason}); what it held before, if anything, is still "
+                      "there") from error
 
 
 def write_bytes(path, content):

@@ -68,10 +68,7 @@ def findings(rewards, images, prompts, group_size):
     yield "shape", True, f"one number per image, {tuple(total.shape)} for {len(prompts)} images"
 
     missing = total.isnan().float().mean().item()
-    finding = f"{missing:.0%} of the images got no score"
-    if missing:
-        finding += "; images without a score teach nothing"
-    yield "missing", missing < 0.5, finding
+    yield "missing", missing < 0.5, f"{missing:.0%} of the images got no score, and teach nothing"
     known = total[~total.isnan()]
     if not len(known):
         return

@@ -591,7 +591,7 @@ def test_a_published_model_is_looked_for_where_it_is_published(hub):
 def test_a_file_that_is_not_in_the_repository(hub):
     with pytest.raises(
         FileNotFoundError,
-        match="there is no other.pt in https://huggingface.co/me/models .*--vq-ckpt PATH",
+        match="cannot get other.pt from https://huggingface.co/me/models .*--vq-ckpt PATH",
     ):
         pretrained.fetch("me/models:other.pt", "pass --vq-ckpt PATH")
 

@@ -158,7 +158,7 @@ shy.may_miss = True
     ("greedy", "changes the images in place"),
     ("misshapen", "must return a tensor of shape"),
     ("first", "its place in the batch"),
-    ("shy", "100% of the images got no score; images without a score teach nothing"),
+    ("shy", "100% of the images got no score, and teach nothing"),
 ])
 def test_check_says_in_plain_words_what_is_wrong(name, finding, tmp_path, capsys):
     file = tmp_path / "mine.py"
