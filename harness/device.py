@@ -259,6 +259,7 @@ class Stopwatch:
 # ---------------------------------------------------------------------------------------------
 
 SPARE = 2 ** 30              # bytes that a trial leaves free, for rewards and fragments
+OUT_OF_MEMORY = "out of memory"      # of torch.OutOfMemoryError; Apple's is a plain RuntimeError
 
 
 def choose_sizes(model, vq, prompts, settings):
@@ -311,15 +312,10 @@ def too_large(model, vq, prompts, settings):
         del spare
         return None, ""
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if OUT_OF_MEMORY not in str(error):
             raise
         model.zero_grad()
         return "micro_batch" if asked else "rollout_prompts", str(error)
-
-
-def is_out_of_memory(error):
-    """Whether a GPU has refused: torch.OutOfMemoryError, or, of Apple's, a plain RuntimeError."""
-    return isinstance(error, RuntimeError) and "out of memory" in str(error)
 
 
 @contextmanager
@@ -328,7 +324,7 @@ def out_of_memory_advice(settings):
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if OUT_OF_MEMORY not in str(error):
             raise
         prompts = settings.rollout_prompts or settings.prompts_per_step
         raise SystemExit(
