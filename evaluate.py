@@ -30,9 +30,10 @@ from harness.logs import write_json
 
 @dataclass
 class EvaluateSettings(options.DrawSettings):
-    gpt_ckpt: list[str] = field(default_factory=list)    # a checkpoint, and again for each other
-                                         # one: "base", a file, a folder, or a Hugging Face repo or
-                                         # repo:file; with @1 behind it drawn with seed 1
+    gpt_ckpt: list[str] = field(default_factory=lambda: ["base"])    # a checkpoint, and again for
+                                         # each other one: "base", the default, a file, a folder, or
+                                         # a Hugging Face repo or repo:file; with @1 behind it drawn
+                                         # with seed 1
     task: str = ""                       # "c2i" or "t2i", of the toy; else the preset's
     samples: int = 0                     # pictures of each prompt; 0 is 32 for the toy, 50 for a
                                          # class, 4 for a caption
@@ -49,9 +50,6 @@ def check(settings):
 
     Raises ValueError, before anything is drawn, for what cannot be."""
     s = settings
-    if not s.gpt_ckpt:
-        raise ValueError("name at least one checkpoint: --gpt-ckpt base, or a file, folder or "
-                         "Hugging Face repo")
     task = s.task or ("t2i" if s.prompts else "c2i")
     if task not in ("c2i", "t2i"):
         raise ValueError(f"--task must be c2i or t2i, not {s.task!r}")

@@ -368,7 +368,6 @@ def test_two_processes_draw_what_one_draws(table, tmp_path):
 
 
 @pytest.mark.parametrize("given, message", [
-    ([], "name at least one checkpoint: --gpt-ckpt base"),
     (["--gpt-ckpt", "base", "--gpt-ckpt", "base"], "two checkpoints would be called 'base'"),
     (["--gpt-ckpt", "base@x"], "base@x: no such file or folder in"),
     (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
