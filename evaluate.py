@@ -25,7 +25,7 @@ import reward
 import toy
 from harness import compare, fidelity, options, processes
 from harness.choices import caption_encoder, check_task, checkpoint, class_prompts, load_models
-from harness.logs import write_json
+from harness.logs import one_line_errors, write_json
 
 
 @dataclass
@@ -84,7 +84,7 @@ def choose_texts(settings):
 
 
 def main(argv=None):
-    with options.one_line_errors():
+    with one_line_errors():
         given = options.read_options(EvaluateSettings, argv, "evaluate.py", __doc__)
         settings = EvaluateSettings(**given)
         settings.task, checkpoints = check(settings)

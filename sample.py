@@ -26,6 +26,7 @@ import captions
 from harness import compare, options
 from harness.choices import caption_encoder, check_task, class_prompts, load_models
 from harness.device import Sampler
+from harness.logs import one_line_errors
 from harness.processes import pick_device
 
 
@@ -103,7 +104,7 @@ def write_grid(model, vq, prompts, settings):
 
 
 def main(argv=None):
-    with options.one_line_errors():
+    with one_line_errors():
         given = options.read_options(SampleSettings, argv, "sample.py", __doc__)
         settings = SampleSettings(**given)
         task = check(settings)

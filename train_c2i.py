@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import reward
 from harness import options
 from harness.choices import choose_watched, class_prompts, starting_models
+from harness.logs import one_line_errors
 from harness.run import run
 
 # The paper's c2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the
@@ -60,7 +61,7 @@ def load(settings, device):
 
 
 def main(argv=None):
-    with options.one_line_errors():
+    with one_line_errors():
         settings = options.parse_settings(C2iSettings, argv, __doc__)
     return run(settings, load)
 

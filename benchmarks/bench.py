@@ -50,7 +50,8 @@ from benchmarks.yardsticks import plain_sampler  # noqa: E402
 from harness import device as speed  # noqa: E402
 from harness.device import Stopwatch, measured  # noqa: E402
 from harness.doctor import allowed_mismatch  # noqa: E402
-from harness.options import RunSettings, one_line_errors, read_options  # noqa: E402
+from harness.logs import one_line_errors  # noqa: E402
+from harness.options import RunSettings, read_options  # noqa: E402
 from harness.processes import pick_device  # noqa: E402
 from reward import build_rewards  # noqa: E402
 from vqgan import VQConfig, VQModel  # noqa: E402

@@ -16,10 +16,8 @@ import math
 import os
 import re
 import shlex
-import sys
 import types
 import typing
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -199,21 +197,6 @@ def read_options(cls, argv, prog, description, epilog=""):
         if value == "" or isinstance(value, list) and "" in value:
             raise ValueError(f"--{name.replace('_', '-')} is empty: a variable that is not set?")
     return given
-
-
-@contextmanager
-def one_line_errors(status=2, kinds=(ValueError, OSError, ImportError)):
-    """An error of these kinds is for the user to read: one line, and this exit status, by default
-    that of what is wrong before any work.
-
-    What a terminal cannot show, then and later, is shown as "?"."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        yield
-    except kinds as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(status)
 
 
 def parse_settings(cls, argv, description):

@@ -38,8 +38,8 @@ from harness.device import (
     packed,
 )
 from harness.gallery import Progress, gallery_arrays, mind_arrays, write_arrays
-from harness.logs import Logs, say, write_json
-from harness.options import check_new, one_line_errors
+from harness.logs import Logs, one_line_errors, say, write_json
+from harness.options import check_new
 from harness.page import show
 from harness.selftest import selftest
 from reward import BadReward

@@ -22,6 +22,7 @@ import train_t2i
 from harness import options
 from harness.before_after import evaluate
 from harness.checkpoints import save_checkpoint
+from harness.logs import one_line_errors
 from pretrained import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -210,7 +211,7 @@ def test_a_run_is_resumed_from_another_folder(another, tmp_path, monkeypatch):
 def test_a_terminal_without_unicode_ends_nothing(encoding, monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
-    with options.one_line_errors():
+    with one_line_errors():
         print("a \u72d7, drawn", flush=True)
     assert shown.getvalue() == b"a ?, drawn\n"
 
