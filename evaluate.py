@@ -24,15 +24,16 @@ import pretrained
 import reward
 import toy
 from harness import compare, fidelity, options, processes
-from harness.choices import caption_encoder, checkpoint, class_prompts, load_models
-from harness.logs import write_json
+from harness.choices import caption_encoder, check_task, checkpoint, class_prompts, load_models
+from harness.logs import one_line_errors, write_json
 
 
 @dataclass
 class EvaluateSettings(options.DrawSettings):
-    gpt_ckpt: list[str] = field(default_factory=list)    # a checkpoint, and again for each other
-                                         # one: "base", a file, a folder, or a Hugging Face repo or
-                                         # repo:file; with @1 behind it drawn with seed 1
+    gpt_ckpt: list[str] = field(default_factory=lambda: ["base"])    # a checkpoint, and again for
+                                         # each other one: "base", the default, a file, a folder, or
+                                         # a Hugging Face repo or repo:file; with @1 behind it drawn
+                                         # with seed 1
     task: str = ""                       # "c2i" or "t2i", of the toy; else the preset's
     samples: int = 0                     # pictures of each prompt; 0 is 32 for the toy, 50 for a
                                          # class, 4 for a caption
@@ -49,16 +50,10 @@ def check(settings):
 
     Raises ValueError, before anything is drawn, for what cannot be."""
     s = settings
-    if not s.gpt_ckpt:
-        raise ValueError("name at least one checkpoint: --gpt-ckpt base, or a file, folder or "
-                         "Hugging Face repo")
-    published = pretrained.MODELS.get(s.preset)
-    task = published.task if published else s.task or ("t2i" if s.prompts else "c2i")
+    task = s.task or ("t2i" if s.prompts else "c2i")
     if task not in ("c2i", "t2i"):
         raise ValueError(f"--task must be c2i or t2i, not {s.task!r}")
-    if task == "t2i" and published and not s.prompts:
-        raise ValueError(f"preset {s.preset} draws captions: give it --prompts FILE, such as "
-                         "GenEval's evaluation_metadata.jsonl (docs/reproduce.md)")
+    check_task(s.preset, task)
     options.check_writable(s.out)
     checkpoints, taken = {}, {"results.json", "results.md", "grid.png"}
     for spec in s.gpt_ckpt:
@@ -77,7 +72,8 @@ def choose_texts(settings):
     """The classes' texts or the captions, and GenEval's category of each, or none at all."""
     if settings.task == "c2i":
         return class_prompts(settings.preset, settings.classes).texts, []
-    if not settings.prompts:                     # the toy's: every fifth meets all four relations
+    if settings.preset == "toy" and not settings.prompts:
+        # Every fifth: these meet all four relations.
         return (toy.PAIRS + toy.CLASSES)[::5], []
     tagged = captions.read_tags(settings.prompts)
     texts, tags = list(tagged), [tag for own in tagged.values() for tag in own]
@@ -88,7 +84,7 @@ def choose_texts(settings):
 
 
 def main(argv=None):
-    with options.one_line_errors():
+    with one_line_errors():
         given = options.read_options(EvaluateSettings, argv, "evaluate.py", __doc__)
         settings = EvaluateSettings(**given)
         settings.task, checkpoints = check(settings)
@@ -98,7 +94,7 @@ def main(argv=None):
         texts, tags = choose_texts(settings)
         index = torch.arange(len(texts)).repeat_interleave(settings.samples)
         if settings.reference:
-            fidelity.check_reference(settings.reference, len(index), "--reference")
+            fidelity.check_reference(settings.reference, len(index))
         reward_fn = reward.RewardSet({})
         if settings.rewards:
             reward_fn = reward.build_rewards(settings.rewards, device)

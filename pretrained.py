@@ -10,7 +10,6 @@ LlamaGen and AR-GRPO have published, strictly, and without running code from the
 
 import os
 import re
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +98,7 @@ def read_file(path):
                 return load_file(path)
         with torch.serialization.safe_globals(PLAIN):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:       # of many types; torch's own text advises to trust the file
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -119,8 +118,6 @@ def read_weights(path, part=""):
     Where names hold the part, only those count: AR-GRPO's folders hold the transformer as
     gpt_model. and the tokenizer as vq_model."""
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
     files = [path]
     if path.is_dir():
         names = sorted(file.name for file in path.iterdir())
@@ -199,22 +196,20 @@ def fetch(spec, hint, patterns=FOLDER):
                                 f"Face repo or repo:file; {hint}")
     from huggingface_hub import snapshot_download
     try:             # unlike hf_hub_download, this fails at once without a network
-        folder = Path(snapshot_download(repo, allow_patterns=name or patterns))
+        path = Path(snapshot_download(repo, allow_patterns=name or patterns)) / name
+        path.stat()                              # a pattern that fits no file is no error there
     except Exception as error:                   # the hub's errors have many types and one meaning
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = name or "the model"
         raise FileNotFoundError(f"cannot get {what} from https://huggingface.co/{repo} ({reason}), "
                                 f"and there is no local {spec} in {Path.cwd()}; {hint}") from error
-    if not (folder / name).exists():
-        raise FileNotFoundError(f"there is no {name} in https://huggingface.co/{repo} or its local "
-                                f"copy {folder}; {hint}")
-    return folder / name
+    return path
 
 
-def without_memory(make):
-    """make() on the meta device: a module with names and shapes, but no numbers."""
-    with torch.device("meta"):
-        return make()
+def unfilled(kind, config):
+    """A Transformer or a VQModel on the CPU, whose weights are still to be read."""
+    with torch.device("meta"):                   # draws no numbers
+        return kind(config).to_empty(device="cpu")
 
 
 def gpt_config(preset, patch=16):
@@ -224,30 +219,13 @@ def gpt_config(preset, patch=16):
     return GPTConfig(**GPT_SIZES[model.size], block_size=(model.pixels // patch) ** 2, **t2i)
 
 
-def presets_that_fit(path):
-    """Names of the published models that have the parameter names and shapes of this checkpoint."""
-    fitting, weights = [], read_weights(path, "gpt_model.")
-    for preset in MODELS:
-        model = without_memory(partial(Transformer, gpt_config(preset)))
-        wanted = {name: w.shape for name, w in model.state_dict().items()}
-        if wanted == {name: w.shape for name, w in named_as(wanted, weights).items()}:
-            fitting.append(preset)
-    return fitting
-
-
 def load_gpt(preset, spec="", patch=16):
     """The transformer of a preset, in float32 on the CPU, with its own weights or those at `spec`.
-
-    Raises ValueError, naming the preset that would fit, if the checkpoint is another model's."""
+    """
     path, config = fetch(spec or MODELS[preset].weights, GPT_HINT), gpt_config(preset, patch)
-    model = without_memory(partial(Transformer, config)).to_empty(device="cpu")
+    model = unfilled(Transformer, config)
     model.rope.copy_(rope_table(config))         # not in the file
-    try:
-        return load_weights(model, path)
-    except ValueError as error:
-        fitting = presets_that_fit(path)
-        advice = f"; it fits --preset {' or '.join(fitting)}" if fitting else ""
-        raise ValueError(f"{error}{advice}") from None
+    return load_weights(model, path)
 
 
 VQ_CONFIGS = {"VQ-16": VQConfig(), "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4))}
@@ -259,7 +237,7 @@ def load_vq(preset, spec=""):
     names = " ".join(read_weights(path, "vq_model."))
     levels = set(re.findall(r"encoder\.conv_blocks\.(\d+)", names))
     config = VQ_CONFIGS["VQ-8" if len(levels) == 4 else "VQ-16"]
-    vq = without_memory(partial(VQModel, config)).to_empty(device="cpu")
+    vq = unfilled(VQModel, config)
     return load_weights(vq, path).requires_grad_(False)
 
 

@@ -11,11 +11,10 @@ It reads the run's files and loads no model: it works while a run is going, and 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from harness import doctor
-from harness.logs import plain, say, write_bytes
+from harness.logs import one_line_errors, say, write_bytes
 from harness.page import page, read_run, show
 
 
@@ -28,7 +27,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="the page; default RUN/report.html, or "
                                                  "comparison.html for several runs")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         if args.doctor:
             for folder in args.runs:
                 run = read_run(folder)
@@ -40,9 +39,6 @@ def main(argv=None):
             say(f"wrote {write_bytes(path, page(*map(read_run, args.runs)))}")
         else:
             say(*(f"wrote {path}" for path in show(args.runs[0])))
-    except (OSError, ValueError) as error:
-        print(f"error: {plain(error)}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

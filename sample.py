@@ -23,10 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import captions
-import pretrained
-from harness import compare, fidelity, options
-from harness.choices import caption_encoder, class_prompts, load_models
+from harness import compare, options
+from harness.choices import caption_encoder, check_task, class_prompts, load_models
 from harness.device import Sampler
+from harness.logs import one_line_errors
 from harness.processes import pick_device
 
 
@@ -41,8 +41,6 @@ class SampleSettings(options.DrawSettings):
     out: str = "samples.png"             # the grid
     npz: str = ""                        # write --images pictures into this .npz instead of a grid
     images: int = 50000                  # how many, for --npz
-    fid_reference: str = ""              # folder or .npz of real images: prints FID and IS (needs
-                                         # torch-fidelity)
 
 
 def check(settings):
@@ -56,17 +54,8 @@ def check(settings):
     if place.is_dir() or (place.exists() and not os.access(place, os.W_OK)):
         raise ValueError(f"cannot write {place}: choose another name")
     options.check_writable(place.parent)
-    if s.fid_reference and (not s.npz or place.resolve() == Path(s.fid_reference).resolve()):
-        raise ValueError("--fid-reference needs --npz and other pictures to compare it with, "
-                         f"not {s.npz!r} and {s.fid_reference!r}")
     task = "t2i" if s.caption or s.prompts else "c2i"
-    published = pretrained.MODELS.get(s.preset)
-    if published and published.task != task:
-        advice = {"t2i": "captions: give it --caption TEXT or --prompts FILE",
-                  "c2i": "classes: choose them with --classes, or captions with a t2i preset"}
-        raise ValueError(f"preset {s.preset} draws {advice[published.task]}")
-    if s.fid_reference:
-        fidelity.check_reference(s.fid_reference, s.images, "--fid-reference", fidelity.MODELS[:1])
+    check_task(s.preset, task)
     return task
 
 
@@ -83,7 +72,7 @@ def choose_prompts(settings, task, device):
 
 
 def write_npz(model, vq, prompts, settings):
-    """--images pictures, of all prompts in turn, into the .npz; and their FID if asked for.
+    """--images pictures, of all prompts in turn, into the .npz.
 
     Until all are there they lie in a folder beside it, so that the same command goes on after an
     interruption."""
@@ -94,10 +83,6 @@ def write_npz(model, vq, prompts, settings):
     pictures = compare.read_shards(folder)
     np.savez(settings.npz, arr_0=pictures)
     print(f"wrote {len(pictures)} pictures of {len(prompts.texts)} prompts to {settings.npz}")
-    if settings.fid_reference:
-        device = next(model.parameters()).device
-        print(fidelity.figures(fidelity.Shards(folder, len(pictures)), settings.fid_reference,
-                               device))
     shutil.rmtree(folder)
 
 
@@ -119,7 +104,7 @@ def write_grid(model, vq, prompts, settings):
 
 
 def main(argv=None):
-    with options.one_line_errors():
+    with one_line_errors():
         given = options.read_options(SampleSettings, argv, "sample.py", __doc__)
         settings = SampleSettings(**given)
         task = check(settings)

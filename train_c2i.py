@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import reward
 from harness import options
 from harness.choices import choose_watched, class_prompts, starting_models
+from harness.logs import one_line_errors
 from harness.run import run
 
 # The paper's c2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the
@@ -24,13 +25,9 @@ PAPER = dict(reward="paper_lite", steps=400, prompts_per_step=4, group_size=8, l
 PRESETS = {
     "toy": dict(reward="shapes", steps=75, prompts_per_step=16, group_size=8, lr=1.6e-3,
                 rehearsal_groups=4),
-    "B-256": PAPER,
-    "L-256": PAPER,
-    "B-384": PAPER,
-    "L-384": PAPER,
-    "XL-384": PAPER,
-    "XXL-384": PAPER | dict(checkpointing=True),         # these two need more than 24 GB
-    "3B-384": PAPER | dict(checkpointing=True),
+    **dict.fromkeys(("B-256", "L-256", "B-384", "L-384", "XL-384"), PAPER),
+    # These need more than 24 GB.
+    **dict.fromkeys(("XXL-384", "3B-384"), PAPER | dict(checkpointing=True)),
 }
 
 # --recipe diverse keeps a prompt's pictures varied.  Rehearsal takes the place of the KL penalty,
@@ -63,7 +60,7 @@ def load(settings, device):
 
 
 def main(argv=None):
-    with options.one_line_errors():
+    with one_line_errors():
         settings = options.parse_settings(C2iSettings, argv, __doc__)
     return run(settings, load)
 

@@ -18,6 +18,7 @@ import reward
 import toy
 from harness import options
 from harness.choices import caption_encoder, choose_watched, starting_models
+from harness.logs import one_line_errors
 from harness.run import run
 
 # The paper's t2i settings (arXiv 2508.06924), but for log-probs with guidance, and one GPU in the
@@ -75,7 +76,7 @@ def load(settings, device):
 
 
 def main(argv=None):
-    with options.one_line_errors():
+    with one_line_errors():
         settings = options.parse_settings(T2iSettings, argv, __doc__)
     return run(settings, load)
 

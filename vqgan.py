@@ -265,9 +265,3 @@ class VQModel(nn.Module):
         code = self.quantize.codes()[tokens]                         # (B, h*w, E)
         vq_loss = F.mse_loss(code, z.detach()) + beta * F.mse_loss(z, code.detach())
         return z + (code - z).detach(), vq_loss
-
-    def forward(self, images):
-        """One pass for training: images (B, 3, height, width) -> (reconstruction, vq_loss)."""
-        code, vq_loss = self.straight_through(self.features(images))
-        f = self.downsample_factor
-        return self.from_codes(code, images.shape[2] // f, images.shape[3] // f), vq_loss

@@ -49,7 +49,9 @@ import toy  # noqa: E402
 from benchmarks.yardsticks import plain_sampler  # noqa: E402
 from harness import device as speed  # noqa: E402
 from harness.device import Stopwatch, measured  # noqa: E402
-from harness.options import RunSettings, one_line_errors, read_options  # noqa: E402
+from harness.doctor import allowed_mismatch  # noqa: E402
+from harness.logs import one_line_errors  # noqa: E402
+from harness.options import RunSettings, read_options  # noqa: E402
 from harness.processes import pick_device  # noqa: E402
 from reward import build_rewards  # noqa: E402
 from vqgan import VQConfig, VQModel  # noqa: E402
@@ -196,7 +198,7 @@ def in_bfloat16(device, dtype=torch.bfloat16):
 
 def verdict(apart, dtype, scale):
     """Columns about differences of log-probabilities, and whether rounding explains their mean."""
-    mean, allowed = apart.mean().item(), speed.allowed_mismatch(dtype, scale)
+    mean, allowed = apart.mean().item(), allowed_mismatch(dtype != torch.float32, scale)
     return {"mean, nats": mean, "largest": apart.max().item(), "allowed mean": allowed,
             "ok": mean <= allowed}
 

@@ -42,13 +42,11 @@ def naming_damage(path):
     except PermissionError:
         raise
     except Exception as error:                       # a damaged file can fail anywhere
-        previous = path.with_name("previous.pt")
-        advice = "and there is no earlier one: start again without --resume, in another folder"
-        if previous.exists():
-            advice = f"the one before it is {previous}: rename it to {path.name}, and resume again"
         reason = error if isinstance(error, ValueError) else type(error).__name__
-        raise OSError(f"the checkpoint {path} is damaged or not this run's ({reason}); "
-                      f"{advice}") from error
+        previous = path.with_name("previous.pt")
+        raise OSError(f"the checkpoint {path} is damaged or not this run's ({reason}); the one "
+                      f"before it is {previous}: rename it to {path.name}, and resume again; if "
+                      "there is none, start again in another folder") from error
 
 
 def load_checkpoint(path, model, optimizer, remembered=None):

@@ -1,6 +1,5 @@
 """From names to what they stand for: models, classes, captions, features, what to watch."""
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -18,19 +17,24 @@ from harness.processes import rank_and_size, wait_for_all
 from toy.pretraining import pretrain_toy
 
 
+def check_task(preset, task):
+    """Raises ValueError unless a preset is for the task, "c2i" or "t2i".  The toy is for both."""
+    published = pretrained.MODELS.get(preset)
+    if published and published.task != task:
+        raise ValueError(f"preset {preset} is for {published.task}: t2i presets draw captions, "
+                         "choose them with --prompts FILE; c2i presets draw --classes")
+
+
 def load_models(preset, task, gpt_ckpt="", vq_ckpt="", folder=toy.FOLDER):
     """The transformer and the tokenizer of a preset for the task "c2i" or "t2i", on the CPU.
 
     folder is that of the toy's weights."""
     if preset == "toy":
-        model, vq = toy.load(task, folder, gpt_ckpt, vq_ckpt)
-    elif preset in pretrained.MODELS:
-        model, vq = pretrained.load(preset, gpt_ckpt, vq_ckpt)
-    else:
+        return toy.load(task, folder, gpt_ckpt, vq_ckpt)
+    if preset not in pretrained.MODELS:
         raise ValueError(f"unknown preset {preset!r}: there are toy, "
                          f"{', '.join(pretrained.MODELS)}")
-    check_models(model, vq)
-    return model, vq
+    return pretrained.load(preset, gpt_ckpt, vq_ckpt)
 
 
 def starting_models(settings):
@@ -53,13 +57,11 @@ def checkpoint(spec, seed):
     """What the table calls a checkpoint, what to load, "" for the preset's own, and its seed.
 
     It is called "base", by a run's folder, or by what is behind the last /: a safe name of a
-    folder.  A seed is what is behind the last @ of no existing path.  Raises ValueError for what
+    folder.  A seed is a number behind the last @ of no existing path.  Raises ValueError for what
     has no name."""
-    place, at, own = spec, "", ""
-    if "@" in os.path.basename(spec) and not Path(spec).exists():
-        place, at, own = spec.rpartition("@")
-    if at and not re.fullmatch("[0-9]+", own):
-        raise ValueError(f"--gpt-ckpt {spec}: behind the @ must be a seed such as 1, not {own!r}")
+    place, own = spec, re.search("@([0-9]+)$", spec)
+    if own and not Path(spec).exists():
+        place, seed = spec[:own.start()], int(own[1])
     path = Path(place.split(":")[0])             # repo:file
     if place and Path(place).exists():
         path = Path(os.path.abspath(place))      # of model.pt and .. the folder has a name
@@ -68,16 +70,8 @@ def checkpoint(spec, seed):
     if not name:
         raise ValueError(f"--gpt-ckpt {spec!r} names no checkpoint: give a file, a folder, or a "
                          "Hugging Face repo")
-    seed = int(own) if at else seed
-    return f"{name}@{seed}" if at else name, "" if place == "base" else place, seed
-
-
-def check_models(model, vq):
-    """Raises ValueError if the transformer writes tokens that the tokenizer cannot decode."""
-    if model.config.vocab_size != vq.config.codebook_size:
-        raise ValueError("transformer and tokenizer do not go together: "
-                         f"{model.config.vocab_size} codes in one, "
-                         f"{vq.config.codebook_size} in the other")
+    label = name if place == spec else f"{name}@{seed}"
+    return label, "" if place == "base" else place, seed
 
 
 def caption_encoder(preset, t5, device):
@@ -167,21 +161,10 @@ def choose_classes(text, names):
         return list(range(len(names)))
     # Of two equal names the first counts.
     index = {names[k].lower(): k for k in reversed(range(len(names)))}
-    chosen = [choose_class(item.strip(), index, len(names)) for item in text.split(",")]
-    return list(dict.fromkeys(chosen))
-
-
-def choose_class(item, index, count):
-    """The index of one class, given by its number or, by `index`, by its name in lower case."""
-    if re.fullmatch(r"-?[0-9]+", item):
-        if not 0 <= int(item) < count:
-            raise ValueError(f"class {item} does not exist: "
-                             f"they are numbered from 0 to {count - 1}")
-        return int(item)
-    if item.lower() in index:
-        return index[item.lower()]
-    close = difflib.get_close_matches(item.lower(), index, n=3)
-    hint = ""
-    if close:
-        hint = ": did you mean " + " or ".join(repr(name) for name in close) + "?"
-    raise ValueError(f"no class is named {item!r}{hint}")
+    index |= {str(k): k for k in range(len(names))}
+    items = [item.strip().lower() for item in text.split(",")]
+    unknown = [item for item in items if item not in index]
+    if unknown:
+        raise ValueError(f"no class is named {unknown[0]!r}: classes have names such as "
+                         f"{names[0]!r}, and numbers from 0 to {len(names) - 1}")
+    return list(dict.fromkeys(index[item] for item in items))

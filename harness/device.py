@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from contextlib import contextmanager
-from math import ceil, hypot
+from math import ceil
 
 import torch
 import torch.nn as nn
@@ -95,14 +95,6 @@ class Sampler:
         else:
             self.model, self.copy = model, packed(model)
         return self.copy
-
-
-def allowed_mismatch(dtype, cfg_scale):
-    """Nats a token, on average, by which sampler and learner may differ from rounding alone.
-
-    Both branches of guidance round on their own, so the error of s * cond - (s - 1) * null is
-    sqrt(s^2 + (s - 1)^2) times that of one.  docs/speed.md has what was measured."""
-    return (1e-3 if dtype == torch.float32 else 0.05) * hypot(cfg_scale, cfg_scale - 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,6 +259,7 @@ class Stopwatch:
 # ---------------------------------------------------------------------------------------------
 
 SPARE = 2 ** 30              # bytes that a trial leaves free, for rewards and fragments
+OUT_OF_MEMORY = "out of memory"      # of torch.OutOfMemoryError; Apple's is a plain RuntimeError
 
 
 def choose_sizes(model, vq, prompts, settings):
@@ -319,15 +312,10 @@ def too_large(model, vq, prompts, settings):
         del spare
         return None, ""
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if OUT_OF_MEMORY not in str(error):
             raise
         model.zero_grad()
         return "micro_batch" if asked else "rollout_prompts", str(error)
-
-
-def is_out_of_memory(error):
-    """Whether a GPU has refused: torch.OutOfMemoryError, or, of Apple's, a plain RuntimeError."""
-    return isinstance(error, RuntimeError) and "out of memory" in str(error)
 
 
 @contextmanager
@@ -336,7 +324,7 @@ def out_of_memory_advice(settings):
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if OUT_OF_MEMORY not in str(error):
             raise
         prompts = settings.rollout_prompts or settings.prompts_per_step
         raise SystemExit(

@@ -100,6 +100,15 @@ def learned(r):
     return r.change("reward") > SURE and r.first("flat_groups") < 0.5
 
 
+def allowed_mismatch(rough, cfg_scale):
+    """Nats a token, on average, by which sampler and learner may differ from rounding alone, in
+    bfloat16 if it is rough, else in float32.
+
+    Both branches of guidance round on their own, so the error of s * cond - (s - 1) * null is
+    sqrt(s^2 + (s - 1)^2) times that of one.  docs/speed.md has what was measured."""
+    return (0.05 if rough else 1e-3) * hypot(cfg_scale, cfg_scale - 1)
+
+
 @rule("fault", "sampler and learner disagree")
 def mismatch(r):
     """sampler and learner disagree by {ended:.2g} nats a token ({started:.2g} in the first steps):
@@ -111,8 +120,7 @@ def mismatch(r):
     values, scale = r.values("mismatch_mean"), r.settings.get("cfg_scale", 1.0)
     if r.settings.get("logprob_cfg", "guided") == "none" and scale != 1:
         return None                              # that is what the settings ask for
-    gpu = str(r.settings.get("device", "")).startswith("cuda")
-    allowed = (0.05 if gpu else 1e-3) * hypot(scale, scale - 1)
+    allowed = allowed_mismatch(str(r.settings.get("device", "")).startswith("cuda"), scale)
     started, ended = median(values[:3]), median(values[-3:])
     if ended > allowed or (ended > 1e-5 and ended > 20 * started):
         return dict(ended=ended, started=started)
@@ -395,9 +403,12 @@ def report(metrics, settings, summary=None):
     return well + lines
 
 
-def early_warning(metrics, steps=5):
-    """A line for a run that is going: the last steps all had rewards without any spread."""
-    last = metrics[-steps:]
+def early_warning(metrics, settings, steps=5):
+    """A line for a run that is going, or None: what draws the images is not what is trained, or the
+    last steps all had rewards without any spread."""
+    apart, last = mismatch(Readings(metrics, settings, {})), metrics[-steps:]
+    if apart:
+        return RULES[mismatch].what.format(**apart)
     rewards = [value for _, value in points(last, "reward")]
     if len(last) < steps or any(m["flat_groups"] < 1 for m in last):
         return None

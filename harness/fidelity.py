@@ -48,15 +48,13 @@ class Shards(Dataset):
         return self.last[1][place]
 
 
-def check_reference(path, count, option, models=MODELS):
+def check_reference(path, count):
     """Raises ImportError, OSError or ValueError if `count` pictures cannot be compared with those
-    at path: a folder of pictures of one size, or an .npz with `arr_0` (n, H, W, 3) uint8.
+    of --reference: a folder of pictures of one size, or an .npz with `arr_0` (n, H, W, 3) uint8.
 
     torch-fidelity's models are downloaded if need be."""
     if find_spec("torch_fidelity") is None:
-        raise ImportError(f"{option} needs torch-fidelity: pip install torch-fidelity")
-    if not Path(path).exists():
-        raise ValueError(f"{option}: there is no {path}")
+        raise ImportError("--reference needs torch-fidelity: pip install torch-fidelity")
     try:
         if Path(path).is_dir():
             files = [file for file in Path(path).iterdir() if file.suffix.lower() in ENDINGS]
@@ -67,33 +65,36 @@ def check_reference(path, count, option, models=MODELS):
             known, sizes = len(real), {(real.dtype.name, *real.shape[3:])}
             fine = sizes == {("uint8", 3)}
     except Exception as error:                   # a damaged file can fail anywhere
-        raise ValueError(f"{option}: cannot read the pictures of {path} "
+        raise ValueError(f"--reference: cannot read the pictures of {path} "
                          f"({type(error).__name__}: {error})") from error
     if not fine:
-        raise ValueError(f"{option}: {path} must hold pictures of one size, an .npz as arr_0 "
+        raise ValueError(f"--reference {path} must hold pictures of one size, an .npz as arr_0 "
                          f"(n, H, W, 3) of uint8, not {sorted(sizes)}")
     if min(known, count) < LEAST:
-        raise ValueError(f"{option} compares {count} pictures with the {known} of {path}: each "
+        raise ValueError(f"--reference compares {count} pictures with the {known} of {path}: each "
                          f"must be at least {LEAST}")
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-    for name in models:
+    for name in MODELS:
         kind = FEATURE_EXTRACTORS_REGISTRY[name]
         try:
             kind(name, kind.get_provided_features_list()[:1])
         except OSError as error:
-            raise OSError(f"{option} cannot download the model {name} ({error}): get it where there"
-                          f" is a network, into {torch.hub.get_dir()}/checkpoints") from error
+            raise OSError(f"--reference cannot download the model {name} ({error}): get it where "
+                          f"there is a network, into {torch.hub.get_dir()}/checkpoints") from error
 
 
-def figures(pictures, reference, device, **metrics):
-    """torch-fidelity's FID, Inception Score, and what the metrics ask for, of a Dataset of pictures
-    against the real ones at the path `reference`, computed on the device."""
+def fid_of_real(pictures, reference, device):
+    """FID, Inception Score, precision and recall, by name, of a Dataset of pictures against the
+    real ones at the path `reference`, computed on the device."""
     import torch_fidelity
     real = str(reference)
     if not Path(real).is_dir():
         real = ConcatDataset([torch.from_numpy(np.load(real)["arr_0"]).movedim(-1, 1)])
-    return torch_fidelity.calculate_metrics(input1=pictures, input2=real, fid=True, isc=True,
-                                            verbose=False, cuda=device.type == "cuda", **metrics)
+    found = torch_fidelity.calculate_metrics(input1=pictures, input2=real, fid=True, isc=True,
+                                             prc=True, verbose=False, cuda=device.type == "cuda")
+    return {"FID": found["frechet_inception_distance"],
+            "Inception Score": found["inception_score_mean"],
+            "precision": found["precision"], "recall": found["recall"]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,10 +133,7 @@ def figures_of(folder, texts, settings, device):
     settings.reference, or, of the toy, rendered scenes.  Else none."""
     drawn = [text for text in texts for _ in range(settings.samples)]
     if settings.reference:
-        found = figures(Shards(folder, len(drawn)), settings.reference, device, prc=True)
-        return {"FID": found["frechet_inception_distance"],
-                "Inception Score": found["inception_score_mean"],
-                "precision": found["precision"], "recall": found["recall"]}
+        return fid_of_real(Shards(folder, len(drawn)), settings.reference, device)
     if settings.preset == "toy" and find_spec("torch_fidelity") and len(drawn) >= LEAST:
         return fid_of_toy(read_shards(folder), drawn)
     return {}

@@ -1,4 +1,5 @@
-"""What a run writes down: files that are whole or not there, its own log, and the loggers.
+"""What a run says and writes down: on the terminal, into files that are whole or not there, into
+its own log, and to the loggers.
 
 TensorBoard and Weights & Biases are optional packages, and imported when asked for.  torch is not
 needed here.
@@ -8,7 +9,7 @@ import json
 import os
 import shlex
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from math import isfinite, isnan
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
-# Texts, files, and the log metrics.jsonl
+# The terminal, files, and the log metrics.jsonl
 # ---------------------------------------------------------------------------------------------
 
 def plain(text):
@@ -26,14 +27,26 @@ def plain(text):
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
-def say(*lines):
-    """Prints lines, with a question mark for each character that the terminal does not know.
+@contextmanager
+def one_line_errors(status=2, kinds=(ValueError, OSError, ImportError)):
+    """An error of these kinds is for the user to read: one line, and this exit status, by default
+    that of what is wrong before any work.
 
-    That nobody reads them any more, as after `| head`, is no error."""
-    encoding = sys.stdout.encoding or "utf-8"
+    What a terminal cannot show, then and later, is shown as "?"."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        yield
+    except kinds as error:
+        print(f"error: {plain(error)}", file=sys.stderr)
+        sys.exit(status)
+
+
+def say(*lines):
+    """Prints lines.  That nobody reads them any more, as after `| head`, is no error."""
     try:
         for line in lines:
-            print(plain(line).encode(encoding, "replace").decode(encoding), flush=True)
+            print(plain(line), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -56,11 +69,9 @@ def write_atomically(path, write):
         return temporary.replace(path)
     except (OSError, RuntimeError) as error:     # torch.save has errors of its own for a full disk
         temporary.unlink(missing_ok=True)
-        before = "and there was none before"
-        if path.exists():
-            before = "what it held before is still there"
         reason = str(error).splitlines()[0]
-        raise OSError(f"cannot write {path} ({reason}); {before}") from error
+        raise OSError(f"cannot write {path} ({reason}); what it held before, if anything, is still "
+                      "there") from error
 
 
 def write_bytes(path, content):

@@ -16,10 +16,8 @@ import math
 import os
 import re
 import shlex
-import sys
 import types
 import typing
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,8 +33,7 @@ MAY_CHANGE = ("resume", "steps", "save_every", "micro_batch", "checkpointing", "
 
 
 # Files and folders, which have a name if they are given.
-PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "reference",
-          "fid_reference")
+PLACES = ("out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "reference")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,21 +199,6 @@ def read_options(cls, argv, prog, description, epilog=""):
     return given
 
 
-@contextmanager
-def one_line_errors(status=2, kinds=(ValueError, OSError, ImportError)):
-    """An error of these kinds is for the user to read: one line, and this exit status, by default
-    that of what is wrong before any work.
-
-    What a terminal cannot show, then and later, is shown as "?"."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        yield
-    except kinds as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(status)
-
-
 def parse_settings(cls, argv, description):
     """The settings from the command line, over those of recipe and preset, over `cls`'s defaults.
 
@@ -307,11 +289,6 @@ def seen_from(folder, values):
             str(folder / Path(item.strip()).expanduser()) if ".py:" in item else item
             for item in values[name].split(","))
     return moved
-
-
-def images_of(settings):
-    """How many images a run draws to learn from."""
-    return settings.steps * settings.prompts_per_step * settings.group_size
 
 
 def check_writable(folder):

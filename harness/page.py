@@ -223,23 +223,14 @@ def plot(panels, width, height, **how):
 # The sections
 # ---------------------------------------------------------------------------------------------
 
-def results(run):
-    """Numbers before and after, {name: number} each: of the evaluations, or else the means at the
-    beginning and at the end of the log."""
-    if run.summary:
-        return run.summary["before"], run.summary["after"]
-    readings = doctor.Readings(run.metrics, run.settings, {})
-    known = [name for name in ("reward", "kl", "entropy", "diversity") if readings.values(name)]
-    return tuple({name: mean(name) for name in known} for mean in (readings.first, readings.last))
-
-
 def all_results(runs):
-    """[(name, [before of the first run that has it, after of each]), ...]."""
-    pairs, rows = [results(run) for run in runs], {}
-    for before, after in pairs:
-        for name, value in after.items():
+    """[(name, [before of the first run that has it, after of each]), ...] of the evaluations."""
+    rows, after = {}, [run.summary.get("after", {}) for run in runs]
+    for run, own in zip(runs, after):
+        for name, value in own.items():
             if name not in rows and not isinstance(value, dict):
-                rows[name] = [before.get(name), *(after.get(name) for _, after in pairs)]
+                values = [other.get(name) for other in after]
+                rows[name] = [run.summary["before"].get(name), *values]
     return list(rows.items())
 
 

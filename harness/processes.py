@@ -15,7 +15,6 @@ import re
 import signal
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -73,14 +72,8 @@ def rank_and_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-@dataclass
-class Failure:
-    """What a failing process gives to `gather`."""
-    error: str
-
-
 class OtherProcessFailed(Exception):
-    """Another process of this run has ended with an error."""
+    """Another process of this run has ended with an error: what that process gives to `gather`."""
 
 
 def gather(value):
@@ -91,9 +84,9 @@ def gather(value):
         return [value]
     answers = [None] * dist.get_world_size()
     dist.all_gather_object(answers, value)
-    for rank, answer in enumerate(answers):
-        if isinstance(answer, Failure):
-            raise OtherProcessFailed(f"process {rank} has failed: {answer.error}")
+    for answer in answers:
+        if isinstance(answer, OtherProcessFailed):
+            raise answer
     return answers
 
 
@@ -105,7 +98,8 @@ def failing_together():
     except OtherProcessFailed:
         raise
     except Exception as error:
-        failure = Failure(f"{type(error).__name__}: {error}")
+        rank, what = rank_and_size()[0], f"{type(error).__name__}: {error}"
+        failure = OtherProcessFailed(f"process {rank} has failed: {what}")
         with suppress(OtherProcessFailed, RuntimeError):         # they may have gone already
             gather(failure)
         raise

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -30,19 +29,17 @@ from harness.compare import digest
 from harness.device import (
     Sampler,
     Stopwatch,
-    allowed_mismatch,
     checkpoint_layers,
     choose_sizes,
     describe_dtype,
     frozen_copy,
-    matrix_dtype,
     optimizer_of_device,
     out_of_memory_advice,
     packed,
 )
 from harness.gallery import Progress, gallery_arrays, mind_arrays, write_arrays
-from harness.logs import Logs, say, write_json
-from harness.options import check_new, images_of, one_line_errors
+from harness.logs import Logs, one_line_errors, say, write_json
+from harness.options import check_new
 from harness.page import show
 from harness.selftest import selftest
 from reward import BadReward
@@ -121,14 +118,14 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
 
     parts are `load`'s, features the bonus's, and config is what config.json holds."""
     model, vq, prompts, eval_prompts, reward_fn, watched = parts
-    out, device = Path(settings.out), next(model.parameters()).device
+    out, known = Path(settings.out), config["settings"] | {"device": config["device"]}
     (rank, size), first_step = processes.rank_and_size(), record.done
     sampler, started, attempt = Sampler(settings.compile), time.perf_counter(), logs.attempt
 
     # 1. Before.  One process evaluates and writes; the others wait for it.
     with processes.failing_together():
         if rank == 0:
-            print_sizes(model, vq, prompts, settings)
+            print_sizes(model, settings)
             before, gallery_before, spread = evaluate_all(
                 sampler(model), vq, eval_prompts, reward_fn, settings, watched, stop)
             watched = watched._replace(base_spread=watched.base_spread or spread)
@@ -171,12 +168,10 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
                 step = next(steps)
                 metrics = measured(step, stopwatch.seconds(), settings, watched)
                 metrics["lr"] = optimizer.param_groups[0]["lr"]
-                if record.done == first_step:
-                    warn_of_mismatch(step.metrics, settings, device)
                 record.add(metrics)
                 logs.numbers(metrics["step"], metrics)
                 if rank == 0 and not warning:    # once a run
-                    warning = attempt("the doctor", doctor.early_warning, record.metrics)
+                    warning = attempt("the doctor", doctor.early_warning, record.metrics, known)
                     if warning:
                         bar.write(f"step {record.done}: {warning}", file=sys.stderr)
                 bar.set_postfix({name: f"{metrics[name]:.4f}"
@@ -200,32 +195,28 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
     write_json(out / "summary.json", summary)
     minds = attempt("the closer look", mind_arrays, reference, model, vq, eval_prompts,
                     gallery_before, gallery_after, settings)
-    draw(attempt, out, gallery_before, gallery_after, minds or {})
+    arrays = gallery_arrays(gallery_before, "before") | gallery_arrays(gallery_after, "after")
+    attempt("report.npz", write_arrays, out / "report.npz", arrays | (minds or {}))
+    show(out, attempt)
     logs.numbers(settings.steps, {"evaluation": after})
     logs.picture(settings.steps, "before_after", out / "before_after.png")
     say("before: " + describe(before), "after:  " + describe(after))
-    known = config["settings"] | {"device": str(device)}
     findings = attempt("the doctor", doctor.report, record.metrics, known, summary)
     say(*(findings or ()),
         f"look at {out}/report.html, or {out}/before_after.png and {out}/curves.png")
     return summary
 
 
-def print_sizes(model, vq, prompts, settings):
+def print_sizes(model, settings):
     s, size = settings, processes.rank_and_size()[1]
     parameters = sum(p.numel() for p in model.parameters())
+    images = s.prompts_per_step * s.group_size
     others = f" and {size - 1} more" if size > 1 else ""
     say(f"{parameters / 1e6:.1f}M parameters, {model.config.block_size} tokens per image, "
-        f"{s.prompts_per_step} prompts x {s.group_size} samples = "
-        f"{s.prompts_per_step * s.group_size} images per step, "
+        f"{s.prompts_per_step} prompts x {s.group_size} samples = {images} images per step, "
         f"{s.rollout_prompts or 'all'} prompts at a time in the rollout and "
-        f"{s.micro_batch} images in the update, {s.steps} steps, "
+        f"{s.micro_batch} images in the update, {s.steps} steps, {s.steps * images} images in all, "
         f"on {next(model.parameters()).device}{others}, into {s.out}/")
-    if s.recipe != "paper" and not s.resume:
-        usual = images_of(type(s)(**s.presets[s.preset]))
-        remembered = len(set(prompts.texts)) * s.rehearsal_groups * s.group_size
-        say(f"recipe {s.recipe}: {images_of(s)} images in all, {images_of(s) / usual:.1f} times "
-            f"as many as --recipe paper, and once {remembered} of the pretrained model, or fewer")
     say(describe_dtype(next(model.parameters()).device))
 
 
@@ -258,26 +249,6 @@ def measured(step, seconds, settings, watched):
             metrics |= diversity_kept(watched.base_spread, spread)
     known = {name: int((~score.isnan()).sum()) for name, score in scores.items()}
     return processes.average_over_processes(metrics, ("step", "ratio_max", "mismatch"), known)
-
-
-def warn_of_mismatch(metrics, settings, device):
-    """Warns if what draws the images computes another distribution than what is trained.
-
-    With log-probabilities without guidance, that is what the settings ask for."""
-    on_policy = settings.logprob_cfg == "guided" or settings.cfg_scale == 1
-    if on_policy and metrics["mismatch_mean"] > allowed_mismatch(
-            matrix_dtype(device), settings.cfg_scale):
-        warnings.warn(
-            "the ratio should be 1 on the first pass over a rollout, but sampler and learner "
-            f"differ by {metrics['mismatch_mean']:.4f} nats a token on average "
-            f"(largest {metrics['mismatch']:.4f})")
-
-
-def draw(attempt, out, before, after, minds):
-    """The pictures of a finished run, and its page: before and after are galleries."""
-    arrays = gallery_arrays(before, "before") | gallery_arrays(after, "after") | minds
-    attempt("report.npz", write_arrays, out / "report.npz", arrays)
-    show(out, attempt)
 
 
 def digests_of(model, vq, prompts):

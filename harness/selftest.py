@@ -2,7 +2,8 @@
 
 Each check yields lines (what, whether it is all right, a sentence that says what was found or what
 to do).  They do what training will do, in passes of its sizes and with its layers' checkpointing,
-and need no more memory.  They leave no file behind, but the model trained by a step.
+and need no more memory.  They leave no file behind, but the model trained by a step.  What fails
+with an error ends them, as it would end a run.
 """
 
 import copy
@@ -15,14 +16,8 @@ import torch
 import argrpo
 from harness.before_after import draw_like_rollout
 from harness.checkpoints import load_checkpoint, save_checkpoint
-from harness.device import (
-    Sampler,
-    allowed_mismatch,
-    frozen_copy,
-    matrix_dtype,
-    measured,
-    optimizer_of_device,
-)
+from harness.device import Sampler, frozen_copy, matrix_dtype, measured, optimizer_of_device
+from harness.doctor import allowed_mismatch
 from rewards import checker
 
 PROMPTS, SAMPLES = 2, 4                          # of the batch that most checks share
@@ -42,12 +37,7 @@ def selftest(model, vq, prompts, reward_fn, settings):
               check_rewards(reward_fn, images, texts),
               check_step(model, vq, prompts, reward_fn, one, optimizer, settings.steps),
               check_checkpoint(model, optimizer, settings.out))
-    good = True
-    for check in checks:
-        for what, fine, sentence in check:
-            print(f"{'ok ' if fine else 'BAD'}  {what:<12}  {sentence}", flush=True)
-            good = good and fine
-    return 0 if good else 1
+    return min(1, sum(map(checker.told, checks)))
 
 
 def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
@@ -55,25 +45,22 @@ def check_sampler(model, prompts, index, tokens, sampler_logp, settings):
     with torch.no_grad():
         logp, _ = argrpo.policy_logp(model, prompts, index, tokens, settings)
     mean = (logp - sampler_logp).abs().mean().item()
-    allowed = allowed_mismatch(matrix_dtype(tokens.device), settings.cfg_scale)
+    rough = matrix_dtype(tokens.device) != torch.float32
+    allowed = allowed_mismatch(rough, settings.cfg_scale)
     finding = f"sampler and learner differ by {mean:.1e} nats a token on average"
-    if settings.logprob_cfg == "none" and settings.cfg_scale != 1:
-        yield "sampler", True, finding + ", as --logprob-cfg none asks for"
-    elif mean <= allowed:
-        yield "sampler", True, finding + ", by rounding"
-    else:
-        yield "sampler", False, (f"{finding}, more than {allowed:.1e}: what is trained is not what "
-                                 "is drawn. Look for a change in generate or token_logp")
+    asked = settings.logprob_cfg == "none" and settings.cfg_scale != 1
+    why = "as --logprob-cfg none asks for" if asked else "by rounding"
+    yield checker.verdict(
+        "sampler", asked or mean <= allowed, f"{finding}, {why}",
+        f"{finding}, more than {allowed:.1e}: what is trained is not what is drawn. Look for a "
+        "change in generate or token_logp")
 
 
 def check_accumulation(model, prompts, index, tokens, settings):
     """Whether the gradient is the same in the update's passes and added up over single images."""
     advantages = torch.linspace(-1, 1, len(tokens), device=tokens.device)[:, None]
-    gradients, sizes = [], {min(settings.micro_batch, len(tokens)), 1}
-    if len(sizes) == 1:
-        yield "accumulation", True, "each pass is of one image: there is nothing to compare"
-        return
-    for size in sizes:
+    gradients, largest = [], min(settings.micro_batch, len(tokens))
+    for size in (largest, 1):
         for rows in torch.arange(len(tokens)).split(size):
             logp, _ = argrpo.policy_logp(model, prompts, index[rows], tokens[rows], settings)
             (-(advantages[rows] * logp).mean() * len(rows) / len(tokens)).backward()
@@ -83,20 +70,16 @@ def check_accumulation(model, prompts, index, tokens, settings):
     whole = sum(a.square().sum() for a in gradients[0]).sqrt()
     relative = (apart / whole).item()
     allowed = 1e-3 if matrix_dtype(tokens.device) == torch.float32 else 0.05
-    sentence = (f"the gradient of passes of {max(sizes)} images and that of passes of one differ "
+    sentence = (f"the gradient of passes of {largest} images and that of passes of one differ "
                 f"by {relative:.1e} of its length")
-    if not relative <= allowed:                  # NaN is bad, too
-        sentence += f", more than {allowed}: is there a layer that mixes the images of a batch?"
-    yield "accumulation", relative <= allowed, sentence
+    yield checker.verdict(                       # NaN is bad, too
+        "accumulation", relative <= allowed, sentence,
+        f"{sentence}, more than {allowed}: is there a layer that mixes the images of a batch?")
 
 
 def check_rewards(reward_fn, images, texts):
     """What `python -m rewards --check` examines, on images of the chosen model."""
-    try:
-        findings = list(checker.findings(reward_fn, images, texts, SAMPLES))
-    except Exception as error:                   # a reward is anybody's code
-        yield "reward", False, f"fails: {type(error).__name__}: {error}"
-        return
+    findings = list(checker.findings(reward_fn, images, texts, SAMPLES))
     wrong = [(f"reward {what}", False, text) for what, good, text in findings if not good]
     yield from wrong or [("reward", True, f"{len(findings)} checks; " + findings[-1][2])]
 
@@ -112,11 +95,10 @@ def check_step(model, vq, prompts, reward_fn, one, optimizer, steps):
                           f"{step.metrics['reward']:.3f}; {steps} steps would take about "
                           f"{steps * seconds / 60:.0f} minutes")
     useful = 1 - step.metrics["flat_groups"]
-    if useful:
-        yield "signal", True, f"{useful:.0%} of the step's groups have a spread of rewards"
-    else:
-        yield "signal", False, ("all rewards of every group are equal, so that nothing is learned: "
-                                "take harder prompts, a larger --group-size or a finer reward")
+    yield checker.verdict(
+        "signal", useful > 0, f"{useful:.0%} of the step's groups have a spread of rewards",
+        "all rewards of every group are equal, so that nothing is learned: take harder prompts, a "
+        "larger --group-size or a finer reward")
 
 
 def check_checkpoint(model, optimizer, out):
@@ -125,14 +107,10 @@ def check_checkpoint(model, optimizer, out):
     parent = next(p for p in (Path(out), *Path(out).absolute().parents) if p.is_dir())
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=parent) as folder:
         path = Path(folder) / "last.pt"
-        try:
-            save_checkpoint(path, 1, model, optimizer)
-            for p in model.parameters():
-                p.zero_()
-            load_checkpoint(path, model, optimizer)
-        except OSError as error:
-            yield "checkpoint", False, str(error)
-            return
+        save_checkpoint(path, 1, model, optimizer)
+        for p in model.parameters():
+            p.zero_()
+        load_checkpoint(path, model, optimizer)
         size = path.stat().st_size / 2 ** 20
     same = all(torch.equal(a, written[name]) for name, a in model.state_dict().items())
     yield "checkpoint", same, f"{size:.0f} MiB, the same after writing and reading"

@@ -34,17 +34,6 @@ def arguments(argv):
     return args
 
 
-def whitest(pixels, mode):
-    """What is white in a picture of one channel of integers or floats: the depth of PNG's 16 bits,
-    or for floats the first of the usual ranges that holds them.  Raises ValueError for others."""
-    low, high = pixels.min(), pixels.max()
-    for white in (65535,) if mode.startswith("I") else (1, 255, 65535):
-        if 0 <= low and high <= white:
-            return white
-    raise ValueError(f"its numbers, from {low:g} to {high:g}, do not say what is white: save it "
-                     "with 8 or 16 bits")
-
-
 def read_picture(path):
     """A file's picture: (3, H, W) in [0, 1], turned as its EXIF says, on white where transparent.
 
@@ -57,7 +46,10 @@ def read_picture(path):
             picture = ImageOps.exif_transpose(file)
         if picture.mode[0] in "IF":              # 16 or 32 bits, which PIL would clip
             pixels = np.asarray(picture, dtype=np.float32)
-            return torch.from_numpy(pixels / whitest(pixels, picture.mode)).expand(3, -1, -1)
+            white = 65535 if picture.mode.startswith("I") else 1
+            if not 0 <= pixels.min() <= pixels.max() <= white:       # nor NaN
+                raise ValueError(f"its numbers are not all from 0 to {white}: save it with 8 bits")
+            return torch.from_numpy(pixels / white).expand(3, -1, -1)
         picture = picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, "white")
         return to_tensor(Image.alpha_composite(ground, picture).convert("RGB"))

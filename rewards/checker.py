@@ -68,10 +68,7 @@ def findings(rewards, images, prompts, group_size):
     yield "shape", True, f"one number per image, {tuple(total.shape)} for {len(prompts)} images"
 
     missing = total.isnan().float().mean().item()
-    finding = f"{missing:.0%} of the images got no score"
-    if missing:
-        finding += "; images without a score teach nothing"
-    yield "missing", missing < 0.5, finding
+    yield "missing", missing < 0.5, f"{missing:.0%} of the images got no score, and teach nothing"
     known = total[~total.isnan()]
     if not len(known):
         return
@@ -106,6 +103,15 @@ def findings(rewards, images, prompts, group_size):
     yield "speed", True, f"{milliseconds:.2f} ms per image, the first time, on {images.device}"
 
 
+def told(found):
+    """Prints findings, a line each.  Returns how many are bad."""
+    bad = 0
+    for what, good, finding in found:
+        print(f"{'ok ' if good else 'BAD'}  {what:<12}  {finding}", flush=True)
+        bad += not good
+    return bad
+
+
 def examine(rewards, prompt, device):
     """Prints the findings on the toy's pictures, as pictures of the prompt if one is given.
 
@@ -117,9 +123,4 @@ def examine(rewards, prompt, device):
         rewards.check_prompts(prompts)
     except BadReward as error:
         raise ValueError(f"{error}; give one that it can judge with --prompt") from None
-    bad = 0
-    for what, good, finding in findings(rewards, images.to(device), prompts, SAMPLES):
-        mark = "ok " if good else "BAD"
-        print(f"{mark}  {what:<10}  {finding}")
-        bad += not good
-    return bad
+    return told(findings(rewards, images.to(device), prompts, SAMPLES))

@@ -48,12 +48,10 @@ def classes_of(prompt):
     names nothing.  Raises ValueError if it names no class, or more than one."""
     numbers, pattern = class_numbers()
     names = sorted(set(pattern.findall(QUOTED.sub(" ", prompt.lower()))))
-    if not names:
-        raise ValueError(f"{prompt!r} names no class of ImageNet: write for instance 'a photo of "
-                         "otter', with a name of pretrained.imagenet_classes()")
-    if len(names) > 1:
-        raise ValueError(f"{prompt!r} names {len(names)} classes of ImageNet, {', '.join(names)}: "
-                         "name one")
+    if len(names) != 1:
+        found = ", ".join(names) or "no class of ImageNet"
+        raise ValueError(f"{prompt!r} names {found}: write for instance 'a photo of otter', with "
+                         "one name of pretrained.imagenet_classes()")
     return numbers[names[0]]
 
 

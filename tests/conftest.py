@@ -259,7 +259,6 @@ def no_pictures(monkeypatch):
     """Runs leave their numbers and weights, but no pictures and no page, which take seconds, nor a
     closer look, which takes most of what is left."""
     monkeypatch.setattr("harness.run.mind_arrays", lambda *given: None)
-    monkeypatch.setattr("harness.run.draw", lambda *given: None)
     monkeypatch.setattr("harness.run.show", lambda *given: None)
 
 

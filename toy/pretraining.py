@@ -186,7 +186,4 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m toy", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER,
                         help="folder for the three checkpoints (default: toy/weights)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=16000,
-                        help="pictures per task (default: 16000)")
-    pretrain_toy(**vars(parser.parse_args(argv)))
+    pretrain_toy(parser.parse_args(argv).out)

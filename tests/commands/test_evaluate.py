@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 import argrpo
 import evaluate
 import reward
-import sample
 import toy
 from harness import compare, fidelity
 from harness.choices import checkpoint
@@ -200,9 +199,12 @@ def test_pictures_of_files_follow_to_the_models_device(tmp_path, monkeypatch):
     assert set(columns) == {"imagenet", "imagenet/accuracy", "entropy", "distance/pixels",
                             "distance/imagenet"}
     torch_fidelity = pytest.importorskip("torch_fidelity")
-    monkeypatch.setattr(torch_fidelity, "calculate_metrics", lambda **how: how["cuda"])
-    assert fidelity.figures(None, tmp_path, torch.device("cuda"))
-    assert not fidelity.figures(None, tmp_path, torch.device("cpu")), "as --device cpu asks for"
+    names = ("frechet_inception_distance", "inception_score_mean", "precision", "recall")
+    monkeypatch.setattr(torch_fidelity, "calculate_metrics",
+                        lambda **how: dict.fromkeys(names, how["cuda"]))
+    for device in ("cuda", "cpu"):
+        figures = fidelity.fid_of_real(None, tmp_path, torch.device(device))
+        assert set(figures.values()) == {device == "cuda"}, "as --device asks for"
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -307,12 +309,10 @@ def test_missing_models_of_fid_are_missed_before_drawing(tmp_path, monkeypatch, 
     monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", offline)
     np.savez(tmp_path / "real.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     monkeypatch.chdir(tmp_path)
-    for command, given in ((evaluate, ["--gpt-ckpt", "base", "--reference", "real.npz"]),
-                           (sample, ["--npz", "a.npz", "--fid-reference", "real.npz"])):
-        with pytest.raises(SystemExit) as stop:
-            command.main(given)
-        message = f"{given[2]} cannot download the model inception-v3-compat (<urlopen error no net"
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--gpt-ckpt", "base", "--reference", "real.npz"])
+    message = "--reference cannot download the model inception-v3-compat (<urlopen error no net"
+    assert stop.value.code == 2 and message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["real.npz"]
 
 
@@ -368,14 +368,14 @@ def test_two_processes_draw_what_one_draws(table, tmp_path):
 
 
 @pytest.mark.parametrize("given, message", [
-    ([], "name at least one checkpoint: --gpt-ckpt base"),
     (["--gpt-ckpt", "base", "--gpt-ckpt", "base"], "two checkpoints would be called 'base'"),
-    (["--gpt-ckpt", "base@x"], "behind the @ must be a seed such as 1, not 'x'"),
+    (["--gpt-ckpt", "base@x"], "base@x: no such file or folder in"),
     (["--gpt-ckpt", "nowhere.pt"], "nowhere.pt"),
     pytest.param(["--gpt-ckpt", "base", "--reference", "nowhere"],
-                 "--reference: there is no nowhere", marks=pytest.mark.skipif(
+                 "--reference: cannot read the pictures of nowhere", marks=pytest.mark.skipif(
                      find_spec("torch_fidelity") is None, reason="needs torch-fidelity")),
-    (["--gpt-ckpt", "base", "--preset", "t2i-XL-256"], "give it --prompts FILE"),
+    (["--gpt-ckpt", "base", "--preset", "t2i-XL-256"], "choose them with --prompts FILE"),
+    (["--gpt-ckpt", "base", "--preset", "B-256", "--prompts", "a.txt"], "preset B-256 is for c2i"),
     (["--gpt-ckpt", "base", "--task", "t3i"], "--task must be c2i or t2i, not 't3i'"),
     (["--gpt-ckpt", "base", "--preset", "M-256"], "unknown preset 'M-256'"),
     (["--gpt-ckpt", "base", "--rewards", "beauty"], "unknown reward 'beauty'"),

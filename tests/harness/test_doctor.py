@@ -71,7 +71,7 @@ def test_no_rule_fires_on_a_healthy_run(path):
     metrics, settings = read(path)
     for steps in range(1, len(metrics) + 1):
         assert faults_of(metrics[:steps], settings) == [], f"after {steps} steps"
-        assert early_warning(metrics[:steps]) is None
+        assert early_warning(metrics[:steps], settings) is None
 
 
 @pytest.mark.parametrize("path", HEALTHY, ids=lambda path: path.stem)
@@ -269,10 +269,12 @@ def test_the_report_is_lines_of_plain_text():
 
 def test_the_early_warning_waits_for_five_flat_steps_in_a_row():
     flat = healthy(flat_groups=lambda i: 1.0)
-    assert early_warning(flat[:4]) is None
-    assert "nothing is learned" in early_warning(flat[:5])
-    assert early_warning(flat[:5] + healthy()[5:6]) is None
+    assert early_warning(flat[:4], SETTINGS) is None
+    assert "nothing is learned" in early_warning(flat[:5], SETTINGS)
+    assert early_warning(flat[:5] + healthy()[5:6], SETTINGS) is None
     for lost in (None, math.nan):
         one = [*flat[:4], flat[4] | {"reward": lost}]
-        assert f"the same reward ({flat[3]['reward']:.4g} on average)" in early_warning(one)
-        assert "no image has had a reward" in early_warning([m | {"reward": lost} for m in one])
+        average = f"the same reward ({flat[3]['reward']:.4g} on average)"
+        assert average in early_warning(one, SETTINGS)
+        unjudged = [m | {"reward": lost} for m in one]
+        assert "no image has had a reward" in early_warning(unjudged, SETTINGS)

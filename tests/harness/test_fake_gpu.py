@@ -102,7 +102,6 @@ def test_a_step_on_a_gpu(model_type, fake_gpu, no_backward):
     watch.start()
     step = next(steps)
     metrics = run.measured(step, watch.seconds(), settings, Watched())
-    run.warn_of_mismatch(metrics, settings, GPU)
     for tensor in (step.tokens, step.images, step.rewards, step.advantages, step.logp):
         assert isinstance(tensor, FakeTensor) and tensor.device == GPU
     assert {"seconds_update", "diversity"} <= set(metrics)

@@ -66,7 +66,7 @@ class WatchedRun:
         self.watch(patch, harness.run, "evaluate_all")
         self.watch(patch, before_after, "evaluate_spread")
         self.watch(patch, argrpo, "train")
-        patch.setattr(harness.run, "draw", lambda *given: None)
+        patch.setattr(harness.run, "show", lambda *given: None)
         parts = (self.model, Blocks(), self.prompts, self.eval_prompts, REWARDS,
                  Watched(self.measure, self.spread))
         self.summary = harness.run.run(self.settings, lambda settings, device: parts)

@@ -67,9 +67,8 @@ def test_vq_encodes_and_decodes():
         assert torch.equal(vq.encode(case["image"]), case["indices"]), (
             "the published tokenizer encodes other tokens")
         torch.testing.assert_close(vq.decode(case["codes"]), case["decoded"], rtol=1e-5, atol=2e-5)
-        reconstruction, vq_loss = vq(case["image"])
+        reconstruction = vq.decode(vq.encode(case["image"]))
     torch.testing.assert_close(reconstruction, case["reconstruction"], rtol=1e-5, atol=2e-5)
-    assert vq_loss > 0
 
 
 MANIFEST = json.loads((GOLDEN / "checkpoint_manifest.json").read_text())

@@ -117,7 +117,7 @@ def test_which_class_a_prompt_names(prompt, name, packages):
 @pytest.mark.parametrize("prompt, reason", [
     ("a nice day", "names no class"),
     ('a sign that says "otter"', "names no class"),
-    ("an otter beside a daisy", "names 2 classes of ImageNet, daisy, otter"),
+    ("an otter beside a daisy", "names daisy, otter: write for instance"),
 ])
 def test_prompts_without_exactly_one_class(prompt, reason, imagenet):
     with pytest.raises(reward.BadReward, match=f"'imagenet' cannot judge 1 of 2 .*{reason}"):

@@ -42,8 +42,7 @@ def ramp(dtype, white, mode=None):
 @pytest.mark.parametrize("name, picture", {
     "a.png": ramp(np.uint8, 255), "b.png": ramp(np.uint16, 65535), "c.tiff": ramp(">u2", 65535),
     "d.tiff": ramp(np.uint16, 65535), "e.tiff": ramp(np.int32, 65535),
-    "f.tiff": ramp(np.float32, 1), "g.tiff": ramp(np.float32, 255),
-    "h.tiff": ramp(np.float32, 65535), "i.pgm": ramp(np.uint16, 65535),
+    "f.tiff": ramp(np.float32, 1), "i.pgm": ramp(np.uint16, 65535),
     "j.tiff": ramp(np.uint8, 255, "CMYK"), "k.gif": ramp(np.uint8, 255, "P"),
 }.items())
 def test_a_picture_of_any_depth_is_from_black_to_white(name, picture, tmp_path):
@@ -97,10 +96,10 @@ def animation(path):
 @pytest.mark.parametrize("name, write, message", [
     ("a.gif", animation, "it holds 3 pictures"), ("a.png", animation, "it holds 3 pictures"),
     ("a.webp", animation, "it holds 3 pictures"), ("a.tiff", animation, "it holds 3 pictures"),
-    ("b.tiff", ramp(np.float32, 1e6).save, "numbers, from 0 to 1e+06, do not say what is white"),
-    ("c.tiff", ramp(np.float32, -1).save, "numbers, from -1 to -0, do not say what is white"),
-    ("d.tiff", ramp(np.float32, np.nan).save, "from nan to nan, do not say what is white"),
-    ("e.tiff", ramp(np.int32, 2 ** 31 - 1).save, "do not say what is white"),
+    ("b.tiff", ramp(np.float32, 255).save, "its numbers are not all from 0 to 1: save it with 8"),
+    ("c.tiff", ramp(np.float32, -1).save, "its numbers are not all from 0 to 1"),
+    ("d.tiff", ramp(np.float32, np.nan).save, "its numbers are not all from 0 to 1"),
+    ("e.tiff", ramp(np.int32, 2 ** 31 - 1).save, "its numbers are not all from 0 to 65535"),
     ("f.png", lambda path: path.write_text("no picture"), "cannot identify"),
 ])
 def test_what_is_not_one_picture_is_refused_in_a_line(name, write, message, tmp_path, capsys):
@@ -159,7 +158,7 @@ shy.may_miss = True
     ("greedy", "changes the images in place"),
     ("misshapen", "must return a tensor of shape"),
     ("first", "its place in the batch"),
-    ("shy", "100% of the images got no score; images without a score teach nothing"),
+    ("shy", "100% of the images got no score, and teach nothing"),
 ])
 def test_check_says_in_plain_words_what_is_wrong(name, finding, tmp_path, capsys):
     file = tmp_path / "mine.py"

@@ -162,7 +162,7 @@ def test_weights_are_small():
 @pytest.mark.slow
 def test_pretraining_writes_what_load_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.pretraining, "STEPS", {"vq": 2, "c2i": 2, "t2i": 2})
-    toy.pretraining.main(["--out", str(tmp_path), "--scenes", "64"])
+    toy.pretraining.pretrain_toy(tmp_path, scenes=64)
     for task in ("c2i", "t2i"):
         model, vq = toy.load(task, tmp_path)
         assert model.config == toy.CONFIGS[task] and vq.config == toy.VQ_CONFIG, (
