@@ -377,6 +377,16 @@ def instance_of(cls, device):
         return cls(device)
 
 
+def check_call(name, reward):
+    """Raises ValueError if the reward cannot be called with images and prompts."""
+    try:
+        inspect.signature(reward).bind("images", "prompts")
+    except TypeError as error:
+        raise ValueError(f"{name!r} is no reward, called with (images, prompts): {error}") from None
+    except ValueError:
+        return                                   # compiled code does not say what it takes
+
+
 def factory_of(file, name):
     """What makes the reward of one item, (device) -> reward.  Makes nothing yet."""
     if file:
@@ -411,5 +421,7 @@ def build_rewards(spec, device):
             raise ValueError(f"reward {name!r} is named twice in {spec!r}: "
                              "give it once, with the sum of the weights")
         factories[name] = factory, weight
-    return RewardSet({name: (factory(device), weight)
-                      for name, (factory, weight) in factories.items()})
+    rewards = {name: (factory(device), weight) for name, (factory, weight) in factories.items()}
+    for name, (reward, _) in rewards.items():
+        check_call(name, reward)
+    return RewardSet(rewards)

@@ -506,6 +506,10 @@ def test_functions_of_one_name_in_two_files_are_two_rewards(tmp_path):
     ("import sys\nsys.exit()\n", r"cannot be loaded: SystemExit: no message .*bad\.py, line 2"),
     ("class score:\n    def __init__(self, device):\n        exit(0)\n",
      r"'score' .*SystemExit: 0 .*bad\.py, line 3"),
+    ("class score:\n    def __init__(self, device):\n        pass\n",
+     r"'score' is no reward, called with \(images, prompts\): .*not a callable"),
+    ("def score(images):\n    return images\n", "no reward.*: too many positional arguments"),
+    ("def score(images, prompts, seed):\n    return images\n", "no reward.*argument: 'seed'"),
     ("score = 3\n", "has no function 'score'"),
 ])
 def test_what_is_no_reward_is_refused_when_it_is_built(text, message, tmp_path):
@@ -541,14 +545,15 @@ def test_a_reward_that_exits_is_a_bad_reward(tmp_path):
         rewards.check_prompts(PROMPTS)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("class score:\n    def __init__(self, device):\n        pass\n", "not callable"),
-    ("def score(images):\n    return images\n", "takes 1 positional argument but 2 were given"),
-])
-def test_what_cannot_be_called_with_images_and_prompts_is_a_bad_reward(text, message, tmp_path):
-    written(tmp_path, bad=text)
-    with pytest.raises(reward.BadReward, match=f"reward 'score' failed .*{message}"):
-        build_rewards(f"{tmp_path}/bad.py:score", CPU)(IMAGES, PROMPTS)
+@pytest.mark.parametrize("signature", ["images, prompts", "images, prompts, scale=1", "*arguments"])
+def test_a_reward_may_take_more_than_images_and_prompts(signature, tmp_path):
+    written(tmp_path, mine=f"import torch\ndef score({signature}):\n    return torch.ones(4)\n")
+    assert build_rewards(f"{tmp_path}/mine.py:score", CPU)(IMAGES, PROMPTS)[0].tolist() == [1] * 4
+
+
+def test_compiled_code_that_does_not_say_what_it_takes_is_a_reward(monkeypatch):
+    monkeypatch.setitem(REGISTRY, "compiled", lambda device: min)       # has no signature
+    assert list(build_rewards("compiled", CPU).rewards) == ["compiled"]
 
 
 @pytest.mark.parametrize("name", ["random", "reward", "torch", "toy"])
