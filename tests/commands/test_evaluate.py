@@ -276,7 +276,7 @@ def test_fid_of_the_toys_features(table):
 
 def test_fid_is_zero_between_equal_pictures_and_grows_with_noise():
     pytest.importorskip("torch_fidelity")
-    texts = toy.CLASSES * 12
+    texts = toy.CLASSES * 4
     scenes = scenes_of(texts)                    # the very scenes of the reference
     exact = fid_of_toy(scenes, texts)["FID (toy's features)"]
     noisy = np.random.default_rng(0).integers(-40, 40, scenes.shape) + scenes
