@@ -262,6 +262,7 @@ def test_the_numbers_are_those_of_the_pictures(table):
 def test_once_more_draws_and_scores_nothing(table, monkeypatch):
     _, given, results = table
     monkeypatch.setattr(compare, "draw", None)
+    monkeypatch.setattr(fidelity, "figures_of", lambda *given: {})       # made anew each time
     monkeypatch.setattr(toy.verifier, "verify", None)
     monkeypatch.setattr(evaluate.reward.RewardSet, "__call__", None)
     assert evaluate.main(given)["metrics"] == results["metrics"]
