@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,23 +27,21 @@ from harness.logs import one_line_errors
 from pretrained import load_weights
 
 ROOT = Path(__file__).parents[2]
+# The evaluations draw up to 12 prompts in a pass: what takes time is the number of passes.
 QUICK = ["--preset", "toy", "--steps", "4", "--prompts-per-step", "2", "--group-size", "4",
-         "--eval-images", "24", "--save-every", "2", "--progress-every", "4"]
+         "--rollout-prompts", "12", "--eval-images", "24", "--save-every", "2",
+         "--progress-every", "4"]
 HEAVY = ("torchvision", "open_clip", "transformers", "timm", "huggingface_hub", "matplotlib")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that is over, for tests that only look at it: (its folder, what it printed).
-
-    It had a process of its own, which printed in its last line what it had loaded of HEAVY."""
+    """A run that is over, for tests that only look at it: (its folder, what it printed)."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    given = QUICK + ["--out", str(out), "--reward", "shapes,jpeg:0.01"]
-    program = (f"import sys, train_c2i\ntrain_c2i.main({given!r})\n"
-               f"print('loaded:', *[name for name in {HEAVY!r} if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr("harness.gallery.SECONDS", 0)      # of its closer look, a single place
+        train_c2i.main(QUICK + ["--out", str(out), "--reward", "shapes,jpeg:0.01"])
+    return out, printed.getvalue()
 
 
 @pytest.fixture
@@ -112,13 +111,11 @@ def test_model_pt_is_the_trained_model_in_llamagens_format(finished):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters()))
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path,
-                                                                   no_pictures):
-    for seed in "01":
-        train_c2i.main(QUICK + ["--out", str(tmp_path / seed), "--reward", "shapes,jpeg:0.01",
-                                "--seed", seed])
-    runs = (finished[0], tmp_path / "0", tmp_path / "1")
-    first, same, other = map(read_metrics, runs)
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, quick):
+    runs = {"first": "0", "same": "0", "other": "1"}
+    for name, seed in runs.items():
+        train_c2i.main(QUICK + ["--steps", "1", "--out", str(tmp_path / name), "--seed", seed])
+    first, same, other = (read_metrics(tmp_path / name) for name in runs)
     assert first == same and first != other
 
 
@@ -141,15 +138,15 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     --resume does the rest."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     (tmp_path / "mine.py").write_text(INTERRUPTED)
-    given = QUICK + ["--steps", "5", "--reward", f"{tmp_path}/mine.py:light"]
+    given = QUICK + ["--steps", "3", "--reward", f"{tmp_path}/mine.py:light"]
     train_c2i.main(given + ["--out", str(whole)])
     (tmp_path / "mine.py").write_text(INTERRUPTED)       # so that it is read, and counts, anew
-    monkeypatch.setenv("INTERRUPT_CALL", "6")    # three calls were the evaluation's
+    monkeypatch.setenv("INTERRUPT_CALL", "2")    # the first call is the evaluation's
     with pytest.raises(SystemExit) as stop:
         train_c2i.main(given + ["--out", str(stopped)])
     assert stop.value.code == 128 + signal.SIGINT
     assert f"continue with: python train_c2i.py --resume {stopped}" in capsys.readouterr().err
-    assert [m["step"] for m in read_metrics(stopped)] == [0, 1, 2]
+    assert [m["step"] for m in read_metrics(stopped)] == [0]
     monkeypatch.delenv("INTERRUPT_CALL")
     train_c2i.main(["--resume", str(stopped)])
     assert read_metrics(stopped) == read_metrics(whole)
@@ -351,8 +348,9 @@ def test_what_the_command_line_changed_is_remembered(tmp_path):
 
 def test_a_diverse_run_of_the_toy(tmp_path, no_pictures, capsys):
     summary = train_c2i.main(QUICK + ["--recipe", "diverse", "--classes", "0,5,13,21",
-                                      "--eval-images", "300", "--out", str(tmp_path / "run"),
-                                      "--rehearsal-groups", "8", "--rehearsal-steps", "2"])
+                                      "--steps", "2", "--rollout-prompts", "32",
+                                      "--rehearsal-groups", "8", "--rehearsal-steps", "2",
+                                      "--eval-images", "200", "--out", str(tmp_path / "run")])
     kept, *parts = (summary["after"][f"diversity_kept{part}"] for part in KEPT)
     assert kept == pytest.approx(sum(parts) / 4) and all(part > 0.5 for part in parts)
     metrics = read_metrics(tmp_path / "run")
@@ -377,8 +375,8 @@ T2I_KINDS = {"verified", *(f"verified/{k}" for k in ("seen", "unseen", "counting
 
 
 def test_a_t2i_run_reports_every_kind_of_caption_at_every_guidance(tmp_path, quick):
-    summary = train_t2i.main(QUICK + ["--steps", "2", "--group-size", "16", "--eval-images",
-                                      "120", "--eval-cfg-scales", "1,7.5",
+    summary = train_t2i.main(QUICK + ["--steps", "1", "--rollout-prompts", "24", "--eval-images",
+                                      "96", "--eval-cfg-scales", "1,7.5",
                                       "--out", str(tmp_path / "run")])
     for scores in (summary["before"], summary["after"]):
         assert T2I_KINDS <= set(scores)
@@ -389,7 +387,7 @@ def test_a_t2i_run_reports_every_kind_of_caption_at_every_guidance(tmp_path, qui
             low, high = sorted((scores[f"verified/{a}"], scores[f"verified/{b}"]))
             assert low <= scores["verified"] <= high
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert len(read_metrics(tmp_path / "run")) == 2
+    assert len(read_metrics(tmp_path / "run")) == 1
 
 
 def test_t2i_trains_on_no_composition_that_pretraining_never_saw():
@@ -402,7 +400,7 @@ def test_t2i_on_captions_from_a_file(tmp_path, quick):
     mine, other = tmp_path / "mine.jsonl", tmp_path / "other.txt"
     mine.write_text('{"prompt": "Two red circles"}\n'
                     '{"prompt": "a red circle above  a blue square"}\n')
-    train_t2i.main(QUICK + ["--prompts", str(mine), "--out", str(tmp_path / "run")])
+    train_t2i.main(QUICK + ["--steps", "1", "--prompts", str(mine), "--out", str(tmp_path / "run")])
     other.write_text("a photo of an otter\n")
     with pytest.raises(SystemExit):
         train_t2i.main(QUICK + ["--prompts", str(other), "--out", str(tmp_path / "other")])
@@ -442,9 +440,17 @@ def test_help_explains_every_option(capsys):
     assert "a file, a folder, or a Hugging Face repo or repo:file" in text   # this is two lines
 
 
-def test_what_is_not_needed_is_not_loaded(finished):
-    """A run of the toy needs matplotlib, for its pictures, and no other of the large packages."""
-    assert finished[1].splitlines()[-1].split() == ["loaded:", "matplotlib"]
+@pytest.mark.slow
+def test_what_is_not_needed_is_not_loaded(tmp_path):
+    """A run of the toy needs matplotlib, for its pictures, and no other of the large packages.
+
+    What the import alone loads is in tests/rewards/test_reward.py."""
+    given = QUICK + ["--steps", "1", "--out", str(tmp_path / "run")]
+    program = (f"import sys, train_c2i\ntrain_c2i.main({given!r})\n"
+               f"print('loaded:', *[name for name in {HEAVY!r} if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["loaded:", "matplotlib"]
 
 
 @pytest.mark.slow

@@ -125,6 +125,7 @@ def test_an_evaluation_on_a_gpu(fake_gpu):
     assert gallery["pictures"].shape[:2] == (2, 4), "two prompts, and the group's pictures of each"
 
 
+@pytest.mark.slow
 def test_the_selftest_on_a_gpu(fake_gpu, no_backward, tmp_path):
     """But for what needs numbers: the reward's checks, and a checkpoint that is read again."""
     model, vq, prompts, reward_fn, settings = small("c2i", out=str(tmp_path))
@@ -169,6 +170,7 @@ def bfloat16(monkeypatch):
                         lambda device: torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
 
 
+@pytest.mark.slow
 def test_the_selftest_in_bfloat16(tmp_path, capsys, bfloat16):
     with pytest.raises(SystemExit) as stop:
         train_c2i.main([*QUICK, "--out", str(tmp_path / "run"), "--selftest"])

@@ -3,11 +3,13 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -51,10 +53,16 @@ def fails(*given, **how):
 
 # --- what draws and reports ----------------------------------------------------------------------
 
+def charts(*given):
+    """No charts for the page, for they take seconds."""
+    return []
+
+
 @pytest.mark.parametrize("name", ["sheet_of_pairs", "curves", "page",
                                   "mind_arrays", "write_arrays"])
 def test_a_picture_that_fails_loses_nothing(name, tmp_path, monkeypatch, capsys):
     out = tmp_path / "my run"
+    monkeypatch.setattr(harness.page, "charts", charts)
     write_arrays = harness.run.write_arrays
     if name == "write_arrays":               # the one at the end
         def fails_at_the_end(path, arrays):
@@ -86,7 +94,7 @@ def test_model_and_summary_are_there_before_anything_is_drawn(tmp_path, monkeypa
     assert len(seen) == 3 and all({"model.pt", "summary.json"} <= names for names in seen)
 
 
-def test_a_picture_of_progress_that_fails_is_told_once(tmp_path, monkeypatch, capsys):
+def test_a_picture_of_progress_that_fails_is_told_once(no_pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness.run.Progress, "draw", fails)
     monkeypatch.setattr(harness.run.Progress, "is_due", lambda self, done: True)
     assert train(tiny(tmp_path / "run", steps=4)) == 0
@@ -131,7 +139,7 @@ def wandb(monkeypatch):
     return install
 
 
-def test_numbers_within_numbers_are_logged_flat(tmp_path, wandb):
+def test_numbers_within_numbers_are_logged_flat(no_pictures, tmp_path, wandb):
     logger = wandb()
     assert train(tiny(tmp_path / "run", log="wandb", eval_cfg_scales="7.5")) == 0
     (first, before), *_ = logger.logged
@@ -157,14 +165,15 @@ def test_a_logger_that_does_not_open_leaves_the_folder_free(no_pictures, tmp_pat
 
 
 @pytest.mark.parametrize("fail", ["log", "finish"])
-def test_a_logger_that_fails_later_is_told_once_and_ends_nothing(fail, tmp_path, wandb, capsys):
+def test_a_logger_that_fails_later_is_told_once_and_ends_nothing(no_pictures, fail, tmp_path,
+                                                                 wandb, capsys):
     wandb(fail)
     assert train(tiny(tmp_path / "run", steps=3, log="wandb")) == 0
     assert capsys.readouterr().err.count("--log wandb failed") == 1
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_failing_run_is_no_success_for_wandb(tmp_path, wandb):
+def test_a_failing_run_is_no_success_for_wandb(no_pictures, tmp_path, wandb):
     logger, calls = wandb(), []
 
     def breaks(images, texts):
@@ -211,34 +220,33 @@ def test_a_resumed_run_logs_no_step_twice(no_pictures, tmp_path, monkeypatch):
 
 # --- the lock of a folder ------------------------------------------------------------------------
 
-HOLDS = """
-import sys, pathlib
-from harness.checkpoints import locked
-with locked(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+def hold(folder, said):
+    with checkpoints.locked(folder):
+        said.send("held")
+        time.sleep(600)
 
 
 @pytest.fixture
 def holder():
-    """holder(folder): another process, which holds the folder."""
-    started = []
+    """holder(folder): another process, a fork of this one, which holds the folder."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    fork, started = multiprocessing.get_context("fork"), []
 
-    def hold(folder):
-        root = str(Path(__file__).parents[2])
-        started.append(subprocess.Popen([sys.executable, "-c", HOLDS, folder], cwd=root, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        assert started[-1].stdout.readline() == "held\n"
+    def begin(folder):
+        ours, theirs = fork.Pipe()
+        started.append(fork.Process(target=hold, args=(folder, theirs), daemon=True))
+        started[-1].start()
+        assert ours.poll(60) and ours.recv() == "held"
         return started[-1]
-    yield hold
+    yield begin
     for process in started:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_folder_has_one_run_at_a_time(resumed, tmp_path, holder, capsys):
+def test_a_folder_has_one_run_at_a_time(no_pictures, resumed, tmp_path, holder, capsys):
     """The second says who has it, and changes nothing; a killed one needs nobody's help."""
     out, change = tmp_path / "run", {}
     if resumed:
@@ -253,12 +261,12 @@ def test_a_folder_has_one_run_at_a_time(resumed, tmp_path, holder, capsys):
     assert ", since 20" in said.err and not said.out and "Traceback" not in said.err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     process.kill()
-    process.wait()
+    process.join()
     assert train(tiny(out, **change)) == 0
     assert not list(out.glob(".*"))
 
 
-def test_the_folder_is_locked_before_anything_is_loaded(tmp_path, capsys):
+def test_the_folder_is_locked_before_anything_is_loaded(no_pictures, tmp_path, capsys):
     """What ends the loading leaves it free, but for weights that were pretrained meanwhile."""
     out = tmp_path / "runs" / "one"
 
@@ -276,7 +284,7 @@ def test_the_folder_is_locked_before_anything_is_loaded(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_told(error, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_told(no_pictures, error, tmp_path, monkeypatch, capsys):
     fcntl = pytest.importorskip("fcntl")
 
     def lockless(file, operation):
@@ -301,7 +309,7 @@ def test_a_damaged_end_of_the_log_is_dropped(no_pictures, end, tmp_path, capsys)
     assert read_metrics(out)[:2] == complete and "missing" not in capsys.readouterr().err
 
 
-def test_the_log_of_a_step_without_rewards_is_strict_json(tmp_path, wandb):
+def test_the_log_of_a_step_without_rewards_is_strict_json(no_pictures, tmp_path, wandb):
     """Null in the log; loggers and the page leave it out, and the doctor names it."""
     def misses(images, texts):
         return torch.full((len(texts),), math.nan if len(logger.logged) < 3 else 0.5)
@@ -317,8 +325,8 @@ def test_the_log_of_a_step_without_rewards_is_strict_json(tmp_path, wandb):
     assert [m["missing"] for m in steps] == [1, 1, 0, 0]
     logged = [numbers for _, numbers in logger.logged if "reward_std" in numbers]
     assert [numbers.get("reward") for numbers in logged] == [None, None, 0.5, 0.5]
-    (out / "report.html").unlink()
-    assert [path.name for path in harness.page.show(out)][0] == "report.html"
+    html = harness.page.page(harness.page.read_run(out))
+    assert b'<section id="curves">' in html
 
 
 @pytest.mark.parametrize("lost", [1, 2])
@@ -391,7 +399,7 @@ def test_the_parts_of_a_prompt_are_all_its_pictures():
 
 # --- what is printed and noted -------------------------------------------------------------------
 
-def test_the_printed_command_can_be_copied(tmp_path, monkeypatch, capsys):
+def test_the_printed_command_can_be_copied(no_pictures, tmp_path, monkeypatch, capsys):
     out = tmp_path / "my run's folder"
     monkeypatch.setattr(processes.StopRequest, "everywhere", lambda self: self.received or bool(
         (out / "last.pt").exists() and setattr(self, "received", 15) is None))
@@ -481,7 +489,7 @@ def test_the_commit_of_an_outer_repository_is_not_ours(tmp_path, monkeypatch):
     assert harness.run.version() == commit
 
 
-def test_settings_of_the_run_are_in_its_configuration(tmp_path):
+def test_settings_of_the_run_are_in_its_configuration(no_pictures, tmp_path):
     assert train(tiny(tmp_path / "run")) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["script"] == train_c2i.C2iSettings.script and config["argrpo"]

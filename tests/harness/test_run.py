@@ -239,6 +239,7 @@ print("joined:", dist.is_initialized())
 """
 
 
+@pytest.mark.slow
 def test_a_process_leaves_the_others_before_python_ends():
     """gloo's threads abort a process, now and then, if they outlive the interpreter."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",

@@ -298,15 +298,20 @@ def test_each_module_registers_the_rewards_that_the_table_promises():
 
 
 def test_names_are_known_without_any_of_the_large_libraries():
+    """Nor do the commands load one when they are imported."""
     code = ("import sys, reward\n"
             "print(reward.known_rewards())\n"
-            "heavy = {'torchvision', 'open_clip', 'transformers', 'PIL'}\n"
-            "print(*heavy & set(sys.modules))\n")
+            "def loaded(*names):\n"
+            "    return [name for name in names if name in sys.modules]\n"
+            "heavy = 'torchvision', 'open_clip', 'transformers', 'timm', 'huggingface_hub'\n"
+            "print(loaded(*heavy, 'PIL'))\n"
+            "import train_c2i, train_t2i, sample, evaluate\n"
+            "print(loaded(*heavy, 'matplotlib'))\n")
     output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
-    names, heavy = output.splitlines()
+    names, by_reward, by_commands = output.splitlines()
     assert names.startswith("aesthetic, brightness, clip, ") and "paper_lite" in names
     assert "qwen_weird, shapes, and your own as file.py:function" in names
-    assert heavy == ""
+    assert by_reward == "[]" and by_commands == "[]"
 
 
 def test_the_command_finds_what_a_file_of_the_users_registers(tmp_path, monkeypatch, capsys):

@@ -9,10 +9,23 @@ import pytest
 import torch
 from PIL import Image
 
+from rewards import checker
 from rewards.__main__ import main, read_picture
 from rewards.checker import scale
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return checker.toy_pictures()
+
+
+@pytest.fixture
+def drawn_once(pictures, monkeypatch):
+    """Examinations of this file share the toy's pictures, which take a while to draw."""
+    images, prompts = pictures
+    monkeypatch.setattr(checker, "toy_pictures", lambda: (images.clone(), prompts))
 
 
 def test_scoring_pictures_from_the_command_line(capsys):
@@ -160,7 +173,7 @@ shy.may_miss = True
     ("first", "its place in the batch"),
     ("shy", "100% of the images got no score, and teach nothing"),
 ])
-def test_check_says_in_plain_words_what_is_wrong(name, finding, tmp_path, capsys):
+def test_check_says_in_plain_words_what_is_wrong(drawn_once, name, finding, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(BAD_REWARDS)
     assert main(["--check", f"{file}:{name}", "--device", "cpu"]) != 0
@@ -173,7 +186,7 @@ def test_check_says_in_plain_words_what_is_wrong(name, finding, tmp_path, capsys
     ("shapes:1e-5", "multiply the weight by 1e+05"),
     ("shapes:1e30", "have 0% of their size: multiply the weight by 1e-30"),
 ])
-def test_check_names_a_scale_that_training_cannot_use(spec, finding, capsys):
+def test_check_names_a_scale_that_training_cannot_use(drawn_once, spec, finding, capsys):
     assert main(["--check", spec, "--device", "cpu"]) == 1
     [bad] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BAD")]
     assert bad.startswith("BAD  scale") and finding in bad
@@ -208,7 +221,7 @@ def test_without_any_spread_there_is_no_scale():
     ("jpeg", "does not depend on the prompt"),
     ("contrast", "does not depend on the prompt"),
 ])
-def test_check_finds_nothing_wrong_with_a_good_reward(name, finding, capsys):
+def test_check_finds_nothing_wrong_with_a_good_reward(drawn_once, name, finding, capsys):
     assert main(["--check", name, "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert "BAD" not in output and f"  {finding}\n" in output
