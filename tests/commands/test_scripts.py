@@ -348,7 +348,7 @@ def test_what_the_command_line_changed_is_remembered(tmp_path):
 
 def test_a_diverse_run_of_the_toy(tmp_path, no_pictures, capsys):
     summary = train_c2i.main(QUICK + ["--recipe", "diverse", "--classes", "0,5,13,21",
-                                      "--steps", "2", "--rollout-prompts", "32",
+                                      "--steps", "2", "--rollout-prompts", "32", "--lr", "1e-4",
                                       "--rehearsal-groups", "8", "--rehearsal-steps", "2",
                                       "--eval-images", "200", "--out", str(tmp_path / "run")])
     kept, *parts = (summary["after"][f"diversity_kept{part}"] for part in KEPT)
