@@ -36,7 +36,6 @@ def world(m, d, steps=1, seams=None, broken=False, **settings):
         return rewards, {"tiny": rewards}
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    d.seen.clear()
     with ExitStack() as stack:
         stack.enter_context(patch.object(m, "draw_images", draw_images))
         made = list(m.train(model, reference, SimpleNamespace(), prompts, reward_fn, config,

@@ -149,7 +149,7 @@ def test_the_sandbox_survives_everything(tmp_path):
             "tensors": hoard_tensors, "delete": delete_here,
             "print": lambda: print('{"tests": []}') or 3,
             "crash": lambda: os.kill(os.getpid(), 11), "right": lambda: torch.ones(2)}
-    outcomes = run_all([Job(name, job, 1.0) for name, job in jobs.items()])
+    outcomes = run_all([Job(name, job, 1) for name, job in jobs.items()])
     assert "does not end" in outcomes["loop"].error
     assert "exit" in outcomes["exit"].error
     assert "without an answer" in outcomes["_exit"].error
@@ -188,7 +188,7 @@ def test_an_unknown_mistake_is_shown_with_its_smallest_input():
     text = source.with_body(REFERENCE, CODE["2.4"], "return (ref_logp - logp).exp() * 0.3")
     output = grade_items(text, "2.4")["2.4"].output
     assert "not so: where policy and reference agree it is zero" in output
-    assert "for [[" in output and "expected [[0]]" in output and "got      [[0.3" in output
+    assert "for kl_k3([[" in output and "expected [[0.0]]" in output and "got      [[0.3" in output
 
 
 def test_helpers_of_the_students_own_come_along():
@@ -294,6 +294,8 @@ def test_gradescope_results():
     tests = grade.gradescope(results)["tests"]
     assert tests[0] == {"name": "1.1 rope_table", "score": 2.5, "max_score": 5, "output": "text",
                         "visibility": "visible"}
+    late = grade.gradescope([grade.Result("4.2 run_1", 0, 2, "the fault is not ..")])["tests"]
+    assert late[0]["visibility"] == "after_due_date", "whoever may try again finds the fault"
     assert "2.50 / 5" in grade.table(results)
 
 
@@ -337,8 +339,8 @@ def outcomes_of(grader, item, texts):
     """What the checks of an item compute with each text, in one child a text: {name: Results}."""
     these = grade.checks.of_item(item["id"])
     jobs = [Job("right", lambda: {check.says: grade.compute(
-        grader.reference, check, grader.seed) for check in these}, 60.0)]
-    jobs += [Job((name,), lambda text=text: grader.grafted(text, item, these), 60.0)
+        grader.reference, check, grader.seed) for check in these}, 60)]
+    jobs += [Job((name,), lambda text=text: grader.grafted(text, item, these), 60)
              for name, text in texts.items()]
     outcomes = run_all(jobs)
     wrong = {}
