@@ -139,7 +139,7 @@ def describe(check, calls, got, wanted, error=""):
     wrong.  got and wanted are flat lists."""
     text = f"not so: {check.says}."
     if calls:
-        text += "\n  for " + "\n  and ".join(calls[-1:] if error else calls[:2])
+        text += "\n  for " + "\n  and ".join(calls[-1:] if error else [*dict.fromkeys(calls)][:2])
     if error:
         return f"{text}\n  {error}"
     pairs = zip_longest(got, wanted, fillvalue="nothing")

@@ -57,7 +57,7 @@ def _(m, d):
     return m.apply_rope(*rotary_inputs(d))
 
 
-@check("1.2", "the gradient turns back")
+@check("1.2", "the gradient turns back: that of the result's sum, weighted from 0.5 to 1.5")
 def _(m, d):
     x, rope = rotary_inputs(d)
     return with_gradients(lambda x: m.apply_rope(x, rope), x)[1]

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +190,22 @@ def test_an_unknown_mistake_is_shown_with_its_smallest_input():
     output = grade_items(text, "2.4")["2.4"].output
     assert "not so: where policy and reference agree it is zero" in output
     assert "for kl_k3([[" in output and "expected [[0.0]]" in output and "got      [[0.3" in output
+
+
+def test_a_failure_shows_the_call_and_the_first_value_that_is_wrong():
+    module = SimpleNamespace(f=lambda x, k: (x, k))
+    with grade.watched(module, {"function": "f", "values": 2}) as calls:
+        module.f(torch.tensor([0.5, 1.0]), k=torch.zeros(3, 9))
+    assert calls == ["f([0.5, 1.0], k=float32 (3, 9))"], "few numbers, or the shape"
+    check = grade.checks.of_item("2.5")[0]
+    right, wrong = torch.zeros(3, 9), torch.zeros(3, 9)
+    wrong[1, 2] = 7
+    text = grade.describe(check, calls, [1.0, wrong], [1.0, right])
+    assert calls[0] in text and "expected 0.0 at [1, 2]\n  got      7.0 at [1, 2]" in text
+    assert "expected 2.0\n  got      nothing" in grade.describe(check, [], [1.0], [1.0, 2.0])
+    with grade.watched(module, {"function": "f", "values": 3}):
+        with pytest.raises(TypeError, match="f must return 3 values, not 2"):
+            module.f(1, 2)
 
 
 def test_helpers_of_the_students_own_come_along():
