@@ -188,10 +188,8 @@ def loss_inputs(d):
     return logp, logp + 0.5 * d.normal(B, N), logp + 0.5 * d.normal(B, N), d.normal(B)
 
 
-def loss_and_gradient(m, d, columns=False, **settings):
+def loss_and_gradient(m, d, **settings):
     logp, old_logp, ref_logp, advantages = loss_inputs(d)
-    if columns:
-        advantages = d.normal(*logp.shape)
     return with_gradients(lambda x: m.grpo_loss(x, old_logp, ref_logp, advantages, **settings)[0],
                           logp)
 
@@ -215,12 +213,16 @@ def _(m, d):
 
 @check("2.5", "the KL penalty is added with the weight kl_beta")
 def _(m, d):
-    return loss_and_gradient(m, d, kl_beta=d.number(0.1, 2))
+    logp, old_logp, ref_logp, _ = loss_inputs(d)
+    zero, how = torch.zeros(len(logp)), dict(kl_beta=d.number(0.1, 2))
+    return with_gradients(lambda x: m.grpo_loss(x, old_logp, ref_logp, zero, **how)[0], logp)
 
 
 @check("2.5", "advantages may be (B, N), one for each token")
 def _(m, d):
-    return loss_and_gradient(m, d, columns=True, kl_beta=0.1)
+    logp = loss_inputs(d)[0]
+    advantages = d.normal(*logp.shape)
+    return with_gradients(lambda x: m.grpo_loss(x, x.detach(), None, advantages)[0], logp)
 
 
 @check("2.5", "the stats: ratio, ratio_max, clip_frac, kl and loss, as floats")
