@@ -134,7 +134,7 @@ class Attention(nn.Module):
         """All positions at once: x (R, L, C) -> y (R, L, C) and (keys, values), those of `qkv`.
 
         y is what all heads found, in the order "h c", through `wo`.  Position i sees j where
-        mask[..., i, j] of (R, 1, L, L) is True; without a mask, itself and those before it."""
+        mask[..., i, j], bool (R, 1, L, L), is True; without a mask, itself and those before it."""
         q, k, v = self.qkv(x, rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(rearrange(y, "r h l c -> r l (h c)")), (k, v)
