@@ -131,18 +131,20 @@ class Attention(nn.Module):
         return apply_rope(q, rope), apply_rope(k, rope), v
 
     def forward(self, x, rope, mask=None):
-        """All positions at once: x (R, L, C) -> (R, L, C), and keys and values (R, H, L, C/H).
+        """All positions at once: x (R, L, C) -> y (R, L, C) and (keys, values), those of `qkv`.
 
-        mask (R, 1, L, L) bool: where mask[..., i, j] is True, position i sees j.
-        Without a mask each position sees itself and those before it."""
+        y is what all heads found, in the order "h c", through `wo`.  Position i sees j where
+        mask[..., i, j], bool (R, 1, L, L), is True; without a mask, itself and those before it."""
         q, k, v = self.qkv(x, rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(rearrange(y, "r h l c -> r l (h c)")), (k, v)
 
     def decode_step(self, x, rope, cache, position, mask=None):
-        """One new position: x (R, 1, C) -> (R, 1, C).  Adds its key and value to the cache.
+        """One new position: x (R, 1, C) -> (R, 1, C), with its own row of the table as rope.
 
-        It attends to the filled part of the cache, where mask (R, 1, 1, position + 1) is True."""
+        cache holds keys and values, (R, H, T + N - 1, C/H) each, filled before `position`.  The new
+        ones are written into them.  The new position sees itself and all before it or, of these,
+        only those where mask (R, 1, 1, position + 1) is True."""
         q, k, v = self.qkv(x, rope)
         keys, values = cache                                         # (R, H, T + N - 1, C/H) each
         keys[:, :, position:position + 1], values[:, :, position:position + 1] = k, v
@@ -323,8 +325,9 @@ def guide(logits, cfg_scale):
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Sets to -inf all but the top_k largest logits (0: all) and their equals, then all outside the
-    nucleus: the likeliest that reach more than top_p (arXiv 1904.09751).  (..., V) -> (..., V)."""
+    """New logits (..., V): -inf for all but the top_k largest (0 or above V: all) and their equals,
+    then for all outside the nucleus (arXiv 1904.09751): by the softmax of what top_k left, the
+    fewest codes, from the likeliest down, that add up to more than top_p (1: all)."""
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -426,8 +429,8 @@ def group_advantages(rewards, group_size, eps=1e-4, scale=True):
     A = (r - mean) / std (DeepSeekMath, arXiv 2402.03300, section 4.1).  The unbiased std, and
     eps = 1e-4 beside it, are the official code's choice, and TRL's: so the rewards' scale cancels
     only while std is far above eps (at 1e-6 A is a hundredth) and, in float32, below 1e18.
-    scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783).  A sample whose reward is
-    missing (NaN) gets 0.  Errors as in `group_statistics`."""
+    scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783).  A missing reward (NaN) and a
+    flat group get exactly 0.  Errors as in `group_statistics`."""
     mean, std, flat = group_statistics(rewards, group_size)
     r = rearrange(rewards.float(), "(p g) -> p g", g=group_size)
     advantages = (r - mean) / (std + eps) if scale else r - mean

@@ -27,7 +27,7 @@ import grade  # noqa: E402
 import source  # noqa: E402
 import torch  # noqa: E402
 from catalogue import VARIANTS  # noqa: E402
-from source import HERE, ITEMS, PARTS, ROOT  # noqa: E402
+from source import HERE, ROOT  # noqa: E402
 
 PUBLIC_SEED = 0
 GIVEN = ("vqgan.py", "reward.py", "pretrained.py", "diversity.py", "toy", "rewards/__init__.py",
@@ -50,8 +50,7 @@ def copy(names, out):
 def blanked(variant=None):
     """argrpo.py with all items blank."""
     text = source.reference(variant)
-    parts = source.tomllib.loads(source.reference(variant, "assignments/parts.toml"))
-    for item in source.items_of(parts).values():
+    for item in source.parts(variant)["item"].values():
         if "file" not in item:
             text = source.with_blank(text, item)
     return text
@@ -69,8 +68,8 @@ def make_handout(out, debug_seed=0, variant=None, steps=20):
     shutil.copytree(HERE / "handout", out, ignore=SKIPPED, dirs_exist_ok=True)
     (out / "argrpo.py").write_text(blanked(variant), "utf-8")
     (out / "README.md").write_text(readme(variant), "utf-8")
-    hints = {name: {"name": source.label(item), "read": item["read"], "hints": item["hints"]}
-             for name, item in ITEMS.items()}
+    hints = {name: item | {"name": source.label(item)}
+             for name, item in source.parts(variant)["item"].items()}
     (out / "hints.json").write_text(json.dumps(hints, indent=1) + "\n", "utf-8")
     torch.save(expected(variant), out / "expected.pt")
     key = make_debug_runs(out / "debug", debug_seed, steps)
@@ -111,29 +110,23 @@ def make_debug_runs(folder, seed, steps):
 
 
 def readme(variant):
-    rows = ["| item | what | points |", "|---|---|---|"]
-    for part in PARTS["part"]:
-        items = [i for i in ITEMS.values() if i["id"].startswith(f"{part['number']}.")]
+    rows, told = ["| item | what | points |", "|---|---|---|"], source.parts(variant)
+    for part in told["part"]:
+        items = [i for i in told["item"].values() if i["id"].startswith(f"{part['number']}.")]
         points = sum(i["points"] for i in items)
         rows.append(f"| **{part['number']}** | **{part['title']}**. Read: {part['reading']} "
                     f"| **{points}** |")
-        rows += [f"| {i['id']} | {name_in_table(i)} | {i['points']} |" for i in items]
+        rows += [f"| {i['id']} | `{source.label(i)}` | {i['points']} |" for i in items]
     table = ["| fault | what is wrong |", "|---|---|"]
     table += [f"| `{name}` | {fault.says} |" for name, fault in sorted(faults.FAULTS.items())]
     says = VARIANTS.get(variant)
     note = f"\n\n**The objective of this course is not the published one**: {says}. Mind the " \
            "docstrings." if says else ""
     text = (HERE / "handout/README.md").read_text("utf-8")
-    for name, value in (("title", PARTS["title"]), ("variant", note), ("parts", "\n".join(rows)),
+    for name, value in (("title", told["title"]), ("variant", note), ("parts", "\n".join(rows)),
                         ("faults", "\n".join(table))):
         text = text.replace("{" + name + "}", value)
     return text
-
-
-def name_in_table(item):
-    if "section" in item:
-        return f"`train`, section \"{item['section']}\""
-    return f"`{source.label(item)}`"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,7 +140,7 @@ set -euo pipefail
 base=${{AUTOGRADER:-/autograder}}
 export OMP_NUM_THREADS=1
 mkdir -p "$base/results"
-"${{PYTHON:-python3}}" "$base/source/assignments/grade.py" "$base/submission" {options} \\
+"${{PYTHON:-python3}}" "$base/source/assignments/grade.py" "$base/submission" --seed {seed} \\
     --key "$base/source/key.json" --json "$base/results/results.json"
 """
 
@@ -167,13 +160,12 @@ def make_solution(out, key):
 
 def make_gradescope(path, key, seed):
     """Writes the zip that Gradescope takes as an autograder."""
-    options = f"--seed {seed}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         copy(GRADER, out)
         shutil.copy(HERE / "setup.sh", out / "setup.sh")
         shutil.copy(key, out / "key.json")
-        (out / "run_autograder").write_text(RUN_AUTOGRADER.format(options=options), "utf-8")
+        (out / "run_autograder").write_text(RUN_AUTOGRADER.format(seed=seed), "utf-8")
         for script in ("setup.sh", "run_autograder"):
             (out / script).chmod(0o755)
         shutil.make_archive(str(path.with_suffix("")), "zip", out)

@@ -19,6 +19,7 @@ except ModuleNotFoundError:                      # Python 3.10, where pytest bri
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+NO_LINE = 10 ** 6                                # beyond it are the reference's lines of `train`
 MARKER = re.compile(r" +# (\d+\. \w+|For the log)")
 
 
@@ -28,15 +29,6 @@ parse = cache(ast.parse)                         # nobody changes these trees
 @cache
 def read_toml(name):
     return tomllib.loads((HERE / name).read_text("utf-8"))
-
-
-def items_of(parts):
-    return {item["id"]: item for item in parts["item"]}
-
-
-PARTS = read_toml("parts.toml")
-ITEMS = items_of(PARTS)
-CODE_ITEMS = {name: item for name, item in ITEMS.items() if "file" not in item}
 
 
 def label(item):
@@ -53,6 +45,13 @@ def reference(variant=None, file="argrpo.py"):
         if variant and (bug.variant, bug.file) == (variant, file):
             text = with_bug(text, bug)
     return text
+
+
+@cache
+def parts(variant=None):
+    """parts.toml with the variant's exchanges, and its items by id."""
+    told = tomllib.loads(reference(variant, "assignments/parts.toml"))
+    return told | {"item": {item["id"]: item for item in told["item"]}}
 
 
 def with_bug(text, bug):
@@ -76,6 +75,10 @@ def fits(text, bug):
         return bool(with_bug(text, bug))
     except ValueError:
         return False
+
+
+ITEMS = parts()["item"]
+CODE_ITEMS = {name: item for name, item in ITEMS.items() if "file" not in item}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,5 +229,6 @@ def with_section(module, text, tree, item):
     first, last = section_lines(text, item["section"])
     theirs = [node for node in ast.walk(find_function(tree, "train")) if isinstance(node, ast.For)]
     statements = [node for node in theirs[0].body if first <= node.lineno <= last]
+    ast.increment_lineno(mine, NO_LINE)
     loop.body[places[0]:places[-1] + 1] = statements or [ast.Pass(lineno=first, col_offset=0)]
     return ast.fix_missing_locations(mine)

@@ -161,12 +161,10 @@ def train_whole(text, seed):
         seed=seed)]
 
 
-def describe_whole(imported, trained):
+def describe_whole(trained):
     """What is reported, for no points, about the file as a whole."""
-    if imported.error:
-        return f"argrpo.py cannot be imported: {imported.error}"
     if trained.error:
-        return f"argrpo.py can be imported, but training the toy fails: {trained.error}"
+        return f"training the toy with the whole of it fails: {trained.error}"
     first, last = trained.value[:8], trained.value[-8:]
     return (f"trained the toy for {len(trained.value)} steps: "
             f"{sum(first) / len(first):.0%} of the pictures right in the first eight, "

@@ -13,11 +13,15 @@ runs at three sizes, the smallest first.
 """
 
 import random
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
 LEVELS = 3
+FEW = 12                                         # numbers that a message shows; of more, the shape
 
 
 class Check(NamedTuple):
@@ -47,7 +51,7 @@ class Draw:
     def __init__(self, seed, says, level):
         self.random = random.Random(f"{seed} {says} {level}")
         self.torch = torch.Generator().manual_seed(self.random.getrandbits(60))
-        self.level, self.seen = level, []        # seen: the tensors drawn, to be shown to people
+        self.level = level
         torch.manual_seed(self.random.getrandbits(60))
 
     def size(self, low, high):
@@ -60,8 +64,7 @@ class Draw:
         return self.random.uniform(low, high)
 
     def normal(self, *shape):
-        self.seen.append(torch.randn(*shape, generator=self.torch))
-        return self.seen[-1].clone()
+        return torch.randn(*shape, generator=self.torch)
 
     def uniform(self, *shape):
         return torch.rand(*shape, generator=self.torch, dtype=torch.float64)
@@ -70,13 +73,28 @@ class Draw:
         return torch.Generator().manual_seed(self.random.getrandbits(60))
 
     def codes(self, V, *shape):
-        self.seen.append(torch.randint(V, shape, generator=self.torch))
-        return self.seen[-1].clone()
+        return torch.randint(V, shape, generator=self.torch)
 
 
-def run(m, check, seed):
-    """What the check computes with module m at each level, flat: three lists."""
-    return [flat(check.compute(m, Draw(seed, check.says, level))) for level in range(LEVELS)]
+@contextmanager
+def watched(m, item):
+    """Notes the calls of the item's function in m, in words, in the list that it gives.
+    Raises TypeError if the function returns another number of values than item["values"]."""
+    calls, (*cls, name) = [], item.get("function", "train").split(".")
+    owner, values = getattr(m, cls[0]) if cls else m, item.get("values", 1)
+    function = getattr(owner, name)
+
+    def watching(*args, **how):
+        words = [*map(shown, args[len(cls):]), *(f"{k}={shown(x)}" for k, x in how.items())]
+        calls.append(f"{item['function']}({', '.join(words)})")
+        result = function(*args, **how)
+        got = len(result) if isinstance(result, (tuple, list)) else 1
+        if got != values:
+            raise TypeError(f"{item['function']} must return {values} values, not {got}")
+        return result
+
+    with patch.object(owner, name, watching if "function" in item else function):
+        yield calls
 
 
 def flat(value):
@@ -101,10 +119,51 @@ def same_leaf(a, b, tolerance):
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
         return False
+    return close(a, b, tolerance).all().item()
+
+
+def close(a, b, tolerance):
+    """Where two tensors of one shape agree: bool."""
     a, b = a.double(), b.double()
     finite = b[b.isfinite()].abs()
     scale = max(1.0, finite.max().item()) if len(finite) else 1.0
-    return torch.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)
+    return torch.isclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------
+
+def describe(check, calls, got, wanted, error=""):
+    """A failed check in words: the first calls, or that with the error, and the first value that is
+    wrong.  got and wanted are flat lists."""
+    text = f"not so: {check.says}."
+    if calls:
+        text += "\n  for " + "\n  and ".join(calls[-1:] if error else [*dict.fromkeys(calls)][:2])
+    if error:
+        return f"{text}\n  {error}"
+    pairs = zip_longest(got, wanted, fillvalue="nothing")
+    a, b = next(pair for pair in pairs if not same_leaf(*pair, check.tolerance))
+    place = ""
+    if torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape and a.numel() > FEW:
+        places = (~close(a, b, check.tolerance)).nonzero().tolist()
+        if places:                               # else the kinds of numbers differ
+            place, a, b = f" at {places[0]}", a[tuple(places[0])], b[tuple(places[0])]
+    return f"{text}\n  expected {shown(b)}{place}\n  got      {shown(a)}{place}"
+
+
+def shown(value):
+    """In words: few numbers, rounded, or the shape; or the name of what is long."""
+    if torch.is_tensor(value):
+        if value.numel() > FEW:
+            return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, float):
+        return str(float(f"{value:.5g}"))
+    text = str(value)
+    return type(value).__name__ if len(text) > 200 or text.startswith("<") else text
 
 
 def raises(function, *args, **kwargs):
@@ -143,7 +202,6 @@ def transformer(m, d, **changes):
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data = 0.5 * d.normal(*parameter.shape)
-    d.seen.clear()
     return model
 
 
@@ -158,3 +216,6 @@ def conditions(d, model, P):
     words = 1 + d.codes(c.cls_token_num, P)
     mask = torch.arange(c.cls_token_num) >= c.cls_token_num - words[:, None]
     return d.normal(P, c.cls_token_num, c.caption_dim), mask
+
+
+from checks import part1, part2, part3  # noqa: E402, F401

@@ -36,7 +36,6 @@ def world(m, d, steps=1, seams=None, broken=False, **settings):
         return rewards, {"tiny": rewards}
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    d.seen.clear()
     with ExitStack() as stack:
         stack.enter_context(patch.object(m, "draw_images", draw_images))
         made = list(m.train(model, reference, SimpleNamespace(), prompts, reward_fn, config,
@@ -126,19 +125,19 @@ def _(m, d):
 @check("3.3", "the old policy is the learner before the first update of the step, in all epochs")
 def _(m, d):
     model, (step,) = world(m, d, update_epochs=3, micro_batch=3)
-    return weights(model), step.logp, step.metrics["ratio_max"]
+    return step.metrics["ratio_max"], step.logp, weights(model)
 
 
 @check("3.3", "every update starts from a gradient of zero: no step's is added to the next one's")
 def _(m, d):
     model, made = world(m, d, steps=2, update_epochs=2)
-    return weights(model), [step.metrics["grad_norm"] for step in made]
+    return [step.metrics["grad_norm"] for step in made], weights(model)
 
 
 @check("3.3", "a gradient longer than max_grad_norm is scaled down; the norm before is reported")
 def _(m, d):
     model, (step,) = world(m, d, max_grad_norm=0.01)
-    return weights(model), step.metrics["grad_norm"]
+    return step.metrics["grad_norm"], weights(model)
 
 
 @check("3.3", "the learning rate of the step is set before the update")
@@ -149,7 +148,7 @@ def _(m, d):
 @check("3.3", "the entropy is that of the old policy, and log-probabilities follow logprob_cfg")
 def _(m, d):
     model, (step,) = world(m, d, update_epochs=2, logprob_cfg="none")
-    return weights(model), step.entropy, step.logp
+    return step.entropy, step.logp, weights(model)
 
 
 @check("3.3", "extra_loss adds its gradient, then sync is called, then the gradient is clipped")
@@ -167,7 +166,7 @@ def _(m, d):
             parameter.grad *= 0.5
 
     model, (step,) = world(m, d, seams=dict(extra_loss=extra_loss, sync=sync), max_grad_norm=0.3)
-    return weights(model), step.metrics["extra"], called
+    return called, step.metrics["extra"], weights(model)
 
 
 @check("3.3", "a gradient that is not finite raises FloatingPointError before the update")

@@ -10,7 +10,8 @@ from pathlib import Path
 import my_reward
 import pytest
 import torch
-from checks import CHECKS, LEVELS, Draw, flat, part1, part2, part3, same  # noqa: F401
+from checks import CHECKS, LEVELS, Draw, describe, flat, same, watched
+from hints import HINTS
 
 import argrpo
 import toy
@@ -32,26 +33,30 @@ torch.set_num_threads(1)
     for check in CHECKS])
 def test_property(check):
     for level in range(LEVELS):
-        draw = Draw(SEED, check.says, level)
-        got = flat(check.compute(argrpo, draw))
+        with watched(argrpo, HINTS[check.item]) as calls:
+            got = flat(check.compute(argrpo, Draw(SEED, check.says, level)))
         wanted = EXPECTED[check.says][level]
-        assert same(got, wanted, check.tolerance), (
-            f"{check.item}: not so: {check.says}\ninputs {draw.seen[:3]}\nexpected {wanted}\n"
-            f"got {got}")
+        if not same(got, wanted, check.tolerance):
+            pytest.fail(f"{check.item}: {describe(check, calls, got, wanted)}", pytrace=False)
 
 
 @pytest.mark.part4
 def test_my_reward_gives_a_number_for_each_picture():
     rewards = torch.as_tensor(my_reward.my_reward(torch.rand(5, 3, 24, 24), toy.CLASSES[:5]))
-    assert rewards.shape == (5,) and rewards.isfinite().all()
+    if rewards.shape != (5,) or not rewards.isfinite().all():
+        pytest.fail(f"4.1: of 5 pictures my_reward must return 5 numbers, not {rewards}",
+                    pytrace=False)
 
 
 @pytest.mark.part4
 def test_answers_are_complete():
     answers = tomllib.loads((HERE / "answers.toml").read_text("utf-8"))
     runs = sorted(path.name for path in (HERE / "debug").glob("run_*"))
-    assert sorted(answers) == runs, "answers.toml has one table for each folder in debug"
-    for run in runs:
-        answer = answers[run]
-        assert answer["fault"] in EXPECTED["faults"], f"{run}: no such fault in the README's list"
-        assert answer["metric"] and answer["step"] >= 0, f"{run}: metric and step are missing"
+    problems = [] if sorted(answers) == runs else [f"there must be a table for each of {runs}"]
+    for run, answer in answers.items():
+        if answer.get("fault") not in EXPECTED["faults"]:
+            problems.append(f"{run}: fault must be one of the README's list")
+        if not answer.get("metric") or answer.get("step", -1) < 0:
+            problems.append(f"{run}: metric and step are missing")
+    if problems:
+        pytest.fail("4.2: answers.toml: " + "; ".join(problems), pytrace=False)

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_the_sandbox_survives_everything(tmp_path):
             "tensors": hoard_tensors, "delete": delete_here,
             "print": lambda: print('{"tests": []}') or 3,
             "crash": lambda: os.kill(os.getpid(), 11), "right": lambda: torch.ones(2)}
-    outcomes = run_all([Job(name, job, 1.0) for name, job in jobs.items()])
+    outcomes = run_all([Job(name, job, 1) for name, job in jobs.items()])
     assert "does not end" in outcomes["loop"].error
     assert "exit" in outcomes["exit"].error
     assert "without an answer" in outcomes["_exit"].error
@@ -188,7 +189,23 @@ def test_an_unknown_mistake_is_shown_with_its_smallest_input():
     text = source.with_body(REFERENCE, CODE["2.4"], "return (ref_logp - logp).exp() * 0.3")
     output = grade_items(text, "2.4")["2.4"].output
     assert "not so: where policy and reference agree it is zero" in output
-    assert "for [[" in output and "expected [[0]]" in output and "got      [[0.3" in output
+    assert "for kl_k3([[" in output and "expected [[0.0]]" in output and "got      [[0.3" in output
+
+
+def test_a_failure_shows_the_call_and_the_first_value_that_is_wrong():
+    module = SimpleNamespace(f=lambda x, k: (x, k))
+    with grade.watched(module, {"function": "f", "values": 2}) as calls:
+        module.f(torch.tensor([0.5, 1.0]), k=torch.zeros(3, 9))
+    assert calls == ["f([0.5, 1.0], k=float32 (3, 9))"], "few numbers, or the shape"
+    check = grade.checks.of_item("2.5")[0]
+    right, wrong = torch.zeros(3, 9), torch.zeros(3, 9)
+    wrong[1, 2] = 7
+    text = grade.describe(check, calls, [1.0, wrong], [1.0, right])
+    assert calls[0] in text and "expected 0.0 at [1, 2]\n  got      7.0 at [1, 2]" in text
+    assert "expected 2.0\n  got      nothing" in grade.describe(check, [], [1.0], [1.0, 2.0])
+    with grade.watched(module, {"function": "f", "values": 3}):
+        with pytest.raises(TypeError, match="f must return 3 values, not 2"):
+            module.f(1, 2)
 
 
 def test_helpers_of_the_students_own_come_along():
@@ -294,6 +311,8 @@ def test_gradescope_results():
     tests = grade.gradescope(results)["tests"]
     assert tests[0] == {"name": "1.1 rope_table", "score": 2.5, "max_score": 5, "output": "text",
                         "visibility": "visible"}
+    late = grade.gradescope([grade.Result("4.2 run_1", 0, 2, "the fault is not ..")])["tests"]
+    assert late[0]["visibility"] == "after_due_date", "whoever may try again finds the fault"
     assert "2.50 / 5" in grade.table(results)
 
 
@@ -337,8 +356,8 @@ def outcomes_of(grader, item, texts):
     """What the checks of an item compute with each text, in one child a text: {name: Results}."""
     these = grade.checks.of_item(item["id"])
     jobs = [Job("right", lambda: {check.says: grade.compute(
-        grader.reference, check, grader.seed) for check in these}, 60.0)]
-    jobs += [Job((name,), lambda text=text: grader.grafted(text, item, these), 60.0)
+        grader.reference, check, grader.seed) for check in these}, 60)]
+    jobs += [Job((name,), lambda text=text: grader.grafted(text, item, these), 60)
              for name, text in texts.items()]
     outcomes = run_all(jobs)
     wrong = {}
