@@ -17,8 +17,8 @@
 #
 # **You need**: `diversity.py`, and checkpoints:
 # `python labs/prepare.py --only paper,diverse,kl,entropy,negatives`.
-# **Time**: a minute. The checkpoints take a quarter of an hour, and the diverse one 12 minutes
-# more (with two threads; 20 to 23 on one core).
+# **Time**: a minute. The checkpoints take a quarter of an hour, and the diverse one some 20
+# minutes of a core more.
 #
 #     python labs/lab5_diversity.py
 
