@@ -16,7 +16,8 @@ maximum likelihood beside the reward, as InstructGPT (arXiv 2203.02155) mixes in
 on images chosen as in rejection-sampling fine-tuning (RAFT, arXiv 2304.06767), but those of the
 pretrained model.  With enough of them the second term alone is smallest where
 pi = pi_ref( . | right).  Its pull on what has become rare does not fade, and that policy is always
-right: the two terms share an optimum, and no KL penalty is needed beside them.
+right: the two terms share an optimum, and no KL penalty is needed beside them.  `Rehearsal.alone`
+comes before GRPO, and makes the reference's wrong images less likely, too.
 
 `DiversityBonus` (an `advantage_fn`) compares the policy's right images with them, and favours those
 of which the reference draws more.
