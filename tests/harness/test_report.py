@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -537,12 +538,19 @@ def test_wandb_offline_has_the_metrics_and_the_pictures(tmp_path, monkeypatch):
                             "--progress-every", "1"])
     folder, = (out / "wandb").glob("offline-run-*")
     from wandb.proto import wandb_internal_pb2
-    rewards = []
-    for content in leveldb_records(next(folder.glob("*.wandb")).read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(content)
+    kinds, rewards = [], []
+    for _ in range(600):                         # wandb's own process may still be writing
+        content = next(folder.glob("*.wandb")).read_bytes()
+        records = [wandb_internal_pb2.Record.FromString(r) for r in leveldb_records(content)]
+        kinds = [record.WhichOneof("record_type") for record in records]
+        if "exit" in kinds:
+            break
+        time.sleep(0.1)
+    for record in records:
         for item in record.history.item:
             if (item.key or "/".join(item.nested_key)) == "reward":
                 rewards.append(json.loads(item.value_json))
+    assert "exit" in kinds, f"wandb's file ends with {kinds[-3:]}"
     assert rewards == pytest.approx([m["reward"] for m in read_metrics(out)])
     pictures = [path.name for path in (folder / "files" / "media" / "images").iterdir()]
     assert any("before_after" in name for name in pictures) and wandb.run is None
