@@ -75,7 +75,7 @@ def test_what_the_classifier_says_first(imagenet, pictures):
 
 def test_the_diversity_bonus_compares_the_classifiers_features(imagenet, pictures):
     photos = torch.stack([pictures.photo(name) for name in pictures.PHOTOS])
-    bonus = build_features("imagenet", None, CPU)
+    bonus = build_features("imagenet", CPU)
     described = bonus.describe(photos)
     assert described.shape == (5, 1280) and described.dtype == torch.float16
     [level] = bonus.levels(described)
