@@ -20,7 +20,7 @@ STYLES = {                                       # family: (colour, marker)
     "rehearsal, bonus by pixel distance": ("#56B4E9", "v"),
     "rehearsal, bonus by energy distance": ("#009E73", "D"),
     "rehearsal first": ("#CC79A7", "X"),
-    "--recipe diverse": ("#0072B2", "*"),
+    "--recipe quick and diverse": ("#0072B2", "*"),
 }
 TASKS = {"c2i": ("classes", "right, %"), "t2i": ("captions", "right, % (seen and unseen)")}
 YARDSTICK = 180 * 128                            # pictures in 180 steps of the paper's recipe
