@@ -339,8 +339,7 @@ def check_neighbours(path):
 @lru_cache
 def load_file(path, stamp):
     """A Python file as a module, which may import its neighbours.  It is read again only if its
-    stamp, (time of change, size), is another.  What all share stays: where the process works, and
-    torch's default dtype and gradient mode."""
+    stamp, (time of change, size), is another."""
     file_spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(file_spec)
     sys.modules[file_spec.name] = module         # where dataclasses look for it
@@ -350,6 +349,10 @@ def load_file(path, stamp):
         with blamed(f"{path.name} cannot be loaded"):
             check_neighbours(path)
             file_spec.loader.exec_module(module)
+        there = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+        if there != (folder, dtype, graph):
+            raise BadReward(f"{path.name} changes the working directory, torch's default dtype or "
+                            "its gradient mode for all: do that inside the reward, and undo it")
     finally:
         os.chdir(folder)
         torch.set_default_dtype(dtype)

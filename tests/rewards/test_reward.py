@@ -516,20 +516,17 @@ def test_functions_of_one_name_in_two_files_are_two_rewards(tmp_path):
     ("def score(images):\n    return images\n", "no reward.*: too many positional arguments"),
     ("def score(images, prompts, seed):\n    return images\n", "no reward.*argument: 'seed'"),
     ("score = 3\n", "has no function 'score'"),
+    ("import torch\ntorch.set_grad_enabled(False)\n", "changes .* gradient mode for all"),
+    ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes .* default dtype"),
+    ("import os\nos.chdir('/')\n", "changes the working directory"),
 ])
 def test_what_is_no_reward_is_refused_when_it_is_built(text, message, tmp_path):
     """Before models are loaded and pictures drawn; and no exit() ends a run as if all was well."""
     written(tmp_path, bad=text)
+    shared = Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled()
     with pytest.raises(ValueError, match=message) as error:
         build_rewards(f"{tmp_path}/bad.py:score", CPU)
     assert "\n" not in str(error.value)
-
-
-def test_what_a_reward_file_changes_for_all_as_it_loads_is_undone(tmp_path):
-    written(tmp_path, mine="import os\nimport torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\n"
-                           "torch.set_default_dtype(torch.float64)\nscore = print\n")
-    shared = Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled()
-    build_rewards(f"{tmp_path}/mine.py:score", CPU)
     assert shared == (Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled())
 
 
