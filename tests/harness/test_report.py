@@ -21,6 +21,7 @@ from conftest import Blocks, read_metrics, tiny_model, trained_weights
 from PIL import Image
 
 import argrpo
+import harness.page
 import harness.run
 import report
 import toy
@@ -45,6 +46,21 @@ from reward import RewardSet, to_uint8
 ROOT = Path(__file__).parents[2]
 QUICK = ["--preset", "toy", "--steps", "6", "--prompts-per-step", "2", "--group-size", "4",
          "--rollout-prompts", "12", "--eval-images", "24"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """The same curves are drawn once for all tests: pages of copies of a run have the same."""
+    drawn, plot = {}, harness.page.plot
+
+    def remembered(*what, **how):
+        key = repr((what, how))
+        if key not in drawn:
+            drawn[key] = plot(*what, **how)
+        return drawn[key]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.page.plot", remembered)
+        yield
 
 
 @pytest.fixture(scope="module")
