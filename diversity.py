@@ -164,21 +164,21 @@ class Rehearsal:
             reference, _ = argrpo.policy_logp(self.reference, *given)
         return F.softplus(self.BETA * (logp - reference).sum(dim=1)) / self.BETA
 
-    def alone(self, model, optimizer, steps, shard=(0, 1), sync=lambda model: None):
+    def alone(self, model, optimizer, steps, lr_factor, shard=(0, 1), sync=lambda model: None):
         """A generator: each `next` makes one of so many optimizer steps of rehearsal alone, which
         come before the first rollout and make the policy right more often without a picture of its
         own: right images become likelier, and as many wrong ones of the reference less likely.  The
-        learning rate falls from three times config.lr to 0, after config.warmup_steps: this is less
-        noisy than a reward.  shard and sync are as in `argrpo.train`."""
+        learning rate falls from lr_factor * config.lr to 0, after config.warmup_steps; this is less
+        noisy than a reward, and can learn faster.  shard and sync are as in `argrpo.train`."""
         c, (rank, size), group = self.config, shard, optimizer.param_groups[0]
         for step in range(steps):
             index = argrpo.pick_prompts(len(self.names), step, c.prompts_per_step, c.seed)
-            own = index.chunk(size)[rank]
-            logged = self(model, own, step - steps)
-            logged["wrong"] = self.add_gradient(model, self.wrong, own, step - steps,
+            index = index.chunk(size)[rank]
+            logged = self(model, index, step - steps)
+            logged["wrong"] = self.add_gradient(model, self.wrong, index, step - steps,
                                                 self.unlikelihood)
             sync(model)
-            group["lr"] = 3 * c.lr * min((step + 1) / c.warmup_steps, 1 - step / steps)
+            group["lr"] = lr_factor * c.lr * min((step + 1) / c.warmup_steps, 1 - step / steps)
             optimizer.step()
             optimizer.zero_grad()
             yield logged
@@ -275,8 +275,8 @@ class DiversityBonus:
         levels, reference = self.rehearsal.features.levels, self.rehearsal.described[name]
         if len(x) < 2 or len(reference) < 2:     # nothing to move, or nothing to compare with
             return torch.zeros(len(x), device=x.device)
-        recent = self.recent.get(name, [])       # x[:0]: there may be none yet
-        others = torch.cat([x[:0], *(past.to(x.device) for past in recent)])
+        # x[:0]: there may be no earlier groups yet.
+        others = torch.cat([x[:0], *(past.to(x.device) for past in self.recent.get(name, []))])
         of_reference = levels(reference.to(x.device))
         if name not in self.units:
             self.units[name] = [unit_of(level) for level in of_reference]

@@ -78,6 +78,7 @@ class RunSettings(argrpo.GRPOConfig):
     rehearsal_groups: int = 1            # groups of images that the pretrained model draws for
                                          # that, once for each prompt
     rehearsal_steps: int = 0             # steps of rehearsal alone, before the first rollout
+    rehearsal_lr_factor: float = 3.0     # their learning rate at first, as a multiple of lr
     eval_images: int = 540               # images of the evaluation before and after; whole prompts
     eval_cfg_scales: str = ""            # guidance scales, such as 1,7.5, to evaluate at besides
                                          # the rollout's
@@ -186,11 +187,10 @@ def read_options(cls, argv, prog, description, epilog=""):
             how = dict(action=argparse.BooleanOptionalAction)
         if typing.get_origin(kind) is list:      # given once for each of its values
             how = dict(type=str, metavar="str", action="append")
-        text = comments[field.name]
+        text = comments[field.name].replace("%", "%%")               # as argparse wants it
         if field.default not in ("", None, dataclasses.MISSING):
             text += f" (default: {field.default})"
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, **how, help=text.replace("%", "%%"))
+        parser.add_argument("--" + field.name.replace("_", "-"), **how, help=text)
     given = vars(parser.parse_args(argv))
     for name in PLACES:
         value = given.get(name)                  # a text, or several

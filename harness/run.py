@@ -146,8 +146,9 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
         record.restore(model, optimizer, remembered)
         quiet = {"disable": True} if rank > 0 else {}            # else TQDM_DISABLE may say it
         if settings.rehearsal and settings.rehearsal_steps and first_step == 0:
-            alone = seams["extra_loss"].alone(model, optimizer, settings.rehearsal_steps,
-                                              (rank, size), processes.average_gradients)
+            alone = seams["extra_loss"].alone(
+                model, optimizer, settings.rehearsal_steps, settings.rehearsal_lr_factor,
+                (rank, size), processes.average_gradients)
             for _ in tqdm(alone, "rehearsal", settings.rehearsal_steps, unit="step", **quiet):
                 if stop.everywhere():
                     break

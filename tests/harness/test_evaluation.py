@@ -269,7 +269,8 @@ SETTINGS = {
 OTHERS = {"steps": 9, "update_epochs": 3, "lr": 1.0, "warmup_steps": 9, "lr_end": 1.0,
           "weight_decay": 1.0, "max_grad_norm": 0.1, "clip_eps": 0.9, "clip_eps_high": 0.9,
           "kl_beta": 0.9, "scale_advantages": False, "logprob_cfg": "none", "rehearsal": 1.0,
-          "rehearsal_groups": 3, "rehearsal_steps": 3, "diversity_bonus": 1.0, "save_every": 3}
+          "rehearsal_groups": 3, "rehearsal_steps": 3, "rehearsal_lr_factor": 1.0,
+          "diversity_bonus": 1.0, "save_every": 3}
 
 
 def test_the_tables_name_every_setting_of_the_loop():

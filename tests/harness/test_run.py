@@ -62,7 +62,7 @@ class WatchedRun:
         self.settings = tiny_settings(
             folder, steps=3, prompts_per_step=2, group_size=4, cfg_scale=2.0, temperature=1.3,
             save_every=1, lr=0.05, warmup_steps=1, rehearsal=0.5, rehearsal_groups=2,
-            rehearsal_steps=2, diversity_bonus=0.3, eval_cfg_scales="3")
+            rehearsal_steps=2, rehearsal_lr_factor=4.0, diversity_bonus=0.3, eval_cfg_scales="3")
         self.watch(patch, harness.run, "evaluate_all")
         self.watch(patch, before_after, "evaluate_spread")
         self.watch(patch, argrpo, "train")
@@ -155,7 +155,7 @@ def test_rehearsal_alone_comes_before_the_first_rollout(watched):
     """Two steps of it, which no reward, no advantage and no rollout have a part in."""
     (_, at_first, _, (reference, *_, optimizer, _), how), = watched.called("train")
     model, rehearsal = copy.deepcopy(watched.start), how["extra_loss"]
-    for _ in rehearsal.alone(model, argrpo.make_optimizer(model, watched.settings), 2):
+    for _ in rehearsal.alone(model, argrpo.make_optimizer(model, watched.settings), 2, 4.0):
         pass
     assert not torch.equal(at_first, weights(watched.start))
     same(at_first, weights(model), "the policy that draws first has rehearsed")

@@ -242,7 +242,7 @@ def test_wrong_images_become_less_likely_and_not_without_end():
 
 def test_alone_it_makes_steps_by_right_and_wrong_images(spy):
     """Three of them, the same as by hand, and the policy draws nothing.  The rate falls from
-    three times the run's in a line, which is warmed up in two steps."""
+    a multiple of the run's in a line, which is warmed up in two steps."""
     drawn = spy(argrpo, "generate")
     model, rehearsal, config, _ = tiny_rehearsal(lr=0.01, warmup_steps=2)
     by_hand, again, _, _ = tiny_rehearsal(lr=0.01, warmup_steps=2)
@@ -255,7 +255,7 @@ def test_alone_it_makes_steps_by_right_and_wrong_images(spy):
         optimizer.step()
         optimizer.zero_grad()
     start = weights(model)
-    logged = list(rehearsal.alone(model, argrpo.make_optimizer(model, config), 3))
+    logged = list(rehearsal.alone(model, argrpo.make_optimizer(model, config), 3, 3.0))
     same(weights(model), weights(by_hand), "the gradients of right and wrong images")
     assert not torch.equal(start, weights(model))
     assert len(logged) == 3 and all(said["rehearsal"] > 0 < said["wrong"] for said in logged)
@@ -273,7 +273,8 @@ def test_alone_processes_share_the_prompts_and_average_their_gradients():
             p.grad.zero_()
     model, rehearsal, config, prompts = tiny_rehearsal()
     start = weights(model)
-    for _ in rehearsal.alone(model, argrpo.make_optimizer(model, config), 2, (1, 2), sync):
+    for _ in rehearsal.alone(model, argrpo.make_optimizer(model, config), 2, 1.0,
+                             (1, 2), sync):
         pass
     second = {argrpo.pick_prompts(5, step, 2, config.seed)[1].item() for step in range(2)}
     assert set(rehearsal.remembered) == {prompts.texts[k] for k in second}
