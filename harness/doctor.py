@@ -353,8 +353,9 @@ def diversity_lost(r):
     """{lost:.0%} of the diversity of a prompt's images is lost: {left:.0%} of the pretrained
     model's is left
 
-    --recipe diverse keeps right images varied; on the toy it draws 3 to 6 times as many images, and
-    --recipe quick once to twice as many, and keeps nearly as much. Elsewhere both are untried
+    --recipe diverse keeps right images varied. On the toy the pretrained model first draws 3 to 5
+    times as many as the paper's recipe in all, then the policy 2.5 to 6 times as many; with
+    --recipe quick, which keeps nearly as much, once to twice. Elsewhere both are untried
     (docs/diversity.md). A higher --kl-beta, or fewer steps, keep more of what the pretrained model
     draws, and learn less."""
     before, after = r.summary.get("before", {}), r.summary.get("after", {})
