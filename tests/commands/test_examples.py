@@ -61,6 +61,7 @@ def test_each_passes_its_own_examination(name, capsys):
     assert "BAD" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_with_all_three(tmp_path, quick):
     train_c2i.main(["--preset", "toy", "--steps", "2", "--prompts-per-step", "2", "--group-size",
                     "4", "--eval-images", "8", "--reward", ",".join(SPECS.values()),

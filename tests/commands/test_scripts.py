@@ -157,6 +157,7 @@ def test_resuming_a_stopped_run_gives_the_run_that_never_stopped(tmp_path, monke
     assert a == b
 
 
+@pytest.mark.slow
 def test_steps_that_were_logged_but_not_saved_run_again(another, no_pictures):
     """As after `kill -9` between two checkpoints: the log is ahead of last.pt."""
     complete = read_metrics(another)

@@ -194,6 +194,7 @@ def test_a_failing_write_keeps_the_previous_checkpoint(tmp_path):
     assert not list(tmp_path.glob("*.tmp")), "half a file is left behind, where the disk is full"
 
 
+@pytest.mark.slow
 def test_resuming_from_a_damaged_checkpoint_changes_nothing(tmp_path, capsys, quick):
     out = tmp_path / "run"
     train_c2i.main([*QUICK, "--steps", "4", "--out", str(out)])

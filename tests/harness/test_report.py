@@ -255,6 +255,7 @@ def test_the_page_of_a_run_says_everything_and_needs_nothing(finished):
     assert "Too few steps to say anything" in text               # the doctor, after 6 steps
 
 
+@pytest.mark.slow
 def test_report_loads_no_model_and_no_reward(finished, tmp_path):
     """Not even torch."""
     program = ("import sys, report; report.main(sys.argv[1:]); "
@@ -294,6 +295,7 @@ def test_a_log_that_ends_in_zeros_is_read_up_to_them(killed):
     assert len(read_run(killed).metrics) == 5
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_that_was_killed(killed):
     report.main([str(killed)])
     text = (killed / "report.html").read_text()
@@ -365,6 +367,7 @@ TEXTS = ['a menu with "$5" and "$9"', r"$\frac{$ \n ^_{}", "<script>alert(1)</sc
          "\x1b[31m\x07\x00", "half \udcff", "_hidden", "\u4e2d\u6587 \U0001f600", " ", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout")
 def test_texts_are_data(finished, tmp_path, capsys):
     """As prompts, names of rewards and of runs, and settings: drawn, neither obeyed nor fatal."""
@@ -418,6 +421,7 @@ def test_a_terminal_that_knows_few_characters(encoding, killed, monkeypatch):
     assert b"?? " in content.getvalue()
 
 
+@pytest.mark.slow
 def test_a_number_that_is_missing_or_infinite_anywhere(finished, tmp_path):
     """In every metric of a step, in the evaluations, in the scores and in the closer look."""
     strange, out = (None, math.nan, math.inf, -math.inf), tmp_path / "run"

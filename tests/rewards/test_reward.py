@@ -297,6 +297,7 @@ def test_each_module_registers_the_rewards_that_the_table_promises():
         assert importlib.import_module(module).__name__ == REGISTRY[name].__module__, name
 
 
+@pytest.mark.slow
 def test_names_are_known_without_any_of_the_large_libraries():
     """Nor do the commands load one when they are imported."""
     code = ("import sys, reward\n"
