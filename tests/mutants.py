@@ -109,6 +109,7 @@ def run_tests(folder, files, log):
     """In a forked process: pytest on those test files until the first failure.  Does not return."""
     import pytest
     os.setsid()                                  # so that what it starts can be ended with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # under nohup it is ignored
     sys.dont_write_bytecode = True
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     sys.path[:] = [str(folder)] + [p for p in sys.path if Path(p or ".").resolve() not in

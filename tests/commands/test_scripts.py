@@ -201,6 +201,7 @@ def test_a_run_is_resumed_from_another_folder(another, tmp_path, monkeypatch):
     for folder, prefix in ((tmp_path, ""), (tmp_path / "elsewhere", f"{tmp_path}/")):
         monkeypatch.chdir(folder)
         found = options.resumed(train_c2i.C2iSettings, {"resume": str(another)})
+        assert found.out == str(another), "it goes on in the folder that is named, a copy"
         assert found.gpt_ckpt == prefix + "mine.pt" and found.vq_ckpt == "some/repo"
         home = str(Path.home()) if prefix else "~"
         assert found.watch == f"jpeg,{prefix}w.py:f:2,{home}/h.py:f"
