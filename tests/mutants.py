@@ -71,8 +71,8 @@ def copy_tree(folder, bug):
         if name.parts[0] not in ("labs", "examples", "runs"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / name)
-    for name in ("pyproject.toml", "tests/golden", "toy/weights", "harness/report.html.j2",
-                 "assignments/right",
+    for name in ("pyproject.toml", "docs", "tests/golden", "toy/weights", "harness/report.html.j2",
+                 "assignments/right", "assignments/bugs",
                  *(path.relative_to(ROOT) for path in ROOT.glob("assignments/*.toml"))):
         (folder / name).symlink_to(ROOT / name)
     (folder / bug.file).write_text(code, "utf-8")

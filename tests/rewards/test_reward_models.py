@@ -23,8 +23,10 @@ import rewards.clip
 import rewards.vlm
 import toy
 import train_c2i
+from pretrained import imagenet_classes
 from reward import BadReward, RewardSet, build_rewards
 from rewards.clip import CLIP_B, CLIP_L, HPSV2, Tower, binned, open_clip_tower, preprocess
+from rewards.imagenet import classes_of
 from rewards.quality import aesthetic_head, random_crops
 from rewards.sources import SOURCES, weights_of
 
@@ -154,6 +156,20 @@ def test_a_batch_goes_through_a_tower_once():
     assert asked == [("images", 4), ("texts", 2)]
     tower.cosine(images.clone(), prompts)                    # another batch, though an equal one
     assert asked[2:] == [("images", 4)]
+
+
+def test_each_image_meets_its_own_text_where_texts_repeat():
+    tower, _ = counting_tower()
+    images, prompts = torch.rand(4, 3, 8, 8), ["a", "three", "a", "a"]
+    alone = [tower.cosine(images[k:k + 1], prompts[k:k + 1]) for k in range(4)]
+    torch.testing.assert_close(tower.cosine(images, prompts), torch.cat(alone))
+
+
+def test_a_prompt_names_the_longest_class_that_fits_and_none_in_quotes():
+    names = imagenet_classes()
+    for prompt, name in {'an otter with the words "pizza"': "otter",
+                         "a photo of bee eater": "bee eater"}.items():
+        assert classes_of(prompt) == [names.index(name)]
 
 
 def test_micro_batches_bound_the_memory_and_change_nothing():
