@@ -214,6 +214,13 @@ def test_helpers_of_the_students_own_come_along():
     assert grade_items(text, "2.4")["2.4"].score == 3
 
 
+def test_answers_to_other_items_do_not_come_along():
+    """The loss, 2.5, calls the estimate of the KL, 2.4: a wrong one costs its own points alone."""
+    text = source.with_body(REFERENCE, CODE["2.4"], "return logp * 0 + 7")
+    result = grade_items(text, "2.5")["2.5"]
+    assert result.score == result.points, result.output
+
+
 def test_an_error_is_reported_with_its_line():
     text = source.with_body(REFERENCE, CODE["2.4"], "x = 1\nreturn nothing")
     line = 1 + text.splitlines().index("    return nothing")
