@@ -274,8 +274,7 @@ class T5Captions:
 
         Captions of more than `length` tokens, T5's end mark included, lose their end; one warning
         counts them."""
-        distinct = dict.fromkeys(captions)
-        new = [caption for caption in distinct if caption not in self.features]
+        new = [text for text in dict.fromkeys(captions) if text not in self.features]
         long = sum(len(self.tokenizer(caption).input_ids) > self.length for caption in new)
         if long:
             warnings.warn(f"{long} of {len(new)} captions are longer than {self.length} tokens "

@@ -73,21 +73,16 @@ def contrast(images, prompts):
 
 def jpeg(images, prompts):
     """Compressibility (DDPO, arXiv 2305.13301): minus the kilobytes as a JPEG of quality 95."""
-    return -jpeg_kilobytes(images)
+    return -jpeg_large(images, prompts)
 
 
 def jpeg_large(images, prompts):
-    """Incompressibility (DDPO): plus the kilobytes."""
-    return jpeg_kilobytes(images)
-
-
-def jpeg_kilobytes(images, quality=95):
-    """Size of each image as a JPEG file: (B, 3, height, width) in [0, 1] -> (B,), in 1000 bytes."""
+    """Incompressibility (DDPO): plus the kilobytes, of 1000 bytes."""
     from PIL import Image
     sizes = []
     for picture in to_uint8(images).numpy():
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="jpeg", quality=quality)
+        Image.fromarray(picture).save(file, format="jpeg", quality=95)
         sizes.append(len(file.getvalue()))
     return torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
 

@@ -47,7 +47,7 @@ def test_jpeg_counts_the_bytes_of_torchvisions_picture():
         file = io.BytesIO()
         to_pil_image(image.mul(255).round().byte()).save(file, format="jpeg", quality=95)
         sizes.append(len(file.getvalue()))
-    assert (1000 * reward.jpeg_kilobytes(IMAGES)).round().int().tolist() == sizes
+    assert (1000 * reward.jpeg_large(IMAGES, [])).round().int().tolist() == sizes
 
 
 def test_contrast_by_hand():
