@@ -90,7 +90,7 @@ class Record:
                                  f"at least {self.done}, not {settings.steps}")
             # Steps that were logged but not saved run again.
             self.metrics = [m for m in read_log(self.log) if m["step"] < self.done]
-        self.saved = self.done                   # steps in the last checkpoint
+        self.saved = self.done if self.start else None       # steps in the last checkpoint
         missing = self.done - len(self.metrics)
         if missing and writer:
             print(f"warning: {self.log} is damaged: {missing} of the checkpoint's {self.done} "
@@ -126,8 +126,10 @@ class Record:
             self.save()
 
     def save(self):
-        save_checkpoint(self.out / "last.pt", self.done, self.model, self.optimizer,
-                        self.remembered)
+        """A checkpoint of what is done: of step 0 after rehearsal alone."""
+        if self.writer:
+            save_checkpoint(self.out / "last.pt", self.done, self.model, self.optimizer,
+                            self.remembered)
         self.saved = self.done
 
     def close(self):
@@ -136,14 +138,13 @@ class Record:
         A step that failed before its update has changed nothing: the steps before it are saved."""
         if not self.writer:
             return
-        if self.done > self.saved and not self.updating:
+        if self.done > (self.saved or 0) and not self.updating:
             self.save()
         if self.done == self.settings.steps:
             return
-        saved = "up to there" if self.saved == self.done else f"up to step {self.saved}"
-        ending = (f"saved {saved}; continue with: python {self.settings.script}.py "
-                  f"--resume {shlex.quote(str(self.out))}")
-        if self.done == 0 and not self.settings.resume:
+        ending = (f"saved up to step {self.saved or 0}; continue with: python "
+                  f"{self.settings.script}.py --resume {shlex.quote(str(self.out))}")
+        if self.done == 0 and self.saved is None and not self.settings.resume:
             ending = "before anything was trained: nothing is kept"
         print(f"stopped in step {self.done} of {self.settings.steps}, {ending}",
               file=sys.stderr, flush=True)

@@ -92,8 +92,8 @@ def run(settings, load):
 def own_folder(settings):
     """Keeps the run's folder for this run, with all its processes, and yields its Record.
 
-    A new run that ends before its first step is over leaves the folder as it was, but for weights
-    that --from-scratch has made: the corrected command may use it."""
+    A new run that ends before there is anything to continue from leaves the folder as it was, but
+    for weights that --from-scratch has made: the corrected command may use it."""
     out = Path(settings.out)                     # the self-test leaves nothing
     owner = processes.rank_and_size()[0] == 0 and not settings.selftest
     with ExitStack() as stack:
@@ -108,7 +108,7 @@ def own_folder(settings):
         try:
             yield record
         finally:
-            if owner and not settings.resume and record.done == 0:
+            if owner and not settings.resume and record.done == 0 and record.saved is None:
                 for path in set(out.glob("[!.]*")) - {out / "weights"}:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -145,13 +145,15 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
         seams, remembered = diverse_recipe(reference, vq, prompts, reward_fn, settings, features)
         record.restore(model, optimizer, remembered)
         quiet = {"disable": True} if rank > 0 else {}            # else TQDM_DISABLE may say it
-        if settings.rehearsal and settings.rehearsal_steps and first_step == 0:
+        if settings.rehearsal and settings.rehearsal_steps and record.start is None:
             alone = seams["extra_loss"].alone(
                 model, optimizer, settings.rehearsal_steps, settings.rehearsal_lr_factor,
                 (rank, size), processes.average_gradients)
             for _ in tqdm(alone, "rehearsal", settings.rehearsal_steps, unit="step", **quiet):
                 if stop.everywhere():
                     break
+            else:
+                record.save()
         warning, stopwatch = "", Stopwatch(model)
         steps = argrpo.train(model, reference, vq, prompts, stopwatch.timed(reward_fn), settings,
                              optimizer, first_step, sampler=sampler, shard=(rank, size),

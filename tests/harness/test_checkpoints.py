@@ -5,6 +5,7 @@ test_lost_work.py and test_faults.py have whole runs, kills and damaged files.
 
 import json
 
+import pytest
 import torch
 from conftest import Blocks, brightness, read_metrics, tiny_model, trained_weights
 
@@ -73,7 +74,7 @@ def test_a_checkpoint_is_made_every_so_many_steps_and_after_the_last(tmp_path):
     for number in range(5):
         run.step(number)
         saved.append(run.record.saved)
-    assert saved == [0, 2, 2, 4, 5], "save_every 2 of 5 steps: after 2, after 4, and after the last"
+    assert saved == [None, 2, 2, 4, 5], "save_every 2 of 5 steps: after 2, 4 and the last"
 
 
 def test_what_is_resumed_are_the_weights_after_the_last_saved_step(tmp_path):
@@ -120,7 +121,7 @@ def test_steps_before_one_that_failed_without_an_update_are_saved(tmp_path, caps
         run.step(number)
     run.record.close()
     assert saved_step(tmp_path) == 3, "three steps are done and their weights are whole"
-    assert "stopped in step 3 of 9, saved up to there" in capsys.readouterr().err
+    assert "stopped in step 3 of 9, saved up to step 3" in capsys.readouterr().err
 
 
 # --- the diverse recipe's memory ---------------------------------------------------------------
@@ -150,6 +151,33 @@ def diverse_run(folder, **changes):
                     lambda settings, device: parts)
 
 
+def assert_equal_runs(resumed, whole):
+    assert read_metrics(resumed) == read_metrics(whole), (
+        "the bonus compares with the prompt's groups from before the stop")
+    ours = trained_weights(resumed)
+    for name, tensor in trained_weights(whole).items():
+        assert torch.equal(ours[name], tensor), f"{name}: a resumed run ends as one that never did"
+
+
+def fails(*given):
+    raise OSError("the disk is full")
+
+
+def test_what_rehearsal_alone_has_trained_is_saved(tmp_path, no_pictures, monkeypatch, capsys):
+    """It is half an hour of a long run.  What breaks off in its first step goes on behind it."""
+    how = dict(steps=2, rehearsal_steps=3)
+    diverse_run(tmp_path / "whole", **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(diversity.DiversityBonus, "__call__", fails)
+        with pytest.raises(SystemExit):
+            diverse_run(tmp_path / "two", **how)
+    assert "stopped in step 0 of 2, saved up to step 0; continue with" in capsys.readouterr().err
+    assert saved_step(tmp_path / "two") == 0
+    monkeypatch.setattr(diversity.Rehearsal, "alone", fails)         # it is not done again
+    diverse_run(tmp_path / "two", resume=str(tmp_path / "two"), **how)
+    assert_equal_runs(tmp_path / "two", tmp_path / "whole")
+
+
 def test_a_resumed_run_remembers_what_rehearsal_and_bonus_have_seen(tmp_path, no_pictures,
                                                                     monkeypatch):
     """Two steps and two more are four in one go, and the reference draws nothing again."""
@@ -164,8 +192,4 @@ def test_a_resumed_run_remembers_what_rehearsal_and_bonus_have_seen(tmp_path, no
     monkeypatch.setattr(diversity.Rehearsal, "remember", remember)
     diverse_run(tmp_path / "two", steps=4, resume=str(tmp_path / "two"))
     assert not drawn, f"the reference draws {drawn} anew: rehearsal has forgotten its pictures"
-    whole, two = (read_metrics(tmp_path / name) for name in ("whole", "two"))
-    assert two == whole, "the bonus compares with the prompt's groups from before the stop"
-    ours, right = (trained_weights(tmp_path / name) for name in ("two", "whole"))
-    for name, tensor in right.items():
-        assert torch.equal(ours[name], tensor), f"{name}: a resumed run ends as one that never did"
+    assert_equal_runs(tmp_path / "two", tmp_path / "whole")

@@ -241,7 +241,7 @@ def test_a_bad_reward_stops_the_run_after_saving(value, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "SPOIL_WITH", value)
     status, _, errors = finish(start(*options, "--out", tmp_path / "run"))
     assert status == 1 and f"reward 'light' gave {value} to image 1, prompt '" in errors
-    assert "stopped in step 3 of 6, saved up to there" in errors and "Traceback" not in errors
+    assert "stopped in step 3 of 6, saved up to step 3" in errors and "Traceback" not in errors
     monkeypatch.delitem(ENVIRONMENT, "SPOIL_CALL")
     assert finish(start("--resume", tmp_path / "run"))[0] == 0   # the reward is repaired again
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -267,11 +267,11 @@ def test_an_error_in_the_users_reward_stops_the_run_after_saving(tmp_path, capsy
     assert stop.value.code == 1 and "Traceback" not in errors
     assert "error: reward 'fails' failed for the prompts '" in errors
     assert f"object has no attribute 'no_such_thing' ({file}, line 6)\n" in errors
-    assert "stopped in step 2 of 6, saved up to there" in errors
+    assert "stopped in step 2 of 6, saved up to step 2" in errors
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
 
 
-@pytest.mark.parametrize("epochs, saved", [(1, "up to there"), (2, "up to step 0")])
+@pytest.mark.parametrize("epochs, saved", [(1, 2), (2, 0)])
 def test_a_model_that_overflows_stops_before_its_update(epochs, saved, tmp_path, monkeypatch,
                                                         capsys):
     """The log-probs in the last epoch of step 2 are made infinite.  Steps 0 and 1 are saved, unless
@@ -288,7 +288,7 @@ def test_a_model_that_overflows_stops_before_its_update(epochs, saved, tmp_path,
                         str(epochs), "--out", str(tmp_path / "run")])
     errors = capsys.readouterr().err
     assert stop.value.code == 1 and "error: step 2: the gradient's norm is nan" in errors
-    assert f"stopped in step 2 of 6, saved {saved}; continue" in errors
+    assert f"stopped in step 2 of 6, saved up to step {saved}; continue" in errors
     last = tmp_path / "run" / "last.pt"
     assert last.exists() == (epochs == 1)
     assert epochs == 2 or torch.load(last, weights_only=True)["step"] == 2
@@ -422,7 +422,7 @@ def test_an_error_in_one_process_ends_all_at_once(breaks, tmp_path, monkeypatch)
     assert status != 0
     assert errors.count("my own bug") == 2, "the process itself says it, and the other"
     assert f"error: process {breaks} has failed: BadReward: reward 'breaks' failed" in errors
-    assert f"stopped in step {1 + breaks} of 500, saved up to there; continue with" in errors
+    assert f"step {1 + breaks} of 500, saved up to step {1 + breaks}; continue with" in errors
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["step"] == 1 + breaks == len(read_metrics(tmp_path / "run"))
 
