@@ -159,7 +159,7 @@ def assert_equal_runs(resumed, whole):
         assert torch.equal(ours[name], tensor), f"{name}: a resumed run ends as one that never did"
 
 
-def fails(*given):
+def full_disk(*given):
     raise OSError("the disk is full")
 
 
@@ -168,12 +168,15 @@ def test_what_rehearsal_alone_has_trained_is_saved(tmp_path, no_pictures, monkey
     how = dict(steps=2, rehearsal_steps=3)
     diverse_run(tmp_path / "whole", **how)
     with monkeypatch.context() as patch:
-        patch.setattr(diversity.DiversityBonus, "__call__", fails)
+        patch.setattr(diversity.DiversityBonus, "__call__", full_disk)
         with pytest.raises(SystemExit):
             diverse_run(tmp_path / "two", **how)
-    assert "stopped in step 0 of 2, saved up to step 0; continue with" in capsys.readouterr().err
     assert saved_step(tmp_path / "two") == 0
-    monkeypatch.setattr(diversity.Rehearsal, "alone", fails)         # it is not done again
+    assert "stopped in step 0 of 2, saved up to step 0; continue with" in capsys.readouterr().err
+
+    def again(*given):
+        raise AssertionError("what rehearsal alone has trained is in the checkpoint")
+    monkeypatch.setattr(diversity.Rehearsal, "alone", again)
     diverse_run(tmp_path / "two", resume=str(tmp_path / "two"), **how)
     assert_equal_runs(tmp_path / "two", tmp_path / "whole")
 
