@@ -149,7 +149,7 @@ def before_training_and_after(parts, settings, features, config, record, logs, s
             alone = seams["extra_loss"].alone(
                 model, optimizer, settings.rehearsal_steps, settings.rehearsal_lr_factor,
                 (rank, size), processes.average_gradients)
-            for _ in tqdm(alone, "rehearsal", settings.rehearsal_steps, unit="step", **quiet):
+            for _ in tqdm(alone, "draw, rehearse", settings.rehearsal_steps, unit="step", **quiet):
                 if stop.everywhere():
                     break
             else:
