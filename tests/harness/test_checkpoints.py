@@ -91,6 +91,15 @@ def test_what_is_resumed_are_the_weights_after_the_last_saved_step(tmp_path):
     assert torch.equal(state["exp_avg"], average), "with its averages of the gradient"
 
 
+def test_a_run_whose_steps_are_all_done_can_go_on(tmp_path, capsys):
+    """As after a kill in the evaluation that follows them."""
+    run = Run(tmp_path, steps=2)
+    run.step(0), run.step(1)
+    again = Run(tmp_path, steps=2, resume=True)
+    again.record.close()
+    assert again.record.done == 2 and capsys.readouterr().err == "", "no step is left to do"
+
+
 def test_of_a_step_that_stands_twice_in_the_log_the_newer_line_counts(tmp_path):
     run = Run(tmp_path)
     run.step(0), run.step(1)

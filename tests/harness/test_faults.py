@@ -6,7 +6,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -345,34 +344,6 @@ def test_two_processes_share_what_the_diverse_recipe_remembers(tmp_path):
     assert_same_run(tmp_path / "stopped", tmp_path / "two")
     remembered = torch.load(tmp_path / "two" / "last.pt", weights_only=True)["remembered"]
     assert len(remembered["recent"]) == 3, "the groups of both processes"
-
-
-LEAVES = """
-import atexit, os, sys, weakref
-sys.path.insert(0, sys.argv[1])
-def check():
-    print("left" if group() is None else "kept")
-atexit.register(check)                           # what is registered first runs last
-import torch, torch.distributed
-from harness import processes
-os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": sys.argv[2]}
-processes.pick_device("cpu")
-group = weakref.ref(torch.distributed.group.WORLD)
-weight = torch.ones(2, requires_grad=True)
-torch.optim.AdamW([weight]).step()               # imports what keeps the group
-"""
-
-
-@pytest.mark.slow
-def test_gloo_is_gone_before_python_ends():
-    """Else one of its threads can abort a process that has done all its work."""
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        port = any_port.getsockname()[1]
-    command = [sys.executable, "-c", LEAVES, str(ROOT), str(port)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert answer.stdout == "left\n", f"somebody still holds the group {answer.stderr}"
 
 
 DIES = """

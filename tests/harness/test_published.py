@@ -40,12 +40,14 @@ def test_every_published_model_runs_forward(preset):
     assert logp.shape == entropy.shape == (2, config.block_size)
 
 
-@pytest.mark.parametrize("preset, millions", [
-    ("B-256", 111), ("L-384", 343), ("XL-384", 775), ("XXL-384", 1400), ("3B-384", 3100)])
-def test_sizes_are_the_published_ones(preset, millions):
+@pytest.mark.parametrize("preset, millions, heads", [
+    ("B-256", 111, 12), ("L-384", 343, 16), ("XL-384", 775, 20), ("XXL-384", 1400, 24),
+    ("3B-384", 3100, 32)])
+def test_sizes_are_the_published_ones(preset, millions, heads):
     with torch.device("meta"):
         model = argrpo.Transformer(pretrained.gpt_config(preset))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+    assert model.config.n_head == heads, "no weight's shape tells how many heads there are"
 
 
 def published_presets(script, settings, task):

@@ -5,6 +5,7 @@ One tiny run is watched from outside; each test looks at one thing of it.
 """
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,7 @@ class WatchedRun:
         self.watch(patch, harness.run, "evaluate_all")
         self.watch(patch, before_after, "evaluate_spread")
         self.watch(patch, argrpo, "train")
+        self.watch(patch, harness.run, "mind_arrays")
         patch.setattr(harness.run, "show", lambda *given: None)
         parts = (self.model, Blocks(), self.prompts, self.eval_prompts, REWARDS,
                  Watched(self.measure, self.spread))
@@ -101,7 +103,7 @@ def watched(tmp_path_factory):
 def test_the_order_of_a_run(watched):
     names = [event[0] for event in watched.events]
     both = ["evaluate_all", "evaluate_spread"]
-    assert names == [*both, "train", *both], "evaluate, train, and evaluate again"
+    assert names == [*both, "train", *both, "mind_arrays"], "evaluate, train, and evaluate again"
 
 
 def test_before_is_the_untrained_model_and_after_the_trained_one(watched):
@@ -111,6 +113,12 @@ def test_before_is_the_untrained_model_and_after_the_trained_one(watched):
         same(after, weights(watched.model), f"{name}: after training, the trained weights")
     assert not torch.equal(weights(watched.start), weights(watched.model))
     assert watched.summary["before"]["reward"] != watched.summary["after"]["reward"]
+
+
+def test_the_closer_look_goes_from_the_pretrained_model_to_the_trained_one(watched):
+    (_, before, _, (after, *_), _), = watched.called("mind_arrays")
+    same(before, weights(watched.start), "where the policy changed its mind: from this")
+    assert after is watched.model, "to this"
 
 
 def test_d_is_the_spread_after_over_the_spread_before(watched):
@@ -195,6 +203,32 @@ def test_every_step_is_logged_and_the_trained_weights_are_saved(watched):
         assert torch.equal(saved[name], tensor), "model.pt holds the trained weights"
 
 
+def run_of_a_step(folder, monkeypatch, watched=None, **changes):
+    """What a run of one step returns."""
+    monkeypatch.setattr(harness.run, "show", lambda *given: None)
+    prompts = Prompts(["a", "b"], torch.arange(2))
+    parts = (tiny_model(block_size=4, n_layer=1), Blocks(), prompts, prompts, REWARDS,
+             watched or Watched())
+    settings = C2iSettings(**dict(out=str(folder), reward="mine", eval_images=8, steps=1,
+                                  prompts_per_step=2, group_size=4) | changes)
+    return harness.run.run(settings, lambda settings, device: parts)
+
+
+def test_d_is_that_to_the_spread_that_is_known_before_and_after(tmp_path, monkeypatch):
+    """The shipped toy's, of many pictures, and not the run's own few before training."""
+    watched = Watched(spread=lambda images, texts: {"size": 0.5}, base_spread={"size": 2.0})
+    summary = run_of_a_step(tmp_path / "run", monkeypatch, watched)
+    assert summary["before"]["diversity_kept"] == 0.5 / 2, "before training"
+    assert summary["after"]["diversity_kept"] == 0.5 / 2, "and after, to the same spread"
+
+
+def test_the_sizes_that_were_chosen_are_written_down(tmp_path, monkeypatch):
+    """For what is drawn depends on them, and --resume goes by config.json."""
+    run_of_a_step(tmp_path / "run", monkeypatch, rollout_prompts=None, micro_batch=None)
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert (settings["rollout_prompts"], settings["micro_batch"]) == (2, 256)
+
+
 # --- the plain recipe --------------------------------------------------------------------------
 
 def test_without_recipe_the_plain_method_is_run(tmp_path, monkeypatch):
@@ -230,24 +264,27 @@ def second_of_two(monkeypatch):
 
 
 LEAVES = """
-import atexit
-import torch.distributed as dist
-atexit.register(lambda: print("joined at the end:", dist.is_initialized()))     # the last to run
+import atexit, weakref
+import torch, torch.distributed as dist
+atexit.register(lambda: print(dist.is_initialized(), group() is not None))      # the last to run
 from harness import processes
 processes.pick_device("cpu")
-print("joined:", dist.is_initialized())
+group = weakref.ref(dist.group.WORLD)
+torch.optim.AdamW([torch.ones(2, requires_grad=True)])       # imports what could keep the group
+print(dist.is_initialized(), group() is not None)
 """
 
 
 @pytest.mark.slow
 def test_a_process_leaves_the_others_before_python_ends():
-    """gloo's threads abort a process, now and then, if they outlive the interpreter."""
+    """gloo's threads abort a process, now and then, if they outlive the interpreter.  They live as
+    long as anybody holds the group."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "0"}
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True,
                           env=os.environ | alone, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["joined: True", "joined at the end: False"]
+    assert done.stdout.split("\n")[:2] == ["True True", "False False"], "left, and gone"
 
 
 def test_gradients_are_averaged_over_processes(second_of_two):

@@ -103,6 +103,12 @@ def test_rng_for_depends_on_every_part_of_its_key():
         assert not any(torch.equal(draw, other) for other in draws[:i]), f"{keys[i]} is no new key"
 
 
+def test_a_stream_is_the_same_in_every_process_and_on_every_machine():
+    """Python's own hash of a text is another in each process."""
+    seed = argrpo.rng_for("cpu", 0, "rollout", 3).initial_seed()
+    assert seed == 62716437845107961, "else a run cannot be repeated, nor resumed"
+
+
 def test_images_of_a_prompt_and_prompts_twice_in_a_step_differ():
     """Four images of each of seven prompts, of which two come twice: no two are the same draw."""
     step = Loop(prompts_per_step=7, group_size=4, rollout_prompts=0, update_epochs=1).step()

@@ -45,6 +45,9 @@ def test_what_is_right():
     assert right(2.0, math.nan, 2.0, 0.5) == [True, False, True, False], "missing is never right"
     assert right(0.7, 0.7, 0.7, 0.7) == [False] * 4, "graded and all equal: none is better"
     assert right(1.0, 1.0, 1.0, 1.0) == [True] * 4, "verdicts may all be right"
+    graded = torch.tensor([0.1, 0.4, math.nan, 0.3, 0.2, 0.5])
+    assert right_images(graded, 6).tolist() == [[False, True, False, False, False, True]], (
+        "the median is that of the known rewards")
 
 
 def test_what_is_right_is_asked_group_by_group():
