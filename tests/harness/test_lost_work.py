@@ -450,11 +450,15 @@ def test_a_run_is_not_resumed_from_other_files(no_pictures, what, tmp_path, caps
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
 def test_a_terminal_that_is_closed_asks_for_the_end_unless_nohup_ignores_that(monkeypatch):
     monkeypatch.setattr(sys, "stderr", open(os.devnull))      # it refuses to be written
-    with processes.StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.received == signal.SIGHUP, "the step can finish, and be saved"
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def unheard(number, frame):
+        raise AssertionError("a terminal that is closed kills the run, with nothing saved")
+    before = signal.signal(signal.SIGHUP, unheard)
     try:
+        with processes.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == signal.SIGHUP, "the step can finish, and be saved"
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with processes.StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.received is None, "nohup python train_c2i.py & goes on"

@@ -5,6 +5,7 @@ One tiny run is watched from outside; each test looks at one thing of it.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from conftest import (
 
 import argrpo
 import harness.run
+import toy
 from argrpo import Prompts
 from diversity import DiversityBonus, Pixels, Rehearsal
 from harness import before_after, choices, processes
@@ -311,6 +313,25 @@ def test_metrics_are_averaged_and_largest_ones_kept(second_of_two):
     assert ours == {"reward": 0.5, "ratio_max": 5.0, "d": 0.5}, (
         "means, but the largest of the names in maximum; None is left out")
     assert processes.rank_and_size() == (1, 2)
+
+
+def test_a_mean_counts_as_many_pictures_as_it_is_over(second_of_two):
+    """The other process could judge one picture, this one three."""
+    answers = [{"reward": 0.0}, {"reward": 1}]
+    second_of_two["object"] = lambda value: answers.pop(0)
+    ours = processes.average_over_processes({"reward": 1.0}, known={"reward": 3})
+    assert ours == {"reward": (1 * 0.0 + 3 * 1.0) / 4}, "not the mean of the two means"
+
+
+@pytest.mark.parametrize("changes", [
+    {"temperature": 0.9}, {"cfg_scale": 2.0}, {"gpt_ckpt": "mine.pt"}, {"vq_ckpt": "mine.pt"},
+    {"from_scratch": True}, {"preset": "B-256"}])
+def test_the_shipped_spread_is_that_of_the_shipped_models_policy(changes):
+    """Another model, temperature or guidance has another."""
+    settings = C2iSettings(preset="toy")
+    assert choices.shipped_spread(settings, toy.CLASSES) is not None
+    settings = dataclasses.replace(settings, **changes)
+    assert choices.shipped_spread(settings, toy.CLASSES) is None
 
 
 @pytest.mark.parametrize("rank", [0, 1])

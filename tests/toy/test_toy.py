@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import same, weights
 from measure_spread import measure_spread
 
 import toy
@@ -94,6 +95,15 @@ def test_a_good_scene_with_a_stray_stroke_fails():
         assert toy.verify(spoilt, ["one red circle"]) == 0
 
 
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_the_ground_may_deviate_so_much_in_each_channel(channel):
+    image = toy.render([[toy.Thing("red", "circle", 6, 6, 8, 8)]])
+    for deviation, right in ((0.23, 1), (0.27, 0)):
+        spoilt = image.clone()
+        spoilt[0, channel, 20, 4:12] += deviation
+        assert toy.verify(spoilt, ["one red circle"]) == right, f"a stroke that is {deviation} off"
+
+
 def test_the_tokenizer_keeps_scenes_right():
     """On fresh scenes: nearly all of the classes, and most of the pairs, some of them unseen."""
     prompts, made = scenes(seed=4, times=1)
@@ -167,6 +177,19 @@ def test_weights_are_small():
 
 
 @pytest.mark.slow
+def test_weights_of_your_own_take_the_place_of_the_shipped_ones(tmp_path):
+    """The transformer's or the tokenizer's: the other stays."""
+    shipped, paths = toy.load("c2i"), (tmp_path / "gpt.pt", tmp_path / "vq.pt")
+    for model, path in zip(toy.load("c2i"), paths):
+        for p in model.parameters():
+            p.data.fill_(0.5)
+        torch.save({"model": model.state_dict()}, path)
+    for own in (0, 1):
+        loaded = toy.load("c2i", **{("gpt_path", "vq_path")[own]: paths[own]})
+        assert all((p == 0.5).all() for p in loaded[own].parameters()), "one's own"
+        same(weights(loaded[1 - own]), weights(shipped[1 - own]), "the shipped one")
+
+
 def test_pretraining_writes_what_load_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.pretraining, "STEPS", {"vq": 2, "c2i": 2, "t2i": 2})
     toy.pretraining.pretrain_toy(tmp_path, scenes=64)
@@ -219,6 +242,9 @@ def test_the_shipped_spread_is_that_of_the_shipped_weights(tmp_path):
     assert toy.shipped_spread("c2i", ["four red circles"]) is None
     one = toy.shipped_spread("c2i", ["three red circles"])
     assert one["sizes"] is None, "three things have one size: there is nothing to measure"
+    both = [toy.shipped_spread("c2i", [text])["centres"] for text in toy.CLASSES[:2]]
+    assert both[0] != both[1] and toy.shipped_spread("c2i", toy.CLASSES[:2])["centres"] == (
+        pytest.approx(sum(both) / 2)), "the mean over the texts that are asked for"
 
 
 @pytest.mark.slow
