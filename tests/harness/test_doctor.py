@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import read_metrics
 
+import report
 from assignments.faults import FAULTS, make_run
 from harness import doctor
 from harness.doctor import diagnose, early_warning
@@ -145,6 +146,19 @@ def test_an_evaluation_that_falls_while_the_reward_rises():
     assert faults_of(run["metrics"], run["settings"]) == [], "only the evaluation shows it"
     summary = {"before": {"reward": 0.6}, "after": {"reward": 0.58}}
     assert all(f.kind == "note" for f in diagnose(healthy(), SETTINGS, summary)), "within its noise"
+    for after, falls in ((-0.95, False), (-1.2, True)):          # as of jpeg, which is negative
+        summary = {"before": {"reward": -1.0}, "after": {"reward": after}}
+        names = [f.name for f in diagnose(healthy(), SETTINGS, summary)]
+        assert ("training and evaluation disagree" in names) == falls, f"from -1 to {after}"
+
+
+def test_the_command_hears_of_the_evaluations_too(tmp_path, capsys):
+    run = json.loads((DATA / "stuck_prompts.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"settings": run["settings"]}))
+    (tmp_path / "summary.json").write_text(json.dumps(run["summary"]))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, run["metrics"])))
+    report.main(["--doctor", str(tmp_path)])
+    assert "doctor: training and evaluation disagree" in capsys.readouterr().out
 
 
 def test_the_made_up_healthy_metrics_are_healthy():

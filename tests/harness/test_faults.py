@@ -180,15 +180,17 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(where, tmp_pat
         load_checkpoint(tmp_path / "last.pt", model, optimizer)
 
 
-def test_a_failing_write_keeps_the_previous_checkpoint(tmp_path):
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_a_failing_write_keeps_the_previous_checkpoint(error, tmp_path):
+    """torch.save raises a RuntimeError of its own on a full disk."""
     path = tmp_path / "last.pt"
     write_atomically(path, lambda file: file.write(b"good"))
 
     def fail(file):
         file.write(b"half")
-        raise OSError("no space left on device")
+        raise error("no space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no space left on device"):
         write_atomically(path, fail)
     assert path.exists() and path.read_bytes() == b"good", "it stays until the new one is whole"
     assert not list(tmp_path.glob("*.tmp")), "half a file is left behind, where the disk is full"

@@ -23,6 +23,7 @@ from PIL import Image
 import argrpo
 import harness.page
 import harness.run
+import harness.selftest
 import report
 import toy
 import train_c2i
@@ -33,7 +34,10 @@ from harness.gallery import SHARE, Progress
 from harness.options import RunSettings
 from harness.page import (
     RunData,
+    all_results,
     charts,
+    choices,
+    common_prompts,
     curves,
     highest,
     page,
@@ -173,7 +177,14 @@ def test_the_closer_look_asks_the_policies_that_draw(closely):
                                    atol=1e-4)
         torch.testing.assert_close(torch.from_numpy(arrays["mind_entropy"][k]), entropy, rtol=1e-3,
                                    atol=1e-4)
-    assert (arrays["mind_kl"] > -1e-5).all() and arrays["mind_kl"].max() > 0.01
+    prompts = argrpo.Prompts(toy.CLASSES, torch.arange(27))
+    with torch.no_grad():
+        before, after = (gallery.code_logp(policy, prompts, labels, tokens, settings)
+                         for policy in (reference, model))
+    kl = (after.exp() * (after - before)).sum(-1)
+    assert kl.max() > 0.01, "the policies differ"
+    torch.testing.assert_close(torch.from_numpy(arrays["mind_kl"]), kl, rtol=1e-3, atol=1e-4,
+                               msg="KL(after || before): what the new policy draws counts")
 
 
 def test_the_five_likeliest_codes_are_in_order_and_hold_most(closely):
@@ -217,6 +228,16 @@ def test_the_best_of_each_prompt_comes_first():
     old, new = rewards_of(arrays)
     assert highest(new - old, arrays, 3) == [(2, 1), (1, 1), (0, 0)]
     assert highest(-new, arrays, 2) == [(0, 0), (1, 1)]
+
+
+def test_what_fell_far_has_changed_most():
+    """Three prompts whose rewards fall by 0.8, rise by 0.3, and stay."""
+    pictures = np.zeros((3, 1, 4, 4, 3), np.uint8)
+    old, new = np.float32([[[0.9], [0.5], [0.4]], [[0.1], [0.8], [0.4]]])
+    arrays = dict(before=pictures, after=pictures, scores_before=old[None], scores_after=new[None])
+    shown = choices(arrays)
+    assert shown["Most changed"] == [(0, 0), (1, 0), (2, 0)], "by the size of the change"
+    assert shown["Best"][0] == (1, 0) and shown["Worst"][0] == (0, 0), "by the reward after"
 
 
 def test_patches_that_took_too_long_are_marked(closely, monkeypatch):
@@ -334,6 +355,21 @@ def test_two_runs_are_compared(finished, killed, tmp_path, monkeypatch):
     compared = text[text.index('id="compared"'):].split("</table>")[0]
     assert "diversity_kept/sizes" in compared and "–" in compared    # the killed run has none
     assert "<figcaption>before" in text or "before</figure>" in text
+
+
+def compared_run(texts, **summary):
+    return RunData("run", Path("run"), {}, {}, [], summary, {"texts": np.array(texts)})
+
+
+def test_before_training_is_that_of_the_first_run_that_measured_it():
+    runs = [compared_run([], before={"reward": 0.1}, after={"reward": 0.2}),
+            compared_run([], before={"reward": 0.1, "watched": 0.3}, after={"watched": 0.4})]
+    assert all_results(runs) == [("reward", [0.1, 0.2, None]), ("watched", [0.3, None, 0.4])]
+
+
+def test_a_prompts_pictures_are_found_in_each_runs_own_row():
+    runs = compared_run(["a", "b", "c"]), compared_run(["c", "x", "a"])
+    assert common_prompts(runs) == [("a", [0, 2]), ("c", [2, 0])]
 
 
 def test_runs_of_the_same_name_are_told_apart(finished, tmp_path):
@@ -603,6 +639,18 @@ def test_the_selftest_of_a_healthy_choice(tmp_path, capsys):
     status, lines = selftest(tmp_path, capsys)
     assert status == 0 and all(line.startswith("ok") for line in lines.values())
     assert list(lines) == ["sampler", "accumulation", "reward", "step", "signal", "checkpoint"]
+
+
+def test_the_selftest_writes_its_checkpoint_where_the_runs_will_be(tmp_path, capsys, monkeypatch):
+    """That disk may be full, or refuse to be written."""
+    places, honest = [], harness.selftest.save_checkpoint
+
+    def note(path, *given):
+        places.append(path.parents[1])
+        honest(path, *given)
+    monkeypatch.setattr(harness.selftest, "save_checkpoint", note)
+    selftest(tmp_path, capsys)
+    assert places == [tmp_path]
 
 
 def test_the_selftest_takes_the_passes_that_training_will_make(tmp_path, capsys, monkeypatch):

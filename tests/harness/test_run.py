@@ -231,6 +231,14 @@ def test_the_sizes_that_were_chosen_are_written_down(tmp_path, monkeypatch):
     assert (settings["rollout_prompts"], settings["micro_batch"]) == (2, 256)
 
 
+def test_the_parts_of_a_step_make_up_its_seconds(watched):
+    parts = [f"seconds_{part}" for part in ("rollout", "reward", "reference", "update")]
+    for line in (Path(watched.settings.out) / "metrics.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        assert min(step[part] for part in parts) >= 0, "each step begins with a fresh stopwatch"
+        assert step["seconds"] == pytest.approx(sum(step[part] for part in parts))
+
+
 # --- the plain recipe --------------------------------------------------------------------------
 
 def test_without_recipe_the_plain_method_is_run(tmp_path, monkeypatch):

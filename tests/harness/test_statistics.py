@@ -86,12 +86,13 @@ def test_the_table_says_what_is_noise():
     base = {"right": torch.tensor([0.0, 1.0] * 20), "spread/size": torch.full((40,), 2.0)}
     same = {"right": base["right"].roll(1), "spread/size": torch.full((40,), 1.0)}
     better = {"right": torch.ones(40), "spread/size": torch.full((40,), 2.0)}
-    rows = compare([base, same, better])
+    rows = compare([base, better, same])
     words = [in_words(found, i == 0) for i, found in enumerate(rows["right"])]
     assert words[0].startswith("0.5 [") and "(" not in words[0]
-    assert words[1].endswith("(no difference beyond noise)"), "where the change's interval has 0"
-    assert words[2].endswith("(+0.5)"), "a change is judged by its own interval, the paired one"
-    assert [found["value"] for found in rows["D"]] == [1.0, 0.5, 1.0], "the spread over the base's"
+    assert words[1].endswith("(+0.5)"), "a change is judged by its own interval, the paired one"
+    assert words[2].endswith("(no difference beyond noise)"), (
+        "where the interval of the change to the base, not to the one before, has 0")
+    assert [found["value"] for found in rows["D"]] == [1.0, 1.0, 0.5], "the spread over the base's"
 
 
 def test_genevals_categories_count_the_same_however_many_prompts_they_have():
