@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import argrpo
 import evaluate
 import reward
+import sample
 import toy
 from harness import compare, fidelity
 from harness.choices import checkpoint
@@ -40,6 +41,22 @@ def drawn(model, folder, monkeypatch, size=6, parts=((0, 1),), **policy):
     for shard in parts:
         draw_shards(model, Blocks(), PROMPTS, INDEX, folder, 3, shard=shard, **policy)
     return read_shards(folder)
+
+
+@pytest.mark.parametrize("command", [evaluate, sample])
+def test_weights_of_your_own_are_loaded(command, tmp_path, monkeypatch):
+    """The transformer's and the tokenizer's."""
+    loaded, gpt = [], str(tmp_path / "gpt.pt")
+    Path(gpt).touch()
+
+    def load_models(*given):
+        loaded.append(given)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(command, "load_models", load_models)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--gpt-ckpt", gpt, "--vq-ckpt", "vq.pt"])
+    assert loaded == [("toy", "c2i", gpt, "vq.pt")]
 
 
 # --- drawing -----------------------------------------------------------------------------------
@@ -287,6 +304,25 @@ def test_fid_is_zero_between_equal_pictures_and_grows_with_noise():
     assert abs(exact) < 1e-3 and spoilt > 0.05
 
 
+def test_one_class_in_the_place_of_all_is_precise_and_recalls_little():
+    """Precision is the share of drawn pictures among the real ones, recall that of real ones among
+    the drawn."""
+    pytest.importorskip("torch_fidelity")
+    texts = toy.CLASSES * 4
+    figures = fid_of_toy(scenes_of(["one red circle"] * len(texts), seed=1), texts)
+    assert figures["precision (toy's)"] > 0.9 and figures["recall (toy's)"] < 0.5
+
+
+def test_the_grid_shows_each_prompts_own_pictures(tmp_path):
+    """Picture number i is grey of the value i: of three prompts 4 each."""
+    pictures = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(72, 1).repeat(72, 2)
+    np.savez(tmp_path / "00000.npz", images=pictures.repeat(3, 3))
+    compare.draw_grid(tmp_path / "grid.png", [tmp_path], ["a", "b", "c"], 4, ["one"], each=2)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    whole = [value for value in range(12) if (grid == value).all(axis=2).sum() >= 72 * 72]
+    assert whole == [0, 1, 4, 5, 8, 9], "the first two of each prompt"
+
+
 def test_real_fid_reads_the_shards_one_by_one(tmp_path, monkeypatch):
     """As many pictures as there are, in their order, at most 256 pixels wide."""
     monkeypatch.setattr(fidelity, "SHARD", 3)
@@ -337,6 +373,15 @@ def test_genevals_metadata_gives_captions_and_categories(tmp_path):
     path.write_text(path.read_text() + json.dumps(dict(prompt="a photo of a cat")) + "\n")
     with pytest.raises(ValueError, match="has 2 tags for 3 different prompts"):
         evaluate.choose_texts(settings)
+
+
+def test_a_prompt_of_two_categories_is_no_replacement_for_one_without(tmp_path):
+    path = tmp_path / "metadata.jsonl"
+    lines = [dict(tag="colors", prompt="a bus"), dict(tag="counting", prompt="a bus"),
+             dict(prompt="a cat")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="has 2 tags for 2 different prompts"):
+        evaluate.choose_texts(evaluate.EvaluateSettings(preset="t2i-XL-256", prompts=str(path)))
 
 
 def test_prompts_alike_but_for_case_are_one(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -126,7 +127,9 @@ def test_pasting_every_body_back_gives_the_reference():
 
 # --- the sandbox -------------------------------------------------------------------------------
 
-def test_the_sandbox_survives_everything(tmp_path):
+def test_the_sandbox_survives_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     def loop():
         while True:
             pass
@@ -159,6 +162,7 @@ def test_the_sandbox_survives_everything(tmp_path):
         assert "it needs more than 2.5 GB of memory" in outcomes[name].error, name
     assert outcomes["delete"].value == "fine" and outcomes["print"].value == 3
     assert outcomes["right"].value.tolist() == [1.0, 1.0]
+    assert not list(tmp_path.iterdir()), "a folder of a child's is left behind"
 
 
 # --- grading -----------------------------------------------------------------------------------
@@ -219,6 +223,55 @@ def test_answers_to_other_items_do_not_come_along():
     text = source.with_body(REFERENCE, CODE["2.4"], "return logp * 0 + 7")
     result = grade_items(text, "2.5")["2.5"]
     assert result.score == result.points, result.output
+
+
+@pytest.mark.parametrize("wrong, other", [("1.3", "1.4"), ("1.4", "1.3")])
+def test_wrong_methods_of_a_class_do_not_come_along(wrong, other):
+    """Attention has two items, each a method."""
+    text = source.with_body(REFERENCE, CODE[wrong], "return 1 / 0")
+    result = grade_items(text, other)[other]
+    assert result.score == result.points, result.output
+
+
+@pytest.mark.parametrize("seed, variant", [(1, None), (8, "loo")])
+def test_the_seed_of_the_hidden_inputs_and_the_variant_reach_the_grader(seed, variant, tmp_path,
+                                                                        monkeypatch):
+    graders = []
+
+    def note(grader, items, more=()):
+        graders.append(grader)
+        return {}, {}
+    monkeypatch.setattr(grade.Grader, "grade", note)
+    grade.grade(submission(tmp_path, REFERENCE), seed, variant, KEY, only=["2.4"])
+    assert [(grader.seed, grader.variant) for grader in graders] == [(seed, variant)]
+
+
+def test_a_check_has_its_own_tolerance(monkeypatch):
+    """Where a right answer may draw in another way than the reference."""
+    monkeypatch.setattr(grade.checks, "CHECKS", [])
+    grade.checks.check("1.8", "what is drawn is likely enough", tolerance=0.25)(len)
+    grade.checks.check("2.4", "it is exact")(len)
+    assert [check.tolerance for check in grade.checks.CHECKS] == [0.25, 1e-5]
+
+
+def test_a_variants_public_tests_expect_what_the_variant_computes(monkeypatch):
+    """loo: an advantage is the distance to the mean of the others."""
+    monkeypatch.setattr(grade.checks, "CHECKS", grade.checks.of_item("2.3"))
+    published, loo = make.expected(None), make.expected("loo")
+    assert published.keys() == loo.keys()
+    wrong = [check for check in grade.checks.CHECKS if not all(
+        grade.same(a, b, 1e-5) for a, b in zip(published[check.says], loo[check.says]))]
+    assert wrong, "the published objective fails the variant's tests"
+
+
+@pytest.mark.parametrize("given, chosen", [([], 7), (["--debug-seed", "0"], 0)])
+def test_the_seed_of_the_runs_to_debug_is_the_one_that_is_given(given, chosen, tmp_path,
+                                                                monkeypatch):
+    """Without one, nobody can guess it."""
+    monkeypatch.setattr(make.secrets, "randbelow", lambda limit: 7)
+    monkeypatch.setattr(make, "make_handout", lambda out, seed, variant: {"debug_seed": seed})
+    make.main(["--out", str(tmp_path / "handout"), *given])
+    assert json.loads((tmp_path / "handout.key.json").read_text()) == {"debug_seed": chosen}
 
 
 def test_an_error_is_reported_with_its_line():

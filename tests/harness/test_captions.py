@@ -72,6 +72,7 @@ def test_every_kind_of_file(name, content, tmp_path):
     ("nbsp.json", b'["&nbsp;"]', "record 1: no caption there"),
     ("invisible.txt", "\ufeff\n\u200b\n&nbsp;".encode(), "holds no captions"),
     ("broken.jsonl", b'"a"\n"b', "broken.jsonl, line 2 is not JSON"),
+    ("blank.jsonl", b'"a"\n\n\n"b', "blank.jsonl, line 4 is not JSON"),
     ("deep.json", b"[" * 100_000, "deep.json is not JSON"),
     ("table.csv", b"caption\na red bird\n", "table.csv: cannot read captions from .csv: write"),
     ("table.TSV", b"caption\na red bird\n", "table.TSV: cannot read captions from .tsv"),

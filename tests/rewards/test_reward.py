@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -417,6 +418,16 @@ def test_a_path_may_have_a_colon():
 def written(folder, **files):
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
+
+
+def test_a_reward_file_that_was_edited_is_read_again(tmp_path):
+    """As in a notebook, though it has as many letters as before."""
+    path = tmp_path / "mine.py"
+    for when, value in ((1, 3.0), (2, 4.0)):
+        path.write_text(f"def f(images, prompts):\n    return images[:, 0, 0, 0] * 0 + {value}\n")
+        os.utime(path, (when, when))
+        total, _ = build_rewards(f"{path}:f", CPU)(IMAGES, PROMPTS)
+        assert total.tolist() == [value] * 4
 
 
 def test_a_reward_file_is_a_module_like_any_other(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from reward import RewardSet
 from rewards import checker
 from rewards.__main__ import main, read_picture
 from rewards.checker import scale
@@ -214,6 +215,19 @@ def test_an_infinite_sum_of_rewards_is_too_large():
 
 def test_without_any_spread_there_is_no_scale():
     assert list(scale(torch.tensor([1.0, 1.0, 2.0, 2.0, math.nan, 3.0]), 2)) == []
+
+
+def test_an_image_without_a_score_misses_it_each_time(pictures):
+    """Which is no reason to call a reward random, or dependent on the batch."""
+    def shy(images, prompts):
+        scores = images.mean(dim=(1, 2, 3))
+        return scores.where(scores > 0.15, torch.nan)
+    shy.may_miss = True
+    images, prompts = pictures
+    assert 0 < shy(images, prompts).isnan().float().mean() < 0.5
+    found = {what: good for what, good, _ in checker.findings(
+        RewardSet({"shy": (shy, 1.0)}), images, prompts, checker.SAMPLES)}
+    assert found["repeatable"] and found["order"] and found["batch"]
 
 
 @pytest.mark.parametrize("name, finding", [

@@ -1,12 +1,16 @@
 """Is it what was asked for?  GenEval's compositions, and texts that are read off the image."""
 
+import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.models import detection
 
+import pretrained
 import rewards.geneval
+import rewards.imagenet
 import rewards.ocr
 from captions import COLOUR_NAMES, coco_objects, requirements
 from reward import build_rewards
@@ -151,12 +155,38 @@ def test_geneval_says_where_to_get_its_detector(monkeypatch):
         build_rewards("geneval", CPU)
 
 
+# --- ImageNet's classes ------------------------------------------------------------------------
+
+def test_of_two_classes_with_one_name_the_likelier_counts(monkeypatch):
+    """"missile" names two."""
+    two = [k for k, name in enumerate(pretrained.imagenet_classes()) if name == "missile"]
+    logits = torch.zeros(1, 1000)
+    logits[0, two[1]] = 5.0
+    monkeypatch.setattr(rewards.imagenet, "efficientnet_lite", lambda device: lambda x: logits)
+    score = build_rewards("imagenet", CPU)(torch.rand(1, 3, 8, 8), ["a photo of missile"])[0]
+    assert len(two) == 2 and score.item() == pytest.approx(logits.log_softmax(1).max().item())
+
+
 # --- OCR ---------------------------------------------------------------------------------------
+
+def edit_distance(a, b):
+    """What rapidfuzz computes, where it is not there: the fewest letters to insert, leave out or
+    exchange."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (letter != other))
+    return row[-1]
+
 
 @pytest.fixture
 def ocr(monkeypatch):
     """ocr(prompt, lines): the reward, if these lines are read off the picture."""
-    pytest.importorskip("rapidfuzz")
+    if find_spec("rapidfuzz") is None:
+        for module in ("rapidfuzz", "rapidfuzz.distance"):
+            monkeypatch.setitem(sys.modules, module, SimpleNamespace(
+                Levenshtein=SimpleNamespace(distance=edit_distance)))
 
     def score(prompt, lines):
         found = SimpleNamespace(txts=lines)
@@ -170,6 +200,8 @@ def test_ocr_reads_all_lines_together(ocr):
     assert ocr('a sign that says "Hello World"', ["Hello", "World"]) == 1
     assert ocr('a sign that says "Hello"', ["Say Hello now"]) == 1
     assert ocr('a sign that says \u201cHello\u201d', ["HELP"]) == pytest.approx(0.6)
+    assert ocr('a sign that says "Hello"', ["xHexllox"]) == pytest.approx(1 - 3 / 5), (
+        "the letters that are wrong count by the length of the text that is wanted")
 
 
 def test_of_several_quoted_texts_each_counts_in_any_place(ocr):
