@@ -227,8 +227,9 @@ def test_answers_to_other_items_do_not_come_along():
 
 @pytest.mark.parametrize("wrong, other", [("1.3", "1.4"), ("1.4", "1.3")])
 def test_wrong_methods_of_a_class_do_not_come_along(wrong, other):
-    """Attention has two items, each a method."""
+    """Attention has two items, each a method, and what both call is none."""
     text = source.with_body(REFERENCE, CODE[wrong], "return 1 / 0")
+    text = source.with_body(text, CODE[wrong] | {"function": "Attention.qkv"}, "return 1 / 0")
     result = grade_items(text, other)[other]
     assert result.score == result.points, result.output
 

@@ -176,7 +176,6 @@ def test_weights_are_small():
     assert len(sizes) == 3 and sum(sizes) <= 4_000_000
 
 
-@pytest.mark.slow
 def test_weights_of_your_own_take_the_place_of_the_shipped_ones(tmp_path):
     """The transformer's or the tokenizer's: the other stays."""
     shipped, paths = toy.load("c2i"), (tmp_path / "gpt.pt", tmp_path / "vq.pt")
@@ -190,6 +189,7 @@ def test_weights_of_your_own_take_the_place_of_the_shipped_ones(tmp_path):
         same(weights(loaded[1 - own]), weights(shipped[1 - own]), "the shipped one")
 
 
+@pytest.mark.slow
 def test_pretraining_writes_what_load_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.pretraining, "STEPS", {"vq": 2, "c2i": 2, "t2i": 2})
     toy.pretraining.pretrain_toy(tmp_path, scenes=64)
