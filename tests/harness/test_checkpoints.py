@@ -4,6 +4,8 @@ test_lost_work.py and test_faults.py have whole runs, kills and damaged files.
 """
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import diversity
 import harness.run
 from argrpo import Prompts
 from harness.before_after import Watched
-from harness.checkpoints import Record
+from harness.checkpoints import Record, locked
 from reward import RewardSet
 from train_c2i import C2iSettings
 
@@ -75,6 +77,31 @@ def test_a_checkpoint_is_made_every_so_many_steps_and_after_the_last(tmp_path):
         run.step(number)
         saved.append(run.record.saved)
     assert saved == [None, 2, 2, 4, 5], "save_every 2 of 5 steps: after 2, 4 and the last"
+    previous = torch.load(tmp_path / "previous.pt", weights_only=True)
+    assert previous["step"] == 4, "previous.pt is the one before the last"
+
+
+def test_between_the_two_renames_of_a_checkpoint_new_pt_is_the_last(tmp_path):
+    run = Run(tmp_path)
+    run.step(0), run.step(1)
+    os.replace(tmp_path / "last.pt", tmp_path / "new.pt")
+    assert Run(tmp_path, resume=True).record.done == 2
+
+
+def test_the_log_is_never_behind_the_checkpoint(tmp_path, monkeypatch):
+    """Where saving fails, as on a full disk, the step stands in the log already."""
+    run = Run(tmp_path)
+    run.step(0)
+    monkeypatch.setattr("harness.checkpoints.save_checkpoint", full_disk)
+    with pytest.raises(OSError):
+        run.step(1)
+    assert [step for step, _ in in_log(tmp_path)] == [0, 1]
+
+
+def test_who_has_the_folder_is_this_process_and_not_one_that_was_killed(tmp_path):
+    (tmp_path / ".holder").write_text("process 0, since the beginning of time")
+    with locked(tmp_path):
+        assert f"process {os.getpid()} " in (tmp_path / ".holder").read_text()
 
 
 def test_what_is_resumed_are_the_weights_after_the_last_saved_step(tmp_path):
@@ -188,6 +215,18 @@ def test_what_rehearsal_alone_has_trained_is_saved(tmp_path, no_pictures, monkey
     monkeypatch.setattr(diversity.Rehearsal, "alone", again)
     diverse_run(tmp_path / "two", resume=str(tmp_path / "two"), **how)
     assert_equal_runs(tmp_path / "two", tmp_path / "whole")
+
+
+def test_rehearsal_alone_that_is_interrupted_is_not_taken_for_done(tmp_path, no_pictures,
+                                                                   monkeypatch):
+    def alone(*given):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+            yield
+    monkeypatch.setattr(diversity.Rehearsal, "alone", alone)
+    with pytest.raises(SystemExit) as stop:
+        diverse_run(tmp_path / "run", steps=2, rehearsal_steps=3)
+    assert stop.value.code == 130 and not (tmp_path / "run").exists(), "nothing is kept"
 
 
 def test_a_resumed_run_remembers_what_rehearsal_and_bonus_have_seen(tmp_path, no_pictures,

@@ -224,6 +224,24 @@ def test_d_is_that_to_the_spread_that_is_known_before_and_after(tmp_path, monkey
     assert summary["after"]["diversity_kept"] == 0.5 / 2, "and after, to the same spread"
 
 
+def test_loggers_get_the_evaluation_before_and_the_one_after(tmp_path, monkeypatch):
+    logged = Spy(harness.run.Logs.numbers)
+    monkeypatch.setattr(harness.run.Logs, "numbers", lambda *given: logged(*given))
+    summary = run_of_a_step(tmp_path / "run", monkeypatch)
+    _, *first = logged.calls[0][0]
+    _, *last = logged.calls[-1][0]
+    assert first == [0, {"evaluation": summary["before"]}]
+    assert last == [1, {"evaluation": summary["after"]}]
+
+
+def test_the_largest_ratio_is_that_of_all_processes(tmp_path, monkeypatch):
+    averaged = Spy(processes.average_over_processes)
+    monkeypatch.setattr(processes, "average_over_processes", averaged)
+    run_of_a_step(tmp_path / "run", monkeypatch)
+    (_, maximum, _), _ = averaged.calls[0]
+    assert {"ratio_max", "mismatch"} <= set(maximum), "not the mean of each one's largest"
+
+
 def test_the_sizes_that_were_chosen_are_written_down(tmp_path, monkeypatch):
     """For what is drawn depends on them, and --resume goes by config.json."""
     run_of_a_step(tmp_path / "run", monkeypatch, rollout_prompts=None, micro_batch=None)
