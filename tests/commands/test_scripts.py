@@ -20,11 +20,13 @@ import argrpo
 import toy
 import train_c2i
 import train_t2i
+from evaluate import EvaluateSettings
 from harness import options
 from harness.before_after import evaluate
 from harness.checkpoints import save_checkpoint
 from harness.logs import one_line_errors
 from pretrained import load_weights
+from sample import SampleSettings
 
 ROOT = Path(__file__).parents[2]
 # The evaluations draw up to 12 prompts in a pass: what takes time is the number of passes.
@@ -302,6 +304,18 @@ def test_bad_options_end_with_one_line_and_leave_nothing(given, message, tmp_pat
         train_c2i.main(given)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [train_t2i.T2iSettings, SampleSettings, EvaluateSettings])
+def test_a_file_or_folder_that_is_given_has_a_name(command):
+    """An empty one is a variable of the shell's that is not set, and no default."""
+    names = {field.name for field in fields(command)} & {
+        "out", "resume", "gpt_ckpt", "vq_ckpt", "prompts", "t5", "npz", "reference"}
+    assert len(names) >= 6
+    for name in names:
+        option = "--" + name.replace("_", "-")
+        with pytest.raises(ValueError, match=f"{option} is empty"):
+            options.read_options(command, [option, ""], "command", "")
 
 
 @pytest.mark.parametrize("bad, message", [

@@ -54,6 +54,12 @@ def test_tiny_spreads_are_damped_by_eps():
          atol=1e-6)
 
 
+def test_the_eps_that_is_given_stands_beside_the_standard_deviation():
+    """Of 0 and 2 the mean is 1 and the std, unbiased, the root of 2."""
+    ours = group_advantages(torch.tensor([0.0, 2.0]), 2, eps=1.0)
+    same(ours, torch.tensor([-1.0, 1.0]) / (2 ** 0.5 + 1), "(r - mean) / (std + eps)")
+
+
 def test_the_scale_of_rewards_cancels_between_eps_and_overflow():
     """Only there: above 1e19 a square is more than float32 holds, and advantages are 0."""
     rewards, right = torch.tensor([0.0, 1.0, 1.0, 2.0]), None
