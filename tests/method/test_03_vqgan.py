@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from conftest import same, tiny_vq
 
-from vqgan import AttnBlock, Downsample, ResnetBlock, Upsample, VQConfig, VQModel, group_norm
+from vqgan import (
+    AttnBlock,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    VectorQuantizer,
+    VQConfig,
+    VQModel,
+    group_norm,
+)
 
 
 def test_the_nearest_code_is_the_one_in_the_same_direction():
@@ -104,6 +113,16 @@ def test_tokens_are_written_row_by_row():
         image = torch.rand(1, 3, 4, 8)
         flat = F.normalize(vq.quant_conv(vq.encoder(image))[0], dim=0)       # (C, 2, 4)
         same(vq.features(image)[0, 5], flat[:, 1, 1], "feature 5 is in row 1, column 1")
+
+
+def test_new_codes_lie_in_all_directions_alike():
+    """On the unit sphere their mean is near its centre, and in three dimensions the products of two
+    of them are uniform from -1 to 1 (Archimedes)."""
+    torch.manual_seed(0)
+    codes = VectorQuantizer(VQConfig(codebook_size=2000, codebook_embed_dim=3)).codes()
+    assert codes.mean(dim=0).norm() < 0.05, "there is a side on which more codes lie"
+    products = codes[:1000] @ codes[1000:].T
+    assert (products.abs() > 0.5).float().mean() == pytest.approx(0.5, abs=0.03)
 
 
 def test_sizes_that_make_no_grid_are_refused():
