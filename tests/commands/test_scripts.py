@@ -228,6 +228,18 @@ def test_watched_rewards_are_asked_about_the_prompts(tmp_path, monkeypatch, caps
     assert stop.value.code == 2 and "no text in quotes" in capsys.readouterr().err
 
 
+def test_watched_rewards_are_asked_about_all_captions(tmp_path):
+    """Those to train on, too, which every fifth step draws: before any model is loaded."""
+    file = tmp_path / "w.py"
+    file.write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
+                    "def refuse(prompts):\n    raise ValueError(f'these {len(prompts)}')\n"
+                    "f.check_prompts = refuse\n")
+    settings = train_t2i.T2iSettings(preset="t2i-XL-256", reward="jpeg", composed=9,
+                                     watch=f"{file}:f")
+    with pytest.raises(ValueError, match=f"these {9 + 64}"):
+        train_t2i.load(settings, torch.device("cpu"))
+
+
 def test_resuming_with_another_setting_is_refused(finished, capsys):
     with pytest.raises(SystemExit) as stop:
         train_c2i.main(["--resume", str(finished[0]), "--group-size", "8"])

@@ -447,6 +447,15 @@ def test_a_run_is_not_resumed_from_other_files(no_pictures, what, tmp_path, caps
     assert train(tiny(tmp_path, resume=str(tmp_path), steps=3)) == 0, "with the old ones it goes on"
 
 
+def test_the_second_ctrl_c_ends_the_program_at_once(capsys):
+    with processes.StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT, "the first lets the step finish"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "finishing what is under way, then saving" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
 def test_a_terminal_that_is_closed_asks_for_the_end_unless_nohup_ignores_that(monkeypatch):
     monkeypatch.setattr(sys, "stderr", open(os.devnull))      # it refuses to be written

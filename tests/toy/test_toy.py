@@ -239,7 +239,7 @@ def test_the_shipped_spread_is_that_of_the_shipped_weights(tmp_path):
     assert set(again) == set(known)
     for part, value in again.items():
         assert value == pytest.approx(known[part], rel=0.12), part
-    assert toy.shipped_spread("c2i", ["four red circles"]) is None
+    assert toy.shipped_spread("c2i", ["one red circle", "four red circles"]) is None
     one = toy.shipped_spread("c2i", ["three red circles"])
     assert one["sizes"] is None, "three things have one size: there is nothing to measure"
     both = [toy.shipped_spread("c2i", [text])["centres"] for text in toy.CLASSES[:2]]

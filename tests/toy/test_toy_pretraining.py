@@ -241,6 +241,16 @@ def test_scenes_are_those_of_their_texts_and_of_their_seed():
         assert not torch.equal(images, draw_scenes(task, texts, seed)), "streams of their own"
 
 
+def test_the_seed_decides_what_torch_draws_too():
+    """Initial weights and dropped conditions, whatever was drawn before."""
+    drawn = []
+    for before, seed in ((1, 0), (2, 0), (1, 5)):
+        torch.manual_seed(before)
+        pretraining.random_stream(seed, "a purpose")
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_conditions_are_those_of_their_texts():
     texts = ["two red circles", "one blue square"]
     assert toy.as_prompts("c2i", texts).cond.tolist() == [
