@@ -140,6 +140,19 @@ def test_a_users_reward_is_asked_each_time_and_a_built_in_one_once(tmp_path):
     assert kept.startswith("contrast "), "what is built in is kept, and nothing else"
 
 
+def test_a_source_is_another_if_a_file_of_the_house_that_it_imports_is(tmp_path, monkeypatch):
+    """Wherever in the house the two lie."""
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "harness" / "compare.py"))
+    (tmp_path / "rewards").mkdir()
+    mine, helper = tmp_path / "rewards" / "mine.py", tmp_path / "a_helper_of_the_house.py"
+    mine.write_text("from a_helper_of_the_house import f\n")
+    sources = []
+    for text in ("f = 1\n", "f = 1      # a comment\n", "f = 2\n"):
+        helper.write_text(text)
+        sources.append(compare.source(mine))
+    assert sources[0] == sources[1] != sources[2]
+
+
 @pytest.mark.parametrize("name", ["00000.npz", "00000.json"])
 def test_a_damaged_file_of_an_evaluation_is_named(name, tmp_path):
     np.savez(tmp_path / "00000.npz", images=np.zeros((2, 4, 4, 3), np.uint8), entropy=np.zeros(2))

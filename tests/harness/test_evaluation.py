@@ -231,6 +231,33 @@ def test_d_is_the_mean_of_after_over_before():
         "what is unknown after is no 0")
 
 
+def test_guidance_0_is_a_scale_like_any_other(monkeypatch):
+    """That of the null branch alone, and not the rollout's."""
+    model, vq, prompts = tiny_case()
+    drawn = Spy(argrpo.draw_images)
+    monkeypatch.setattr(argrpo, "draw_images", drawn)
+    for scale, used in ((0.0, 0.0), (3.0, 3.0), (None, POLICY["cfg_scale"])):
+        evaluate(model, vq, prompts, brightness, tiny_settings(), cfg_scale=scale)
+        assert drawn.calls[-1][1]["cfg_scale"] == used
+
+
+@pytest.mark.parametrize("images, each", [(60, 8), (540, 32), (1080, 64)])
+def test_the_spread_is_that_of_prompts_evenly_chosen_and_of_so_many_pictures(images, each,
+                                                                             monkeypatch):
+    """Of at most 27, the first and the last among them."""
+    settings, seen = tiny_settings(eval_images=images), []
+
+    def draw(model, vq, prompts, index, settings, samples, *stream):
+        seen.extend(index.tolist())
+        return ["a"] * samples * len(index), None, None, torch.zeros(samples * len(index), 1)
+    monkeypatch.setattr("harness.before_after.draw_like_rollout", draw)
+    many = Prompts([str(k) for k in range(100)], torch.arange(100))
+    count = evaluate_spread(None, None, many, settings, lambda images, texts: len(images))
+    prompts = min(27, images // 4)
+    assert len(seen) == prompts and (seen[0], seen[-1]) == (0, 99), "evenly chosen"
+    assert count == prompts * each
+
+
 # --- the settings ------------------------------------------------------------------------------
 
 def observe(monkeypatch, **changes):

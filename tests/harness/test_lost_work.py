@@ -173,6 +173,23 @@ def test_a_logger_that_fails_later_is_told_once_and_ends_nothing(no_pictures, fa
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_logger_that_fails_silences_no_other(monkeypatch, capsys):
+    calls = []
+
+    def kind(name, fails):
+        def numbers(self, step, metrics):
+            calls.append(name)
+            if fails:
+                raise RuntimeError("its server is gone")
+        return type(name, (), {"__init__": lambda self, *given: None, "numbers": numbers})
+    kinds = {"bad": kind("bad", True), "good": kind("good", False)}
+    monkeypatch.setattr(harness.run.Logs, "kinds", kinds)
+    logs = harness.run.Logs(types.SimpleNamespace(log="bad,good", out="run"), {}, 0)
+    for step in range(2):
+        logs.numbers(step, {"reward": 1.0})
+    assert calls == ["bad", "good", "good"], "the failing one is asked once, the other each time"
+
+
 def test_a_failing_run_is_no_success_for_wandb(no_pictures, tmp_path, wandb):
     logger, calls = wandb(), []
 

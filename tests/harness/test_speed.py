@@ -218,6 +218,19 @@ def test_the_compiled_step_is_the_same_policy():
 
 # --- time and memory -------------------------------------------------------------------------
 
+def test_the_update_begins_with_its_first_pass_and_not_with_its_last(monkeypatch):
+    """By a clock that is one later whenever it is asked."""
+    ticks, model = iter(range(9)), tiny_model()
+    monkeypatch.setattr(speed, "clock", lambda device: next(ticks))
+    watch = speed.Stopwatch(model)
+    watch.start()
+    watch.timed(lambda images, texts: None)(None, None)
+    for _ in range(2):                           # micro-batches
+        model(torch.zeros(1, 16, dtype=torch.long), torch.tensor([0]))
+    assert watch.seconds() == {"seconds": 4, "seconds_rollout": 1, "seconds_reward": 1,
+                               "seconds_reference": 1, "seconds_update": 1}
+
+
 def test_memory_is_not_known_everywhere(monkeypatch):
     """Windows has no module `resource`."""
     for module, known in ((resource, True), (None, False)):

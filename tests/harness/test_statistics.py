@@ -95,6 +95,13 @@ def test_the_table_says_what_is_noise():
     assert [found["value"] for found in rows["D"]] == [1.0, 1.0, 0.5], "the spread over the base's"
 
 
+def test_d_is_the_mean_of_its_parts_ratios_whatever_their_units():
+    """A distance that halves, and places, in pixels, that stay."""
+    base = {"spread/distance": torch.full((9,), 0.1), "spread/centres": torch.full((9,), 5.0)}
+    after = base | {"spread/distance": torch.full((9,), 0.05)}
+    assert compare([base, after])["D"][1]["value"] == pytest.approx((0.5 + 1) / 2)
+
+
 def test_genevals_categories_count_the_same_however_many_prompts_they_have():
     """Three prompts that count, all right, and one with a colour, which is wrong: a half, not three
     quarters.  The bootstrap's value, in the table."""

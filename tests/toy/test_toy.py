@@ -95,6 +95,18 @@ def test_a_good_scene_with_a_stray_stroke_fails():
         assert toy.verify(spoilt, ["one red circle"]) == 0
 
 
+def test_a_bar_is_no_square():
+    for width, height, right in ((8, 8, 1), (8, 13, 0), (13, 8, 0)):
+        image = toy.render([[toy.Thing("red", "square", 12, 12, width, height)]])
+        assert toy.verify(image, ["one red square"]) == right, f"{width} wide, {height} high"
+
+
+def test_a_layout_does_not_depend_on_which_thing_is_found_first():
+    a, b = toy.Thing("red", "circle", 4, 4, 8, 8), toy.Thing("blue", "square", 20, 20, 8, 8)
+    assert toy.verifier.coarse_layout([a, b]) == toy.verifier.coarse_layout([b, a])
+    assert toy.verifier.coarse_layout([a]) != toy.verifier.coarse_layout([b])
+
+
 @pytest.mark.parametrize("channel", [0, 1, 2])
 def test_the_ground_may_deviate_so_much_in_each_channel(channel):
     image = toy.render([[toy.Thing("red", "circle", 6, 6, 8, 8)]])
