@@ -350,6 +350,13 @@ def test_real_fid_reads_the_shards_one_by_one(tmp_path, monkeypatch):
     assert Shards(tmp_path, 5)[1].shape == (3, 256, 256)
 
 
+def test_fid_is_that_of_all_pictures(tmp_path, monkeypatch):
+    """Two prompts, three pictures of each."""
+    monkeypatch.setattr(fidelity, "fid_of_real", lambda pictures, *given: {"FID": len(pictures)})
+    settings = evaluate.EvaluateSettings(samples=3, reference="real")
+    assert fidelity.figures_of(tmp_path, ["a", "b"], settings, None) == {"FID": 6}
+
+
 def test_missing_models_of_fid_are_missed_before_drawing(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch_fidelity")
     from torch_fidelity import feature_extractor_inceptionv3
@@ -456,6 +463,22 @@ def test_bad_options_are_one_line(given, message, tmp_path, monkeypatch, capsys)
         evaluate.main(given)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_all_that_is_missing_is_missed_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    """A later checkpoint, a later prompt that a reward cannot judge."""
+    monkeypatch.chdir(tmp_path)
+    Path("w.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
+                            "def refuse(prompts):\n    if 'two red circles' in prompts:\n"
+                            "        raise ValueError('no pairs')\nf.check_prompts = refuse\n")
+    monkeypatch.setattr(compare, "draw_shards", None)
+    two = toy.CLASSES.index("two red circles")
+    for given, message in (
+            (["--gpt-ckpt", "base", "--gpt-ckpt", "nowhere.pt"], "nowhere.pt: no such file"),
+            (["--rewards", "w.py:f", "--classes", f"0,{two}"], "cannot judge 1 of 2 prompts")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(given)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_picture_is_right_for_geneval_only_if_it_meets_all_its_demands(tmp_path):

@@ -43,6 +43,9 @@ from harness.page import (
     page,
     read_run,
     rewards_of,
+    sheet_of_pairs,
+    shown_scores,
+    smooth,
     sprite,
 )
 from reward import RewardSet, to_uint8
@@ -118,6 +121,19 @@ def test_the_animation_shows_every_moment_once(finished):
     assert animation.size == Image.open(frames[0]).size
     animation.seek(animation.n_frames - 1)
     assert animation.info["duration"] == 3000                    # it stands still at its end
+
+
+def test_the_time_of_all_pictures_of_progress_counts(tmp_path, monkeypatch):
+    """By a clock that is 1, 2, 3, .. seconds later whenever it is asked."""
+    model, vq = toy.load("c2i")
+    settings = RunSettings(prompts_per_step=1, group_size=4, rollout_prompts=1)
+    progress = Progress(vq, argrpo.Prompts(["one red circle"], torch.tensor([0])), None, settings,
+                        toy.verify_all, tmp_path, started=0.0)
+    clock = iter([0.0, 1.0, 1.0, 3.0])
+    monkeypatch.setattr("harness.gallery.time.perf_counter", lambda: next(clock))
+    for done in (0, 10):
+        progress.draw(model, done)
+    assert (progress.spent, progress.last) == (1.0 + 2.0, 2.0)
 
 
 def test_progress_takes_a_twentieth_of_the_time_at_most(monkeypatch):
@@ -238,6 +254,34 @@ def test_what_fell_far_has_changed_most():
     shown = choices(arrays)
     assert shown["Most changed"] == [(0, 0), (1, 0), (2, 0)], "by the size of the change"
     assert shown["Best"][0] == (1, 0) and shown["Worst"][0] == (0, 0), "by the reward after"
+
+
+def test_below_each_picture_stands_its_own_reward(monkeypatch):
+    drawn = []
+
+    def sheet(blocks, *given):
+        drawn.extend(blocks)
+        return Image.new("RGB", (1, 1))
+    monkeypatch.setattr("harness.page.sheet", sheet)
+    pictures = np.zeros((1, 2, 4, 4, 3), np.uint8)
+    arrays = dict(texts=np.array(["a"]), before=pictures, after=pictures + 1,
+                  scores_before=np.float32([[[0.1, 0.2]]]), scores_after=np.float32([[[0.3, 0.4]]]))
+    sheet_of_pairs(RunData("run", Path("run"), {}, {}, [], {}, arrays))
+    assert [(int(some.max()), notes) for _, some, notes in drawn] == [
+        (0, ["0.10", "0.20"]), (1, ["0.30", "0.40"])]
+
+
+def test_only_a_score_that_repeats_another_before_and_after_is_left_out():
+    old, same_after = np.float32([[[0.1]], [[0.1]], [[0.2]]]), np.float32([[[0.5]]] * 3)
+    arrays = dict(names=np.array(["reward", "reward/shapes", "other"]), scores_before=old,
+                  scores_after=same_after)
+    assert shown_scores(arrays) == [(0, "reward"), (2, "other")]
+
+
+def test_a_curve_is_smoothed_to_either_side():
+    """A jump in the middle of 41 points: two to either side are averaged."""
+    values = [value for _, value in smooth([(i, float(i >= 20)) for i in range(41)])]
+    assert values[17:23] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]), "no curve lags behind"
 
 
 def test_patches_that_took_too_long_are_marked(closely, monkeypatch):
@@ -639,6 +683,12 @@ def test_the_selftest_of_a_healthy_choice(tmp_path, capsys):
     status, lines = selftest(tmp_path, capsys)
     assert status == 0 and all(line.startswith("ok") for line in lines.values())
     assert list(lines) == ["sampler", "accumulation", "reward", "step", "signal", "checkpoint"]
+
+
+def test_the_selftest_finds_a_checkpoint_that_comes_back_changed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness.selftest, "load_checkpoint", lambda *given: None)
+    status, lines = selftest(tmp_path, capsys)
+    assert status == 1 and lines["checkpoint"].startswith("BAD")
 
 
 def test_the_selftest_writes_its_checkpoint_where_the_runs_will_be(tmp_path, capsys, monkeypatch):
