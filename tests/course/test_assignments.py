@@ -193,6 +193,8 @@ def test_an_unknown_mistake_is_shown_with_its_smallest_input():
     text = source.with_body(REFERENCE, CODE["2.4"], "return (ref_logp - logp).exp() * 0.3")
     output = grade_items(text, "2.4")["2.4"].output
     assert "not so: where policy and reference agree it is zero" in output
+    for mistake in grade.mistakes_of(CODE["2.4"], REFERENCE):
+        assert mistake.says not in output, "the explanation of a mistake that was not made"
     assert "for kl_k3([[" in output and "expected [[0.0]]" in output and "got      [[0.3" in output
 
 

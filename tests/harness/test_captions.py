@@ -17,6 +17,7 @@ from harness.choices import caption_encoder
     ("  A  Red\tBird ", "a red bird"),
     ("caf\u00c3\u00a9 au lait", "caf\u00e9 au lait"),                    # UTF-8 read as Latin-1
     ("salt &amp; pepper", "salt & pepper"),
+    ("salt &amp; pepper < 1 &euro;", "salt & pepper < 1 \u20ac"),
     ("it\u2019s", "it's"),
     ("a red\vbird\x1don\fa tree\u2028top", "a red bird on a tree top"),
     ("a red bird \u200b", "a red bird"),

@@ -222,6 +222,7 @@ def test_large_pictures_are_resized_to_256():
     (["--top-k", "-1"], "a policy needs finite cfg_scale"),
     (["--npz", "samples"], "its name must end with .npz"),
     (["--out", "samples"], "its name must end as a picture's"),
+    (["--out", "samples.psd"], "its name must end as a picture's"),      # Pillow can read it
     (["--out", ""], "--out is empty"),
     (["--npz", ""], "--npz is empty"),
     (["--out", __file__ + "/x.png"], "cannot write into"),

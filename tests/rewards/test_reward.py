@@ -208,6 +208,14 @@ def test_a_rewards_own_error_names_reward_prompts_file_and_line(mine):
     assert isinstance(caught.value.__cause__, RuntimeError)              # with its traceback
 
 
+def test_of_the_users_own_lines_the_innermost_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def helper(images):\n    return images.no_such_thing\n\n"
+                    "def f(images, prompts):\n    return helper(images)\n")
+    with pytest.raises(reward.BadReward, match="no_such_thing.* line 2\\)"):
+        build_rewards(f"{file}:f", CPU)(IMAGES, PROMPTS)
+
+
 def test_running_out_of_memory_is_no_bad_reward():
     def hungry(images, prompts):
         raise torch.OutOfMemoryError("no room")

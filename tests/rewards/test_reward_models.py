@@ -28,7 +28,7 @@ from reward import BadReward, RewardSet, build_rewards
 from rewards.clip import CLIP_B, CLIP_L, HPSV2, Tower, binned, open_clip_tower, preprocess
 from rewards.imagenet import classes_of
 from rewards.quality import aesthetic_head, random_crops
-from rewards.sources import SOURCES, weights_of
+from rewards.sources import SOURCES, frozen, weights_of
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -163,6 +163,19 @@ def test_each_image_meets_its_own_text_where_texts_repeat():
     images, prompts = torch.rand(4, 3, 8, 8), ["a", "three", "a", "a"]
     alone = [tower.cosine(images[k:k + 1], prompts[k:k + 1]) for k in range(4)]
     torch.testing.assert_close(tower.cosine(images, prompts), torch.cat(alone))
+
+
+def test_a_models_weights_and_its_dropout_are_frozen():
+    model = frozen(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)), CPU)
+    assert not any(module.training for module in model.modules()), "it answers the same each time"
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_every_class_is_named_by_its_own_name():
+    """Also "tiger beetle" beside "tiger"."""
+    names = imagenet_classes()
+    for k in range(0, 1000, 4):
+        assert k in classes_of(f"a photo of {names[k]}"), names[k]
 
 
 def test_a_prompt_names_the_longest_class_that_fits_and_none_in_quotes():
