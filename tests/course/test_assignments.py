@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -170,6 +171,31 @@ def test_the_sandbox_survives_everything(tmp_path, monkeypatch):
 QUICK = ("2.3", "2.4")
 
 
+def test_what_a_submission_has_started_ends_with_it(tmp_path):
+    file = tmp_path / "alive"
+
+    def start():
+        if os.fork() == 0:
+            for k in range(200):
+                file.write_text(str(k))
+                time.sleep(0.02)
+            os._exit(0)
+        while not file.exists():
+            time.sleep(0.01)
+    run_all([Job("start", start, 1)])
+    before = file.read_text()
+    time.sleep(0.2)
+    assert file.read_text() == before, "a process of the submission's is still there"
+
+
+def test_an_error_in_the_references_part_is_reported_without_a_line():
+    """It would be none of the submission's."""
+    for line, place in ((3, "argrpo.py, line 3: "), (source.NO_LINE + 3, "")):
+        with pytest.raises(ZeroDivisionError) as caught:
+            exec(compile("\n" * (line - 1) + "1 / 0", "argrpo.py", "exec"), {})
+        assert sandbox.in_words(caught.value) == f"{place}ZeroDivisionError: division by zero"
+
+
 def test_right_answers_get_full_points():
     results = grade_items(REFERENCE, *QUICK)
     assert all(r.score == r.points for r in results.values())
@@ -218,6 +244,20 @@ def test_helpers_of_the_students_own_come_along():
     text = source.with_body(REFERENCE, CODE["2.4"], "return my_k3(logp, ref_logp)")
     text += "\nimport math as m\n\ndef my_k3(a, b):\n    return m.e ** (b - a) - (b - a) - 1\n"
     assert grade_items(text, "2.4")["2.4"].score == 3
+
+
+def test_methods_that_a_student_has_added_come_along():
+    """Attention.forward does its work in a method of its own."""
+    attention = next(node for node in ast.parse(REFERENCE).body
+                     if isinstance(node, ast.ClassDef) and node.name == "Attention")
+    forward = next(node for node in attention.body if getattr(node, "name", "") == "forward")
+    lines = REFERENCE.splitlines()
+    added = "\n".join(lines[forward.lineno - 1:forward.end_lineno]).replace("forward", "mine", 1)
+    text = source.with_body(REFERENCE, CODE["1.3"], "return self.mine(x, rope, mask)")
+    head = "class Attention(nn.Module):\n"
+    text = text.replace(head, f"{head}{added}\n\n")
+    result = grade_items(text, "1.3")["1.3"]
+    assert result.score == result.points, result.output
 
 
 def test_answers_to_other_items_do_not_come_along():
@@ -271,7 +311,7 @@ def test_a_variants_public_tests_expect_what_the_variant_computes(monkeypatch):
 def test_the_seed_of_the_runs_to_debug_is_the_one_that_is_given(given, chosen, tmp_path,
                                                                 monkeypatch):
     """Without one, nobody can guess it."""
-    monkeypatch.setattr(make.secrets, "randbelow", lambda limit: 7)
+    monkeypatch.setattr(make.secrets, "randbelow", lambda limit: 7 if limit > 2 ** 40 else 1)
     monkeypatch.setattr(make, "make_handout", lambda out, seed, variant: {"debug_seed": seed})
     make.main(["--out", str(tmp_path / "handout"), *given])
     assert json.loads((tmp_path / "handout.key.json").read_text()) == {"debug_seed": chosen}
@@ -389,6 +429,18 @@ def test_a_fault_shows_where_it_should_and_not_before(tmp_path):
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and "verified" in rows[0]
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["steps"] == 4
+
+
+def test_the_settings_beside_a_run_are_those_that_its_author_meant(tmp_path, monkeypatch):
+    """A fault doubles the learning rate: who reads it in config.json has not found it."""
+    monkeypatch.setattr(faults.Rig, "run", lambda rig: iter(()))
+    with pytest.raises(RuntimeError, match="does not show"):         # it has no steps
+        faults.make_run(tmp_path, "reversed_reward", steps=2, start=0)
+    settings = json.loads((tmp_path / "config.json").read_text())["settings"]
+    rig = faults.Rig(0, 2, 0, {})
+    meant = rig.config.lr
+    faults.reversed_reward(rig)
+    assert settings["lr"] == meant != rig.config.lr
 
 
 def test_the_pictures_of_a_run_are_rounded(tmp_path):
