@@ -4,6 +4,7 @@ test_lost_work.py and test_faults.py have whole runs, kills and damaged files.
 """
 
 import json
+import math
 import os
 import signal
 
@@ -17,6 +18,7 @@ import harness.run
 from argrpo import Prompts
 from harness.before_after import Watched
 from harness.checkpoints import Record, locked
+from harness.logs import in_json
 from reward import RewardSet
 from train_c2i import C2iSettings
 
@@ -102,6 +104,11 @@ def test_who_has_the_folder_is_this_process_and_not_one_that_was_killed(tmp_path
     (tmp_path / ".holder").write_text("process 0, since the beginning of time")
     with locked(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / ".holder").read_text()
+
+
+def test_what_json_has_no_number_for_is_null_in_the_log():
+    line = in_json({"step": 0, "a": math.inf, "b": -math.inf, "c": math.nan, "d": None, "e": 0.5})
+    assert line == '{"step": 0, "a": null, "b": null, "c": null, "d": null, "e": 0.5}\n'
 
 
 def test_what_is_resumed_are_the_weights_after_the_last_saved_step(tmp_path):

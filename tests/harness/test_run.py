@@ -365,11 +365,11 @@ def test_one_of_several_processes_pretrains(rank, tmp_path, monkeypatch):
     """The others wait, and read what it has written."""
     events = []
     monkeypatch.setattr(choices, "rank_and_size", lambda: (rank, 2))
-    monkeypatch.setattr(choices, "pretrain_toy", lambda *given: events.append("pretrained"))
+    monkeypatch.setattr(choices, "pretrain_toy", lambda folder, seed: events.append(seed))
     monkeypatch.setattr(choices, "wait_for_all", lambda: events.append("waited"))
     monkeypatch.setattr(choices, "load_models", lambda *given: events.append("loaded"))
-    choices.starting_models(C2iSettings(preset="toy", from_scratch=True, out=str(tmp_path)))
-    assert events == [*["pretrained"][rank:], "waited", "loaded"]
+    choices.starting_models(C2iSettings(preset="toy", from_scratch=True, out=str(tmp_path), seed=7))
+    assert events == [*[7][rank:], "waited", "loaded"], "with the run's seed"
 
 
 def test_each_process_is_told_its_share(second_of_two, monkeypatch, tmp_path):
