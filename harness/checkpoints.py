@@ -90,7 +90,7 @@ class Record:
                                  f"at least {self.done}, not {settings.steps}")
             # Steps that were logged but not saved run again.
             self.metrics = [m for m in read_log(self.log) if m["step"] < self.done]
-        self.saved = self.done if self.start else None       # steps in the last checkpoint
+        self.saved = self.done if self.start else None       # steps in the last checkpoint, if any
         missing = self.done - len(self.metrics)
         if missing and writer:
             print(f"warning: {self.log} is damaged: {missing} of the checkpoint's {self.done} "

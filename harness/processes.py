@@ -56,8 +56,9 @@ def join_processes(device):
     They wait for each other for an hour: so long may the first one's evaluation take.  gloo is left
     before Python ends: its threads may still hold Python's objects, and to let go of one while the
     interpreter shuts down aborts the process, one time in some forty.  The threads end with the
-    last reference to the process group.  Defaults of torch.distributed.nn's functions would be such
-    references, had an optimizer imported it later: it is imported before there is a group."""
+    last reference to the process group.  torch.distributed.nn, which an optimizer imports, would
+    hold one for ever, as its functions' default, if there were a group by then: so it comes first.
+    """
     import torch.distributed.nn
     backend = "gloo"
     if device.type == "cuda":

@@ -92,7 +92,7 @@ def run(settings, load):
 def own_folder(settings):
     """Keeps the run's folder for this run, with all its processes, and yields its Record.
 
-    A new run that ends before there is anything to continue from leaves the folder as it was, but
+    A new run that ends before a step is over or anything is saved leaves the folder as it was, but
     for weights that --from-scratch has made: the corrected command may use it."""
     out = Path(settings.out)                     # the self-test leaves nothing
     owner = processes.rank_and_size()[0] == 0 and not settings.selftest
